@@ -1,0 +1,47 @@
+# Every target sets itself up: a machine with Python 3.11 or newer and a package index is enough.
+
+PYTHON ?= python3
+PY     := .venv/bin/python
+PIP    := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+STAMP  := .venv/.installed
+TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint typecheck clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(STAMP)  ## quantize the bundled denoiser, compare and measure it; report in demo_report/
+	.venv/bin/dmq-ao demo -o demo_report
+
+test: $(STAMP)  ## the fast tests: CPU, offline
+	$(PY) -m pytest -q
+
+lint: $(STAMP) typecheck  ## ruff (rules and format), then mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+# On an installed copy and outside the root, where the checkout's dmq_ao/ would hide dmq_ao.observers and its siblings.
+# build/lib is removed because setuptools packs whatever an earlier build left there.
+typecheck: $(STAMP)  ## mypy --strict on an installed copy
+	rm -rf build/typecheck build/lib build/bdist.*
+	$(PIP) --no-deps --no-build-isolation --target build/typecheck .
+	cd build/typecheck && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p dmq_ao
+
+clean:  ## remove what make made; build/ may hold the state of a training run, and stays otherwise
+	rm -rf .venv demo_report build/typecheck build/lib build/bdist.* *.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A .venv that is already there is kept and brought to the pins. torch goes first and alone: it is the large download,
+# and everything after it then takes the build that is installed.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(PY) || { echo "creating .venv"; $(PYTHON) -m venv .venv; }
+	@$(PY) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "the pinned set-up needs Python 3.11 or newer: rm -r .venv, then make PYTHON=python3.12 ...")'
+	@echo "installing $(TORCH) (a large download the first time)"
+	@$(PIP) $(TORCH) setuptools wheel
+	@echo "installing dmq_ao and what it is tested with"
+	@$(PIP) -e ".[cli,report,eval,test,dev]"
+	@touch $@

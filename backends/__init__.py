@@ -1,0 +1,54 @@
+"""How a quantized graph runs on a device. ``ALL_BACKENDS`` names them; ``choose`` picks one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch.fx import GraphModule
+
+from dmq_ao.backends.onednn import OneDNN
+from dmq_ao.backends.reference import Reference
+from dmq_ao.config import UnsupportedByBackend
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+
+
+class Backend(Protocol):
+    """What a backend is: a name, reasons against a plan, and a lowering of the q/dq graph."""
+
+    name: str
+
+    def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
+        """Reasons why a plan cannot run here; empty when it can."""
+
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
+        """A q/dq graph made to run here, and the kernel of each layer."""
+
+
+ALL_BACKENDS: dict[str, Backend] = {"reference": Reference(), "onednn": OneDNN()}
+
+
+def choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan]) -> Backend:
+    """The backend called ``name``; ``"auto"`` takes the integer kernels of ``device`` if they can run ``plan``.
+
+    Raises:
+        ValueError: for an unknown name, or a backend of another device.
+        UnsupportedByBackend: with the reasons, when the named backend cannot run the plan.
+    """
+    if name == "auto":
+        integer = ALL_BACKENDS["onednn"]
+        runs = device.type == "cpu" and not integer.unsupported(plan)
+        return integer if runs else ALL_BACKENDS["reference"]
+    if name not in ALL_BACKENDS:
+        raise ValueError(f"backend {name!r} is not known; the backends are {['auto', *ALL_BACKENDS]}")
+    backend = ALL_BACKENDS[name]
+    if name == "onednn" and device.type != "cpu":
+        raise ValueError(f"backend 'onednn' runs on CPUs and the denoiser is on {device}; move it, or use 'reference'")
+    reasons = backend.unsupported(plan)
+    if reasons:
+        raise UnsupportedByBackend(name, reasons)
+    return backend
+
+
+__all__ = ["ALL_BACKENDS", "Backend", "OneDNN", "Reference", "choose"]

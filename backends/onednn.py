@@ -1,0 +1,355 @@
+"""int8 on CPUs: convolutions and linears on oneDNN's u8 x s8 kernels, weights prepacked, exponents folded by shift.
+
+A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one integer kernel that reads
+the codes. The quantize step stays plain operators, so Inductor fuses it with the norm and activation before it.
+Power-of-two exponents cost nothing when the shifted weight codes fit int8; codes too wide for that are multiplied in up
+to four groups of channels, one group per exponent, each exact.
+
+The kernels are operators of their own (``dmq_ao::int_conv``, ``dmq_ao::int_linear``) because Inductor lowers oneDNN's
+only under global freezing. Scales and zero points are tensors, so a table looked up by timestep needs no
+recompilation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dmq_ao import graph, ops
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, shift_fits_int8, shifted_codes
+
+_library = torch.library.Library("dmq_ao", "FRAGMENT")
+_library.define(
+    "int_conv(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor? bias,"
+    " int[] stride, int[] padding, int[] dilation, int groups, int[] kernel_size, ScalarType dtype) -> Tensor"
+)
+_library.define(
+    "int_linear(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor? bias,"
+    " ScalarType dtype) -> Tensor"
+)
+
+
+def _by_rows(
+    kernel: Callable[[Tensor, float, int], Tensor], codes: Tensor, scale: Tensor, zero_point: Tensor
+) -> Tensor:
+    """Run a kernel that takes one scale and zero point; rows of other timesteps go in calls of their own."""
+    pairs = list(zip(scale.tolist(), zero_point.tolist(), strict=True))
+    if all(pair == pairs[0] for pair in pairs):
+        return kernel(codes, *pairs[0])
+    return torch.cat([kernel(codes[i : i + 1], *pair) for i, pair in enumerate(pairs)])
+
+
+def _int_conv(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    kernel_size: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    del kernel_size
+    weight_zero = torch.zeros_like(weight_scale, dtype=torch.int32)
+
+    def kernel(part: Tensor, x_scale: float, x_zero: int) -> Tensor:
+        args = (part, x_scale, x_zero, weight, weight_scale, weight_zero, bias, stride, padding, dilation, groups)
+        result: Tensor = torch.ops.onednn.qconv_pointwise.default(*args, 1.0, 0, dtype, "none", [], "")
+        return result
+
+    return _by_rows(kernel, codes, scale, zero_point)
+
+
+def _int_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    weight_zero = torch.zeros_like(weight_scale, dtype=torch.int32)
+
+    def kernel(part: Tensor, x_scale: float, x_zero: int) -> Tensor:
+        args = (part, x_scale, x_zero, weight, weight_scale, weight_zero, bias)
+        result: Tensor = torch.ops.onednn.qlinear_pointwise.default(*args, 1.0, 0, dtype, "none", [], "")
+        return result
+
+    return _by_rows(kernel, codes, scale, zero_point)
+
+
+# Prepacked weights are opaque oneDNN tensors, which dispatch on a key of their own.
+for _key in ("CPU", "MkldnnCPU"):
+    _library.impl("int_conv", _int_conv, _key)
+    _library.impl("int_linear", _int_linear, _key)
+
+
+def _fake_conv(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    kernel_size: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    sizes = [
+        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
+        for size, pad, dil, kernel, step in zip(codes.shape[2:], padding, dilation, kernel_size, stride, strict=True)
+    ]
+    layout = torch.channels_last if len(sizes) == 2 else torch.contiguous_format
+    shape = (codes.shape[0], weight_scale.shape[0], *sizes)
+    return torch.empty(shape, dtype=dtype, device=codes.device, memory_format=layout)
+
+
+def _fake_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
+torch.library.register_fake("dmq_ao::int_conv", _fake_conv)
+torch.library.register_fake("dmq_ao::int_linear", _fake_linear)
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """Geometry of a convolution node; a 1-d one is run as 2-d of height one."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+    @classmethod
+    def of(cls, node: Node, dims: int) -> _Convolution:
+        defaults = ([1], [0], [1], 1)
+        given: list[Any] = [*node.args[3:], *defaults[len(node.args) - 3 :]] if len(node.args) > 3 else list(defaults)
+        stride, padding, dilation = (_repeat(value, dims) for value in given[:3])
+        return cls(stride, padding, dilation, given[3])
+
+
+def _repeat(value: Any, dims: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [int(value)]
+    return values * dims if len(values) == 1 else values
+
+
+class OneDNN:
+    """int8 kernels of oneDNN, reached through PyTorch."""
+
+    name = "onednn"
+
+    def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
+        """Reasons why a plan cannot run, one sentence each; what runs slower is no reason."""
+        reasons = []
+        if not hasattr(torch.ops.onednn, "qconv_pointwise"):
+            reasons.append(
+                "this PyTorch build has no oneDNN quantized kernels (torch.ops.onednn); use backend='reference'"
+            )
+        for item in plan.values():
+            if (
+                item.weight is not None
+                and item.activation is not None
+                and not item.weight.symmetric
+                and item.weight.bits > 7
+            ):
+                reasons.append(
+                    f"{item.name}: asymmetric {item.weight.bits}-bit weight codes do not fit int8 once their zero point"
+                    " is taken off; use symmetric=True, or at most 7 bits"
+                )
+        return reasons
+
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
+        """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
+        kernels: dict[str, Kernel] = {}
+        for name, node in graph.layer_nodes(gm).items():
+            if name in records:
+                why = _why_not(records[name], node)
+                kernels[name] = Kernel("float on dequantized values", why) if why else _lower(gm, node, records[name])
+        _hoist_tables(gm)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return gm, kernels
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies u8 by s8 without saturating in 16 bits (AVX512-VNNI, AVX-VNNI or AMX)."""
+    check = getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(check and check())
+
+
+def _why_not(record: LayerRecord, node: Node) -> str:
+    """Why a layer has no integer kernel here; empty when it has one."""
+    if record.activation is None:
+        return "weight-only: the input is float"
+    if record.weight.scale.shape[1] > 1:
+        return "a scale per group of inputs: an integer sum cannot run across groups"
+    if record.kind == "conv3d":
+        return "no int8 kernel for 3-d convolutions"
+    if not has_vnni():
+        return "this CPU has no VNNI: its int8 products saturate"
+    exponents = record.activation.exponents
+    grouped = record.kind != "linear" and _Convolution.of(node, 2).groups > 1
+    if grouped and exponents is not None and not _fits(record):
+        return "exponents of a grouped convolution whose shifted codes do not fit int8"
+    return ""
+
+
+def _fits(record: LayerRecord) -> bool:
+    assert record.activation is not None
+    exponents = record.activation.exponents
+    largest = 0 if exponents is None else int(exponents.max())
+    return shift_fits_int8(record.weight.bits, record.weight.symmetric, largest)
+
+
+def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
+    real = node.args[0]
+    assert isinstance(real, Node)
+    assert real.target == ops.dequantize
+    codes, scale, zero_point = real.args[:3]
+    assert isinstance(codes, Node)
+    assert record.activation is not None
+    exponents = record.activation.exponents
+    bias = node.args[2] if len(node.args) > 2 else None
+    word = "linear" if record.kind == "linear" else "convolution"
+    with gm.graph.inserting_before(node):
+        if _fits(record):
+            groups = 1 if record.kind == "linear" else _Convolution.of(node, 2).groups
+            shifted, largest = shifted_codes(record.weight, exponents, groups)
+            result = _emit(gm, node, record, codes, (scale, zero_point), 2.0**-largest, shifted, bias)
+            kernel = Kernel(f"onednn int8 {word}")
+        else:
+            result, count = _emit_groups(gm, node, record, codes, (scale, zero_point), bias)
+            kernel = Kernel(
+                f"onednn int8 {word} x{count}", "one product per exponent: shifted codes are wider than int8"
+            )
+    result.meta = {**node.meta}
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return kernel
+
+
+def _emit_groups(
+    gm: GraphModule, node: Node, record: LayerRecord, codes: Node, qparams: tuple[Any, Any], bias: Any
+) -> tuple[Node, int]:
+    """One kernel per exponent over the channels that have it, summed in float."""
+    assert record.activation is not None
+    assert record.activation.exponents is not None
+    exponents = record.activation.exponents
+    centred, _ = shifted_codes(record.weight, None)
+    total: Node | None = None
+    present = exponents.unique().tolist()
+    for exponent in present:
+        index = torch.nonzero(exponents == exponent)[:, 0]
+        index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
+        axis = record.activation.ch_axis
+        chosen = gm.graph.call_function(graph.aten.index_select.default, (codes, axis, index_node))
+        piece = centred.index_select(1, index)
+        part = _emit(gm, node, record, chosen, qparams, 2.0**-exponent, piece, bias if total is None else None)
+        total = part if total is None else gm.graph.call_function(graph.aten.add.Tensor, (total, part))
+    assert total is not None
+    return total, len(present)
+
+
+def _emit(
+    gm: GraphModule,
+    node: Node,
+    record: LayerRecord,
+    codes: Node,
+    qparams: tuple[Any, Any],
+    factor: float,
+    weight: Tensor,
+    bias: Any,
+) -> Node:
+    """One integer kernel; ``weight`` holds int8-sized codes whose products count ``factor * scale`` each."""
+    call = gm.graph.call_function
+    out_dtype: torch.dtype = node.meta["val"].dtype
+    kernel_dtype = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
+    weight = weight.to(torch.int8)
+    # The layer's power of two goes into the weight scale: exact, and the table of input scales stays shared.
+    weight_scale = record.weight.scale[:, 0] * factor
+    scale_node = graph.add_tensor(gm, f"{record.name}.kernel_scale", weight_scale)
+    if bias is not None and kernel_dtype != out_dtype:
+        bias = call(graph.aten.to.dtype, (bias, kernel_dtype))
+    if record.kind == "linear":
+        packed = graph.add_tensor(gm, f"{record.name}.packed", torch.ops.onednn.qlinear_prepack(weight, None))
+        codes = call(graph.aten.contiguous.default, (codes,))
+        target, geometry = torch.ops.dmq_ao.int_linear.default, ()
+    else:
+        dims = weight.dim() - 2
+        conv = _Convolution.of(node, dims)
+        shape = (conv.stride, conv.padding, conv.dilation)
+        if dims == 1:
+            weight, codes = weight.unsqueeze(2), call(graph.aten.unsqueeze.default, (codes, 2))
+            shape = ([1, *conv.stride], [0, *conv.padding], [1, *conv.dilation])
+        prepacked = torch.ops.onednn.qconv_prepack(weight, weight_scale, 1.0, 0, *shape, conv.groups, None)
+        packed = graph.add_tensor(gm, f"{record.name}.packed", prepacked)
+        codes = _channels_last(gm, codes)
+        target = torch.ops.dmq_ao.int_conv.default
+        geometry = (*shape, conv.groups, list(weight.shape[2:]))  # type: ignore[assignment]
+    result = call(target, (codes, *qparams, packed, scale_node, bias, *geometry, kernel_dtype))
+    if record.kind == "conv1d":
+        result = call(graph.aten.squeeze.dim, (result, 2))
+    if kernel_dtype != out_dtype:
+        result = call(graph.aten.to.dtype, (result, out_dtype))
+    return result
+
+
+def _channels_last(gm: GraphModule, codes: Node) -> Node:
+    """The codes laid out channels-last, once for all their readers."""
+    for user in codes.users:
+        if user.target == graph.aten.contiguous.default and user.kwargs:
+            return user
+    with gm.graph.inserting_after(codes):
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}
+        return gm.graph.call_function(graph.aten.contiguous.default, (codes,), layout)
+
+
+def _hoist_tables(gm: GraphModule) -> None:
+    """Look all tables up at once: one stacked table and one gather instead of two small ones per layer.
+
+    Before:  index_select(table_l, 0, row)  per layer l     After:  select(index_select(stack(tables), 1, row), 0, l)
+    """
+    for rows in [node for node in gm.graph.nodes if node.target == ops.row]:
+        for dtype in (torch.float32, torch.int32):
+            reads = [user for user in rows.users if user.target == graph.aten.index_select.default]
+            chosen = [read for read in reads if _table(gm, read).dtype == dtype]
+            if not chosen:
+                continue
+            with gm.graph.inserting_after(rows):
+                tables = torch.stack([_table(gm, read) for read in chosen])
+                stacked = graph.add_tensor(gm, "tables", tables)
+            with gm.graph.inserting_after(stacked):
+                gathered = gm.graph.call_function(graph.aten.index_select.default, (stacked, 1, rows))
+            for index, read in enumerate(chosen):
+                with gm.graph.inserting_after(gathered):
+                    read.replace_all_uses_with(gm.graph.call_function(graph.aten.select.int, (gathered, 0, index)))
+                gm.graph.erase_node(read)
+
+
+def _table(gm: GraphModule, read: Node) -> Tensor:
+    """The tensor that an ``index_select`` reads; an empty one when it is computed."""
+    source = read.args[0]
+    assert isinstance(source, Node)
+    return graph.attribute(gm, source) if source.op == "get_attr" else torch.empty(0, dtype=torch.bool)

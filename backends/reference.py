@@ -1,0 +1,23 @@
+"""The quantize/dequantize graph run as it is: the meaning that every other backend must equal."""
+
+from collections.abc import Mapping
+
+from torch.fx import GraphModule
+
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+
+
+class Reference:
+    """Float arithmetic on dequantized values; any device, any width, any granularity."""
+
+    name = "reference"
+
+    def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
+        """Nothing: the reference runs every recipe."""
+        del plan
+        return []
+
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
+        """The graph itself."""
+        why = "the reference backend multiplies dequantized values"
+        return gm, {name: Kernel("float on dequantized values", why) for name in records}

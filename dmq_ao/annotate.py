@@ -1,0 +1,206 @@
+"""Which layer gets which integers: a recipe laid over a graph, as a torchao ``Quantizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+from torchao.quantization.pt2e.quantizer.quantizer import (
+    Q_ANNOTATION_KEY,
+    QuantizationSpecBase,
+    SharedQuantizationSpec,
+)
+
+from dmq_ao import graph
+from dmq_ao.config import FLOAT_BITS, PowerOfTwo, QuantConfig, Recipe, TensorConfig
+from dmq_ao.layer import LayerPlan
+from dmq_ao.numerics import code_range
+from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, RangeEstimator, WeightObserver
+from dmq_ao.passes import split_concat
+
+PLAN = "dmq_ao.plan"
+ROLES = ("@input", "@output", "@embedding", "@concat")
+_WHY = {
+    "@input": "input projection (role @input)",
+    "@output": "output projection (role @output)",
+    "@embedding": "time, label or size embedding (role @embedding)",
+}
+
+
+def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
+    """Decide for every layer of a captured graph.
+
+    Raises:
+        ValueError: for a pattern that matches no layer, listing close names; for an unknown role or observer.
+    """
+    layers = graph.find_layers(gm)
+    roles = graph.roles(gm, layers)
+    _check_patterns(config, roles)
+    return {layer.name: _plan_layer(layer, roles[layer.name], config) for layer in layers}
+
+
+def _plan_layer(layer: graph.Layer, roles: set[str], config: QuantConfig) -> LayerPlan:
+    weight: TensorConfig | None = config.weight
+    activation: TensorConfig | None = config.activation
+    why = next((_reason(p) for p in config.keep_float if matches(p, layer.name, roles)), "")
+    for override in config.overrides:
+        if matches(override.pattern, layer.name, roles):
+            weight, activation = override.weight or weight, override.activation or activation
+            why = f"override {override.pattern!r}" if override.keep_float else ""
+    if not layer.quantizable:
+        why = layer.kind
+    if not why and weight is not None and weight.bits == FLOAT_BITS:
+        why = f"the recipe asks for {FLOAT_BITS} bits"
+    if why:
+        return LayerPlan(layer.name, layer.kind, layer.numel, None, None, None, why)
+    if activation is not None and activation.bits == FLOAT_BITS:
+        activation = None
+    votes = config.power_of_two
+    if votes is not None and (activation is None or not any(matches(p, layer.name, roles) for p in votes.layers)):
+        votes = None
+    return LayerPlan(layer.name, layer.kind, layer.numel, weight, activation, votes, "")
+
+
+def _reason(pattern: str) -> str:
+    return _WHY.get(pattern, f"keep_float {pattern!r}")
+
+
+def matches(pattern: str, name: str, roles: set[str]) -> bool:
+    """Whether a role or an ``fnmatch`` pattern names a layer; a part of a split layer answers to the whole's name too."""
+    if pattern.startswith("@"):
+        return pattern in roles
+    whole = name.rpartition(".part")[0] if name.rpartition(".part")[2].isdigit() else name
+    return fnmatchcase(name, pattern) or fnmatchcase(whole, pattern)
+
+
+def _patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
+    for pattern in config.keep_float:
+        yield "keep_float", pattern
+    for override in config.overrides:
+        yield "override", override.pattern
+    for pattern in config.power_of_two.layers if config.power_of_two else ():
+        yield "power_of_two", pattern
+
+
+def _check_patterns(config: QuantConfig, roles: dict[str, set[str]]) -> None:
+    for field, pattern in _patterns(config):
+        if pattern.startswith("@"):
+            if pattern not in ROLES:
+                raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
+        elif not any(matches(pattern, name, found) for name, found in roles.items()):
+            names = list(roles)
+            shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+            raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {shown}")
+    tensors = [config.weight, config.activation]
+    tensors += [t for o in config.overrides for t in (o.weight, o.activation) if t is not None]
+    for tensor in tensors:
+        estimator(tensor.observer)
+
+
+def estimator(name: str) -> type[RangeEstimator]:
+    """The range estimator called ``name``.
+
+    Raises:
+        ValueError: naming the known ones.
+    """
+    if name not in ALL_OBSERVERS:
+        raise ValueError(f"observer {name!r} is not known; the observers are {sorted(ALL_OBSERVERS)}")
+    return ALL_OBSERVERS[name]
+
+
+class DiffusionQuantizer(Quantizer):
+    """A recipe as a torchao pt2e quantizer.
+
+    ``dmq_ao.prepare`` uses it on a graph from ``dmq_ao.graph.capture``; a pt2e user may pass it to ``prepare_pt2e``
+    with a graph of their own, whose placeholders then go by their own names.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        """A quantizer that annotates as ``recipe`` says."""
+        super().__init__()
+        self.recipe = recipe
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Split concatenations where the recipe wants it."""
+        graph.ensure_signature(model)
+        if not self.recipe.split_concat:
+            return model
+        plan = make_plan(model, self.recipe.config)
+        layers = graph.find_layers(model)
+        roles = graph.roles(model, layers)
+        return split_concat(
+            model, [name for name, found in roles.items() if "@concat" in found and not plan[name].why]
+        )
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Write the plan and the torchao annotations."""
+        plan = make_plan(model, self.recipe.config)
+        nodes = graph.layer_nodes(model)
+        first: dict[tuple[Node, TensorConfig, PowerOfTwo | None, int], Node] = {}
+        axes = {layer.name: layer.ch_axis for layer in graph.find_layers(model)}
+        for name, item in plan.items():
+            if item.weight is None:
+                continue
+            node = nodes[name]
+            source, weight = node.args[:2]
+            assert isinstance(source, Node)
+            assert isinstance(weight, Node)
+            specs: dict[Node, QuantizationSpecBase | None] = {weight: _weight_spec(item)}
+            if item.activation is not None:
+                key = (source, item.activation, item.power_of_two, axes[name])
+                if key in first:
+                    specs[source] = SharedQuantizationSpec((source, first[key]))
+                else:
+                    first[key] = node
+                    specs[source] = _activation_spec(item, axes[name])
+            # torchao would share observers of one tensor whenever dtype and limits agree; siblings here share by key.
+            node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+                input_qspec_map=specs, allow_implicit_sharing=False, _annotated=True
+            )
+        model.meta[PLAN] = plan
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to add: ``make_plan`` refuses what does not fit."""
+
+
+def _code_dtype(config: TensorConfig) -> torch.dtype:
+    return torch.int8 if config.symmetric else torch.uint8
+
+
+def _weight_spec(item: LayerPlan) -> QuantizationSpec:
+    assert item.weight is not None
+    low, high = code_range(item.weight.bits, item.weight.symmetric)
+    observer = WeightObserver.with_args(layer=item.name, config=item.weight, estimator=estimator(item.weight.observer))
+    return QuantizationSpec(_code_dtype(item.weight), observer, low, high)
+
+
+def _activation_spec(item: LayerPlan, ch_axis: int) -> QuantizationSpec:
+    assert item.activation is not None
+    observer = ActivationObserver.with_args(
+        layer=item.name,
+        config=item.activation,
+        ch_axis=ch_axis,
+        estimator=estimator(item.activation.observer),
+        power_of_two=item.power_of_two,
+    )
+    return QuantizationSpec(_code_dtype(item.activation), observer, *code_range(item.activation.bits, False))
+
+
+def observers(prepared: GraphModule) -> dict[str, tuple[WeightObserver, ActivationObserver | None]]:
+    """The observers of every quantized layer of a prepared graph, by name; siblings share an activation observer."""
+    found: dict[str, tuple[WeightObserver, ActivationObserver | None]] = {}
+    for name, node in graph.layer_nodes(prepared).items():
+        source, weight = (_observer(prepared, arg) for arg in node.args[:2])
+        if isinstance(weight, WeightObserver):
+            found[name] = (weight, source if isinstance(source, ActivationObserver) else None)
+    return found
+
+
+def _observer(prepared: GraphModule, arg: object) -> object:
+    if isinstance(arg, Node) and arg.op == "call_module":
+        return prepared.get_submodule(str(arg.target))
+    return None

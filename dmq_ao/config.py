@@ -1,0 +1,261 @@
+"""What a user can ask for: frozen, validated values, and the errors that say what was wrong.
+
+A ``Recipe`` names everything that decides a quantized model: the widths and ranges (``QuantConfig``), how many
+calibration samples to take, and the graph passes. It prints, compares, round-trips through JSON, and changes with
+``dataclasses.replace``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+MAX_BITS = 8
+FLOAT_BITS = 16
+
+
+class UnsupportedByBackend(ValueError):
+    """A backend cannot run what the recipe asks for. ``reasons`` holds one sentence per layer or rule."""
+
+    def __init__(self, backend: str, reasons: list[str]) -> None:
+        self.reasons = reasons
+        super().__init__(f"backend {backend!r} cannot run this recipe:\n  " + "\n  ".join(reasons))
+
+
+class MissingStatistics(ValueError):
+    """Something that must be seen before it can be quantized was not: an observer, or an empty recording."""
+
+
+class InvalidFile(ValueError):
+    """A file is truncated, foreign, of another version or of another model."""
+
+
+class Granularity(str, Enum):
+    """Which elements share one scale."""
+
+    PER_TENSOR = "per_tensor"
+    PER_CHANNEL = "per_channel"
+    PER_GROUP = "per_group"
+
+
+class Ranges(str, Enum):
+    """When an activation range is decided.
+
+    ``STATIC``: once, over all samples. ``PER_STEP``: once per timestep, looked up by the timestep argument.
+    ``DYNAMIC``: at run time, from each sample itself.
+    """
+
+    STATIC = "static"
+    PER_STEP = "per_step"
+    DYNAMIC = "dynamic"
+
+
+class Ties(str, Enum):
+    """Which power-of-two exponent wins when errors or votes are equal: ours, or that of the published code."""
+
+    COARSE = "coarse"
+    FINE = "fine"
+
+
+@dataclass(frozen=True)
+class TensorConfig:
+    """How one tensor becomes integers.
+
+    Attributes:
+        bits: width of a code, 1 to 8; an activation of 16 bits stays in float.
+        granularity: which elements share a scale. Activations are per tensor.
+        group_size: input features per scale, for ``PER_GROUP`` weights.
+        symmetric: signed codes around zero (``zero_point`` 0) instead of unsigned ones with a zero point.
+        ranges: when the range of an activation is decided.
+        observer: name of a range estimator in ``dmq_ao.observers.ALL_OBSERVERS``.
+    """
+
+    bits: int
+    granularity: Granularity = Granularity.PER_TENSOR
+    group_size: int | None = None
+    symmetric: bool = False
+    ranges: Ranges = Ranges.STATIC
+    observer: str = "minmax"
+
+    def __post_init__(self) -> None:
+        if not (1 <= self.bits <= MAX_BITS or self.bits == FLOAT_BITS):
+            raise ValueError(f"bits must be 1 to {MAX_BITS}, or {FLOAT_BITS} for float; got {self.bits}")
+        if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
+            raise ValueError(f"group_size goes with per_group, got {self.granularity.value} and {self.group_size}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+
+
+@dataclass(frozen=True)
+class PowerOfTwo:
+    """Channel-wise power-of-two scaling of activations, chosen by vote (DMQ, arXiv 2507.12933, section on PTS).
+
+    Attributes:
+        layers: patterns on layer names; the role ``@concat`` is every layer that reads a channel concatenation.
+        agreement: share of the samples that must agree on a channel's exponent; equality is enough.
+        max_exponent: finest step is ``scale * 2**-max_exponent``.
+        guard: refuse a channel's vote when it raises that channel's summed squared error over the samples.
+        ties: which candidate wins a tie.
+    """
+
+    layers: tuple[str, ...] = ("@concat",)
+    agreement: float = 0.85
+    max_exponent: int = 3
+    guard: bool = True
+    ties: Ties = Ties.COARSE
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("PowerOfTwo.layers is empty; use power_of_two=None for no power-of-two scaling")
+        if not 0 <= self.agreement <= 1:
+            raise ValueError(f"agreement is a share of the samples, 0 to 1; got {self.agreement}")
+        if not 1 <= self.max_exponent <= 7:
+            raise ValueError(f"max_exponent must be 1 to 7, got {self.max_exponent}")
+
+
+@dataclass(frozen=True)
+class Override:
+    """What differs for the layers whose name matches ``pattern`` (``fnmatch``, or a role such as ``@concat``)."""
+
+    pattern: str
+    weight: TensorConfig | None = None
+    activation: TensorConfig | None = None
+    keep_float: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep_float and (self.weight or self.activation):
+            raise ValueError(f"override {self.pattern!r} both keeps float and gives a tensor config")
+        if not (self.keep_float or self.weight or self.activation):
+            raise ValueError(
+                f"override {self.pattern!r} changes nothing; give weight=, activation= or keep_float=True"
+            )
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Widths and ranges of a whole denoiser.
+
+    Attributes:
+        weight: of every layer that no override names.
+        activation: likewise.
+        keep_float: patterns or roles of layers that stay in float.
+        overrides: applied in order, later wins.
+        power_of_two: which layers vote on power-of-two exponents; None for none.
+    """
+
+    weight: TensorConfig
+    activation: TensorConfig
+    keep_float: tuple[str, ...] = ("@input", "@output", "@embedding")
+    overrides: tuple[Override, ...] = ()
+    power_of_two: PowerOfTwo | None = None
+
+    def __post_init__(self) -> None:
+        for config in (self.activation, *(o.activation for o in self.overrides if o.activation)):
+            if config.granularity is not Granularity.PER_TENSOR:
+                raise ValueError(f"activations are quantized per_tensor, got {config.granularity.value}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a quantized model, besides the model and its samples.
+
+    Attributes:
+        name: of the method, for reports.
+        config: widths and ranges.
+        split_concat: give each part of a concatenated input its own range.
+        num_samples: calibration samples that ``dmq_ao.quantize`` and the command line record.
+    """
+
+    name: str
+    config: QuantConfig
+    split_concat: bool = True
+    num_samples: int = 256
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; ``Recipe.from_dict`` is its inverse."""
+        return typing.cast("dict[str, Any]", plain(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Read what ``to_dict`` wrote.
+
+        Raises:
+            ValueError: for a key or an enumeration value that is not known, naming the known ones.
+            TypeError: for a value of the wrong type.
+        """
+        return typed(cls, data, "recipe")
+
+
+def plain(value: object) -> object:
+    """Dataclasses, enumerations and tuples as dictionaries, strings and lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return value
+
+
+T = TypeVar("T")
+
+
+def typed(cls: type[T], data: object, where: str) -> T:
+    """The inverse of ``plain`` for one frozen dataclass; unknown and missing keys are errors that name ``where``."""
+    if not isinstance(data, Mapping):
+        raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {unknown}; {cls.__name__} has {sorted(fields)}")
+    hints = typing.get_type_hints(cls)
+    required = {
+        name
+        for name, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(data))
+    if missing:
+        raise ValueError(f"{where}: missing keys {missing} of {cls.__name__}")
+    return cls(**{name: _read(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+
+
+def _read(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        return _read(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{where}: expected a list, got {type(value).__name__}")
+        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{where}: expected an object, got {type(value).__name__}")
+        return {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return typed(typing.cast("type[Any]", hint), value, where)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        known = [member.value for member in hint]
+        if value not in known:
+            raise ValueError(f"{where}: {value!r} is not one of {known}")
+        return hint(value)
+    if hint is Any:
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
+    return value

@@ -1,0 +1,504 @@
+"""From a denoiser to a graph and back: export, names, layers, roles, blocks. The one door to private torch APIs.
+
+``capture`` exports any ``torch.export``-able denoiser with every tensor dimension dynamic. The graph takes its tensors
+by position, in the order of ``Signature.names``; non-tensor arguments become constants of the graph. Original
+parameter names survive: ``parameter_name`` reads them off ``get_attr`` nodes at every stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule, Node
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+SAMPLE_NAMES = ("sample", "hidden_states", "x")
+META = "dmq_ao"
+LAYER = "dmq_ao.layer"
+ROLES = "dmq_ao.roles"
+_PREFIX = "denoiser."
+
+aten = torch.ops.aten
+CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+LINEAR = aten.linear.default
+# Ops with weights that no rule here quantizes; they are listed as kept, never forgotten.
+OTHER_WEIGHTED = {
+    aten.conv_transpose1d.default: "transposed convolution",
+    aten.conv_transpose2d.input: "transposed convolution",
+    aten.conv_transpose3d.input: "transposed convolution",
+    aten.conv1d.padding: "convolution with padding given as a word",
+    aten.conv2d.padding: "convolution with padding given as a word",
+    aten.embedding.default: "embedding table",
+}
+_IDENTITY = (
+    aten.dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How a call of the denoiser maps onto the graph.
+
+    Attributes:
+        parameters: names of the denoiser's ``forward`` parameters, in order.
+        names: dotted path of each tensor argument, in graph order.
+        constants: dotted path and value of each non-tensor argument baked into the graph.
+        timestep: dotted path of the timestep, None when the denoiser has none.
+        timestep_per_row: the graph wants one timestep a row, [B]; a scalar is expanded.
+        batch: dotted path of a tensor whose axis 0 is the batch.
+        return_type: dataclass that the denoiser returns under ``return_dict=True``; None for a bare tensor or tuple.
+        returns_tuple: without ``return_dict`` the denoiser returns a tuple.
+        example: shape and dtype of each tensor, enough to export again.
+    """
+
+    parameters: tuple[str, ...]
+    names: tuple[str, ...]
+    constants: Mapping[str, Any]
+    timestep: str | None
+    timestep_per_row: bool
+    batch: str
+    return_type: type | None
+    returns_tuple: bool
+    example: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weighted operator of the graph.
+
+    Attributes:
+        name: original module path of the weight.
+        node: the operator; ``args[0]`` is the activation, ``args[1]`` the weight.
+        kind: ``conv1d``, ``conv2d``, ``conv3d``, ``linear``, or the words of ``OTHER_WEIGHTED``.
+        ch_axis: channel axis of the activation: 1 for convolutions, the last for linears.
+        quantizable: False where no rule exists; ``kind`` says why.
+        numel: weights of the layer.
+    """
+
+    name: str
+    node: Node
+    kind: str
+    ch_axis: int
+    quantizable: bool
+    numel: int
+
+
+def flatten_inputs(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries, lists and tuples as one dictionary of dotted paths; empty containers vanish."""
+    flat: dict[str, Any] = {}
+    for key, value in inputs.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten_inputs(value, path + ".")
+        elif isinstance(value, (list, tuple)):
+            flat |= flatten_inputs({str(i): item for i, item in enumerate(value)}, path + ".")
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten_inputs(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths as nested dictionaries; a level whose keys are 0, 1, 2 ... becomes a list."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = path.split(".")
+        level = nested
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        level[last] = value
+    return {key: _lists(value) for key, value in nested.items()}
+
+
+def _lists(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    items = {key: _lists(item) for key, item in value.items()}
+    if items and all(key.isdigit() for key in items):
+        return [items[str(i)] for i in range(len(items))]
+    return items
+
+
+def bind(denoiser: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
+    """Keyword arguments of ``denoiser.forward`` from a dict or a tuple of positionals.
+
+    Raises:
+        TypeError: when they do not fit the signature.
+    """
+    signature = inspect.signature(denoiser.forward)
+    try:
+        if isinstance(example_inputs, Mapping):
+            bound = signature.bind(**example_inputs)
+        else:
+            bound = signature.bind(*example_inputs)
+    except TypeError as error:
+        raise TypeError(
+            f"example_inputs do not fit {type(denoiser).__name__}.forward{signature}: {error}. Give a dict of its"
+            " keyword arguments, or a tuple of its positionals."
+        ) from error
+    arguments = dict(bound.arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    arguments.pop("return_dict", None)
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def find_timestep(names: Iterator[str] | list[str] | tuple[str, ...], timestep_arg: str | None) -> str | None:
+    """The timestep among argument names: ``timestep_arg`` if given, else by the usual names.
+
+    Raises:
+        ValueError: when ``timestep_arg`` is given and is not an argument.
+    """
+    known = list(names)
+    if timestep_arg is not None:
+        if timestep_arg not in known:
+            raise ValueError(f"timestep_arg={timestep_arg!r} is not an argument of the denoiser; it takes {known}")
+        return timestep_arg
+    return next((name for name in TIMESTEP_NAMES if name in known), None)
+
+
+class _Positional(nn.Module):
+    """The denoiser called with its tensors by position and everything else constant; returns tensors only."""
+
+    def __init__(self, denoiser: nn.Module, names: tuple[str, ...], constants: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.names, self.constants = names, dict(constants)
+        if "return_dict" in inspect.signature(denoiser.forward).parameters:
+            self.constants["return_dict"] = False
+
+    def forward(self, *tensors: Tensor) -> Any:
+        flat = {**self.constants, **dict(zip(self.names, tensors, strict=True))}
+        result = self.denoiser(**unflatten_inputs(flat))
+        if isinstance(result, (tuple, list)) and len(result) == 1:
+            return result[0]
+        return result
+
+
+def capture(
+    denoiser: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], timestep_arg: str | None = None
+) -> GraphModule:
+    """Export a denoiser with every tensor dimension dynamic.
+
+    Args:
+        denoiser: any ``torch.export``-able module, in eval mode for dropout and the like.
+        example_inputs: keyword arguments (or a tuple of positionals); tensors of any batch, values of any kind.
+        timestep_arg: name of the timestep, when it is not ``timestep``, ``timesteps`` or ``t``.
+
+    Returns:
+        A graph of tensors by position; ``signature_of`` tells how a call maps onto it.
+
+    Raises:
+        TypeError: for inputs that do not fit the signature, or without a floating tensor.
+        ValueError: for an unknown ``timestep_arg``, or a denoiser in training mode.
+    """
+    if denoiser.training:
+        raise ValueError(f"{type(denoiser).__name__} is in training mode; call .eval() on it first")
+    arguments = bind(denoiser, example_inputs)
+    timestep = find_timestep(list(arguments), timestep_arg)
+    if timestep is not None and not isinstance(arguments[timestep], Tensor):
+        arguments[timestep] = torch.tensor(arguments[timestep])
+    flat = flatten_inputs(arguments)
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    constants = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+    batch = _batch_argument(tensors, timestep)
+    tensors = _two_rows(tensors, batch)
+    module = _Positional(denoiser, tuple(tensors), constants)
+    per_row = timestep is not None and tensors[timestep].dim() <= 1
+    if per_row and timestep is not None:
+        rows = tensors | {timestep: tensors[timestep].expand(len(tensors[batch])).clone()}
+        try:
+            gm = _export(module, rows)
+            tensors = rows
+        except Exception:
+            if tensors[timestep].dim() == 1:
+                raise
+            per_row, gm = False, _export(module, tensors)
+    else:
+        gm = _export(module, tensors)
+    return_type, returns_tuple = _return_type(denoiser, tensors, constants)
+    gm.meta[META] = Signature(
+        parameters=tuple(inspect.signature(denoiser.forward).parameters),
+        names=tuple(tensors),
+        constants=constants,
+        timestep=timestep,
+        timestep_per_row=per_row,
+        batch=batch,
+        return_type=return_type,
+        returns_tuple=returns_tuple,
+        example={name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
+    )
+    _name_layers(gm)
+    return gm
+
+
+def signature_of(gm: GraphModule) -> Signature:
+    """What ``capture`` wrote down; graph passes, prepare and convert keep it."""
+    signature: Signature = gm.meta[META]
+    return signature
+
+
+def ensure_signature(gm: GraphModule) -> None:
+    """Give a graph that ``capture`` did not make a signature from its own placeholders, and name its layers."""
+    if META in gm.meta:
+        return
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    values = {node.name: node.meta["val"] for node in nodes}
+    timestep = find_timestep(list(values), None)
+    gm.meta[META] = Signature(
+        parameters=tuple(values),
+        names=tuple(values),
+        constants={},
+        timestep=timestep,
+        timestep_per_row=timestep is not None and values[timestep].dim() == 1,
+        batch=_batch_argument(values, timestep),
+        return_type=None,
+        returns_tuple=False,
+        example={},
+    )
+    _name_layers(gm)
+
+
+def _name_layers(gm: GraphModule) -> None:
+    for layer in find_layers(gm):
+        layer.node.meta[LAYER] = layer.name
+
+
+def _batch_argument(tensors: Mapping[str, Tensor], timestep: str | None) -> str:
+    candidates = [name for name in SAMPLE_NAMES if name in tensors]
+    candidates += [n for n, x in tensors.items() if n != timestep and x.is_floating_point() and x.dim() >= 2]
+    if not candidates:
+        raise TypeError(
+            "example_inputs hold no floating tensor with a batch axis besides the timestep; got"
+            f" {[(name, tuple(x.shape), str(x.dtype)) for name, x in tensors.items()]}"
+        )
+    return candidates[0]
+
+
+def _two_rows(tensors: Mapping[str, Tensor], batch: str) -> dict[str, Tensor]:
+    # Export specialises dimensions of size 0 and 1, so a batch of one is doubled.
+    if len(tensors[batch]) != 1:
+        return dict(tensors)
+    return {name: torch.cat([x, x]) if x.dim() > 0 and len(x) == 1 else x for name, x in tensors.items()}
+
+
+def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> GraphModule:
+    shapes = {name: dict.fromkeys(range(x.dim()), Dim.AUTO) for name, x in tensors.items()}
+    program = torch.export.export(
+        module, tuple(tensors.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
+    )
+    exported = program.module()
+    assert isinstance(exported, GraphModule)
+    return exported
+
+
+def _return_type(
+    denoiser: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
+) -> tuple[type | None, bool]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in tensors.items()}
+        result = skeleton(denoiser)(**unflatten_inputs({**constants, **inputs}))
+    if dataclasses.is_dataclass(result):
+        return type(result), True
+    return None, isinstance(result, (tuple, list))
+
+
+def skeleton(denoiser: nn.Module) -> nn.Module:
+    """A copy of the module tree whose tensors are on the meta device: names, shapes and config without the bytes."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(denoiser, memo)
+
+
+def parameter_name(node: Node) -> str:
+    """Original dotted name of the tensor that a ``get_attr`` node reads."""
+    return str(node.target).removeprefix(_PREFIX)
+
+
+def attribute(gm: GraphModule, node: Node) -> Tensor:
+    """The tensor that a ``get_attr`` node reads."""
+    tensor: Tensor = operator.attrgetter(str(node.target))(gm)
+    return tensor
+
+
+def find_layers(gm: GraphModule) -> list[Layer]:
+    """Every operator of a float graph that multiplies an activation by a stored weight, in graph order."""
+    layers: list[Layer] = []
+    taken: dict[str, int] = {}
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in CONVOLUTIONS or node.target == LINEAR:
+            kind, weight, known = str(node.target).split(".")[1], node.args[1], True
+        elif node.target in OTHER_WEIGHTED:
+            is_table = node.target == aten.embedding.default
+            kind, weight, known = OTHER_WEIGHTED[node.target], node.args[0 if is_table else 1], False
+        else:
+            continue
+        if weight.op != "get_attr":
+            continue
+        name = parameter_name(weight).removesuffix(".weight")
+        count = taken[name] = taken.get(name, 0) + 1
+        ndim = node.args[0].meta["val"].dim() if "val" in node.args[0].meta else 0
+        layers.append(
+            Layer(
+                name=name if count == 1 else f"{name}#{count}",
+                node=node,
+                kind=kind,
+                ch_axis=ndim - 1 if node.target == LINEAR else 1,
+                quantizable=known,
+                numel=attribute(gm, weight).numel(),
+            )
+        )
+    return layers
+
+
+def layer_nodes(gm: GraphModule) -> dict[str, Node]:
+    """Operators by layer name, at any stage after ``capture``."""
+    return {node.meta[LAYER]: node for node in gm.graph.nodes if LAYER in node.meta and node.op == "call_function"}
+
+
+def placeholders(gm: GraphModule) -> dict[str, Node]:
+    """Input nodes by dotted argument name."""
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return dict(zip(signature_of(gm).names, nodes, strict=True))
+
+
+def concat_source(node: Node, ch_axis: int) -> Node | None:
+    """The concatenation along channels that ``node`` (a layer) reads, past operators that change nothing."""
+    source = node.args[0]
+    while isinstance(source, Node) and source.target in _IDENTITY:
+        source = source.args[0]
+    if not isinstance(source, Node) or source.target != aten.cat.default:
+        return None
+    axis = source.args[1] if len(source.args) > 1 else 0
+    ndim = source.meta["val"].dim()
+    return source if isinstance(axis, int) and axis % ndim == ch_axis % ndim else None
+
+
+def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
+    """What each layer is for, by dataflow and not by name.
+
+    ``@input``: reads the sample with no other layer before it. ``@output``: nothing after it but the output.
+    ``@embedding``: never sees the sample, and either depends on the timestep or reads vectors [B, C]: time, label and
+    size embeddings and the modulations made from them. ``@concat``: reads a concatenation along channels.
+    """
+    inputs = placeholders(gm)
+    signature = signature_of(gm)
+    sample, timestep = inputs[signature.batch], inputs.get(signature.timestep or "")
+    targets = {layer.node for layer in layers if layer.kind != "embedding table"}
+    from_sample = _reach(gm, {sample}, stop=set())
+    before_layers = _reach(gm, {sample}, stop=targets)
+    from_time = _reach(gm, {timestep} if timestep else set(), stop=set())
+    found: dict[str, set[str]] = {}
+    for layer in layers:
+        node = layer.node
+        roles_here: set[str] = set(node.meta.get(ROLES, ()))
+        source = node.args[0]
+        if node in from_sample:
+            if source in before_layers:
+                roles_here.add("@input")
+            if not _reach(gm, {node}, stop=set()) & (targets - {node}):
+                roles_here.add("@output")
+        elif node in from_time or (layer.kind == "linear" and layer.ch_axis == 1):
+            roles_here.add("@embedding")
+        if layer.quantizable and node in from_sample and concat_source(node, layer.ch_axis) is not None:
+            roles_here.add("@concat")
+        found[layer.name] = roles_here
+    return found
+
+
+def _reach(gm: GraphModule, start: set[Node], stop: set[Node]) -> set[Node]:
+    """``start`` and every tensor downstream of it; nodes in ``stop`` are neither entered nor passed.
+
+    Sizes carry no data: a path through a symbolic integer does not count.
+    """
+    reached = set(start)
+    for node in gm.graph.nodes:
+        if node in stop or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat)):
+            continue
+        if any(source in reached for source in node.all_input_nodes):
+            reached.add(node)
+    return reached
+
+
+def blocks(denoiser: nn.Module, layer_names: list[str]) -> dict[str, list[str]]:
+    """Layers by reconstruction block, as the module tree groups them: residual and transformer blocks, samplers.
+
+    A list of modules is a container when one of its items holds two layers or more. A block is the outermost module
+    that neither is nor holds a container.
+
+    Returns:
+        Block path to the layer names inside it, in the order of ``layer_names``.
+    """
+    modules = dict(denoiser.named_modules())
+    containers = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        and any(_count_below(f"{name}.{child}", layer_names) > 1 for child, _ in module.named_children())
+    }
+    found: dict[str, list[str]] = {}
+    for layer in layer_names:
+        path = layer.split(".")
+        prefixes = [".".join(path[:length]) for length in range(1, len(path) + 1)]
+        block = next(p for p in prefixes if not any(c == p or c.startswith(p + ".") for c in containers))
+        found.setdefault(block, []).append(layer)
+    return found
+
+
+def _count_below(prefix: str, names: list[str]) -> int:
+    return sum(name == prefix or name.startswith(prefix + ".") for name in names)
+
+
+def add_tensor(gm: GraphModule, name: str, tensor: Tensor) -> Node:
+    """Register ``tensor`` as a buffer under a free name like ``name`` and read it at the graph's insertion point."""
+    stem = name.replace(".", "_").replace("#", "_")
+    free, count = stem, 0
+    while hasattr(gm, free):
+        count += 1
+        free = f"{stem}_{count}"
+    gm.register_buffer(free, tensor, persistent=False)
+    return gm.graph.get_attr(free)
+
+
+def set_parameter(gm: GraphModule, target: str, tensor: Tensor) -> None:
+    """Put a tensor at a dotted path, creating the modules on the way."""
+    *path, last = target.split(".")
+    module: nn.Module = gm
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = getattr(module, part)
+    setattr(module, last, nn.Parameter(tensor, requires_grad=False))
+
+
+def delete_parameter(gm: GraphModule, target: str) -> None:
+    """Remove the tensor at a dotted path."""
+    path, _, last = target.rpartition(".")
+    delattr(gm.get_submodule(path), last)
+
+
+def allow_train_eval(gm: GraphModule) -> GraphModule:
+    """Undo torchao's ban on ``train()``/``eval()``: our graphs have no mode, and pipelines call ``eval()``."""
+    for name in ("train", "eval"):
+        gm.__dict__.pop(name, None)
+    return gm

@@ -1,0 +1,149 @@
+"""What is known of one layer: the plan for it, its record in integers, the kernel that runs it.
+
+The graph, the files and the kernels all read the record::
+
+    y_o = (scale / 2**D) * w_scale_o * sum_c (q_c - z) * ((w_oc - w_z_o) << (D - e_c)) + bias_o,   D = max_c e_c
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dmq_ao import numerics
+from dmq_ao.config import PowerOfTwo, Ranges, TensorConfig
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a recipe does with one layer.
+
+    Attributes:
+        name: of the layer.
+        kind: of the layer.
+        numel: weights.
+        weight: how the weight is quantized; None when the layer stays in float.
+        activation: how the input is quantized; None when it stays in float.
+        power_of_two: whether and how the input's channels vote.
+        why: reason for what stays in float, empty otherwise.
+    """
+
+    name: str
+    kind: str
+    numel: int
+    weight: TensorConfig | None
+    activation: TensorConfig | None
+    power_of_two: PowerOfTwo | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What multiplies one layer: its name, and the reason when it is not an integer kernel."""
+
+    name: str
+    why: str = ""
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are multiplied as integers."""
+        return "int8" in self.name
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationRecord:
+    """How a layer's input becomes unsigned codes.
+
+    Attributes:
+        bits: width of a code; codes are 0 to ``2**bits - 1``.
+        ch_axis: channel axis of the input.
+        ranges: static (one row), per_step (a row per timestep) or dynamic (no rows: from the sample itself).
+        scale: [rows] float32.
+        zero_point: [rows] int32, inside the code range.
+        timesteps: [rows] float32 for ``per_step``, else None.
+        exponents: [channels] int8, step ``scale * 2**-exponent``; None without power-of-two scaling.
+    """
+
+    bits: int
+    ch_axis: int
+    ranges: Ranges
+    scale: Tensor
+    zero_point: Tensor
+    timesteps: Tensor | None = None
+    exponents: Tensor | None = None
+
+    @property
+    def channel_step(self) -> Tensor | None:
+        """[channels] float32, ``2**-exponent``; None when every channel has the plain step."""
+        if self.exponents is None or not bool(self.exponents.any()):
+            return None
+        return torch.exp2(-self.exponents.float())
+
+
+@dataclass(frozen=True, eq=False)
+class WeightRecord:
+    """A layer's weight as codes.
+
+    Attributes:
+        bits: width of a code.
+        symmetric: signed int8 codes with zero point 0, else uint8 codes.
+        codes: [out, ...] of the weight's own shape.
+        scale: [out, groups] float32; groups run over the flattened input axes.
+        zero_point: [out, groups] int32.
+    """
+
+    bits: int
+    symmetric: bool
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight that the codes stand for."""
+        grouped = self.codes.reshape(self.codes.shape[0], self.scale.shape[1], -1)
+        values = numerics.dequantize(grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
+        return values.reshape(self.codes.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """One quantized layer.
+
+    Attributes:
+        name: original module path; parts of a split concatenation end in ``.part0``, ``.part1``.
+        kind: ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``.
+        weight: codes and scales.
+        activation: None when the input stays in float.
+    """
+
+    name: str
+    kind: str
+    weight: WeightRecord
+    activation: ActivationRecord | None
+
+
+def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 1) -> tuple[Tensor, int]:
+    """Weight codes less their zero point, shifted left so that every input channel has the layer's finest step.
+
+    Args:
+        weight: one scale per output channel.
+        exponents: [channels] of the layer's input, or None.
+        groups: of a grouped convolution, whose weight is [out, channels / groups, ...].
+
+    Returns:
+        int32 codes of the weight's shape and the largest exponent D; a channel of exponent e is shifted by ``D - e``.
+    """
+    codes = weight.codes
+    centred = codes.to(torch.int32) - numerics.along(weight.zero_point[:, 0], 0, codes.dim())
+    if exponents is None:
+        return centred, 0
+    largest = int(exponents.max())
+    shifts = (largest - exponents.to(torch.int32)).reshape(groups, -1).repeat_interleave(codes.shape[0] // groups, 0)
+    return centred << shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2)), largest
+
+
+def shift_fits_int8(bits: int, symmetric: bool, largest_exponent: int) -> bool:
+    """Whether every shifted code of this width is an int8 (composition of methods, width table)."""
+    return bits + largest_exponent <= (8 if symmetric else 7)

@@ -1,0 +1,111 @@
+"""The arithmetic of quantization: tensors in, tensors out, nothing remembered.
+
+Codes are integers ``q``; the real value of a code is ``(q - zero_point) * scale``. Every range contains zero, so a
+zero point is itself a code and padding with it is padding with zero.
+"""
+
+import torch
+from torch import Tensor
+
+# Smallest scale: an all-zero channel keeps a finite, harmless step.
+EPS = float(torch.finfo(torch.float32).eps)
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Smallest and largest code: signed around zero when symmetric, else from 0.
+
+    >>> code_range(4, symmetric=False), code_range(4, symmetric=True)
+    ((0, 15), (-8, 7))
+    """
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+
+
+def choose_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of ranges ``[low, high]``, extended to contain zero.
+
+    Args:
+        low: smallest values, any shape, float.
+        high: largest values, the same shape.
+        bits: width of a code; one-bit symmetric codes are refused (their grid {-1, 0} has no positive value).
+        symmetric: signed codes with zero point 0.
+
+    Returns:
+        ``scale`` float32 and ``zero_point`` int32, both of the shape of ``low``.
+    """
+    quant_min, quant_max = code_range(bits, symmetric)
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    if symmetric:
+        if bits == 1:
+            raise ValueError("symmetric codes need at least 2 bits; use asymmetric codes for 1 bit")
+        scale = (torch.maximum(-low, high) / quant_max).clamp_min(EPS)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale = ((high - low) / (quant_max - quant_min)).clamp_min(EPS)
+    zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
+    return scale, zero_point.to(torch.int32)
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Codes ``clamp(round(x / scale) + zero_point)`` as float32; ``scale`` and ``zero_point`` broadcast against ``x``.
+
+    Computed in float32 whatever the dtype of ``x``; ties go to even.
+    """
+    return torch.clamp(torch.round(x.float() / scale) + zero_point, quant_min, quant_max)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values ``(codes - zero_point) * scale`` in float32."""
+    return (codes.float() - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Quantize and come back: the float32 values that the codes of ``x`` stand for."""
+    return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
+
+
+def along(values: Tensor, ch_axis: int, ndim: int) -> Tensor:
+    """``values`` [C] shaped to broadcast along axis ``ch_axis`` of a tensor with ``ndim`` dimensions."""
+    shape = [1] * ndim
+    shape[ch_axis] = -1
+    return values.reshape(shape)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack unsigned codes of ``bits`` bits without gaps, least significant bit first.
+
+    Eight codes fill ``bits`` bytes; the last group is padded with zeros.
+
+    Args:
+        codes: any shape, integers in ``[0, 2**bits - 1]``.
+        bits: 1 to 8.
+
+    Returns:
+        uint8, one-dimensional, ``ceil(numel / 8) * bits`` bytes.
+    """
+    flat = codes.reshape(-1).to(torch.int64)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
+        raise ValueError(f"codes must be in [0, {2**bits - 1}] for {bits} bits, got [{flat.min()}, {flat.max()}]")
+    flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
+    word = (flat << (bits * torch.arange(8))).sum(-1, keepdim=True)
+    packed: Tensor = ((word >> (8 * torch.arange(bits))) & 255).to(torch.uint8).reshape(-1)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
+    """The inverse of ``pack``: int16 codes, one-dimensional, ``numel`` of them."""
+    expected = -(-numel // 8) * bits
+    if packed.dtype != torch.uint8 or packed.numel() != expected:
+        raise ValueError(f"{numel} codes of {bits} bits take {expected} uint8, got {packed.numel()} {packed.dtype}")
+    word = (packed.reshape(-1, bits).to(torch.int64) << (8 * torch.arange(bits))).sum(-1, keepdim=True)
+    codes = (word >> (bits * torch.arange(8))) & (2**bits - 1)
+    return codes.to(torch.int16).reshape(-1)[:numel]
+
+
+def sqnr(actual: Tensor, expected: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB over all elements; infinite when equal.
+
+    >>> round(sqnr(torch.tensor([1.0, 1.1]), torch.tensor([1.0, 1.0])), 1)
+    23.0
+    """
+    signal = expected.double().square().sum()
+    noise = (actual.double() - expected.double()).square().sum()
+    return float(10 * torch.log10(signal / noise))

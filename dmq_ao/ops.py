@@ -1,0 +1,93 @@
+"""The quantize and dequantize operators that stand in a converted graph: its meaning, whatever the backend.
+
+They are compositions of plain torch operators, so any backend, compiler or exporter understands them, and nodes of
+their own, so that a backend recognises a layer. Importing this module registers ``torch.ops.dmq_ao.*``.
+
+Canonical form (design, section 4), for row r and channel c of an activation::
+
+    q = clamp(round(x / (scale_r * channel_scale_c)) + zero_point_r, quant_min, quant_max)
+
+``scale`` and ``zero_point`` have one entry, or one per row of axis 0; ``channel_scale`` is None or [C] along
+``ch_axis``.
+"""
+
+import torch
+from torch import Tensor
+
+from dmq_ao import numerics
+
+_library = torch.library.Library("dmq_ao", "DEF")
+
+
+def _step(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
+    step = numerics.along(scale, 0, x.dim())
+    return step if channel_scale is None else step * numerics.along(channel_scale, ch_axis, x.dim())
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    channel_scale: Tensor | None,
+    ch_axis: int,
+    quant_min: int,
+    quant_max: int,
+) -> Tensor:
+    zero_point = numerics.along(zero_point, 0, x.dim())
+    codes = numerics.quantize(x, _step(x, scale, channel_scale, ch_axis), zero_point, quant_min, quant_max)
+    return codes.to(torch.uint8)
+
+
+def _dequantize(
+    codes: Tensor, scale: Tensor, zero_point: Tensor, channel_scale: Tensor | None, ch_axis: int, dtype: torch.dtype
+) -> Tensor:
+    zero_point = numerics.along(zero_point, 0, codes.dim())
+    return numerics.dequantize(codes, _step(codes, scale, channel_scale, ch_axis), zero_point).to(dtype)
+
+
+def _dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
+    groups = scale.shape[1]
+    grouped = codes.reshape(codes.shape[0], groups, -1)
+    return numerics.dequantize(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape).to(dtype)
+
+
+def _row(timestep: Tensor, timesteps: Tensor) -> Tensor:
+    return (timestep.reshape(-1, 1).to(timesteps.dtype) - timesteps).abs().argmin(-1)
+
+
+def _dynamic_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(x.flatten(1), dim=1)
+    return numerics.choose_qparams(low, high, bits, symmetric=False)
+
+
+def _register(schema: str, function: object) -> None:
+    _library.define(schema)
+    _library.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+
+
+_register(
+    "quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor? channel_scale, int ch_axis,"
+    " int quant_min, int quant_max) -> Tensor",
+    _quantize,
+)
+_register(
+    "dequantize(Tensor codes, Tensor scale, Tensor zero_point, Tensor? channel_scale, int ch_axis,"
+    " ScalarType dtype) -> Tensor",
+    _dequantize,
+)
+_register(
+    "dequantize_weight(Tensor codes, Tensor scale, Tensor zero_point, ScalarType dtype) -> Tensor", _dequantize_weight
+)
+_register("row(Tensor timestep, Tensor timesteps) -> Tensor", _row)
+_register("dynamic_qparams(Tensor x, int bits) -> (Tensor, Tensor)", _dynamic_qparams)
+
+quantize = torch.ops.dmq_ao.quantize.default
+"""uint8 codes of ``x`` [B, ...]; see the module docstring."""
+dequantize = torch.ops.dmq_ao.dequantize.default
+"""Real values of activation codes [B, ...], in ``dtype``."""
+dequantize_weight = torch.ops.dmq_ao.dequantize_weight.default
+"""Real values of weight codes [O, ...]; ``scale`` and ``zero_point`` are [O, groups] over the flattened rest."""
+row = torch.ops.dmq_ao.row.default
+"""Rows [B] of the table whose ``timesteps`` [R] are nearest to ``timestep`` [B]; the first on a tie."""
+dynamic_qparams = torch.ops.dmq_ao.dynamic_qparams.default
+"""Scale [B] float32 and zero point [B] int32 of each row of ``x`` [B, ...], zero included."""

@@ -1,0 +1,303 @@
+"""The verbs: prepare, calibrate, convert, save, load, and ``quantize``, which is the first three in one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from dmq_ao import graph, serialization
+from dmq_ao.annotate import PLAN, DiffusionQuantizer, make_plan, observers
+from dmq_ao.backends import choose
+from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
+from dmq_ao.calibration import CalibrationSet
+from dmq_ao.config import InvalidFile, Ranges, Recipe
+from dmq_ao.layer import LayerRecord
+from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.observers import ActivationObserver
+
+_RECIPE = "dmq_ao.recipe"
+_SKELETON = "dmq_ao.skeleton"
+DENOISER_NAMES = ("unet", "transformer")
+
+
+def prepare(
+    denoiser: nn.Module,
+    recipe: Recipe,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    timestep_arg: str | None = None,
+    backend: str = "auto",
+) -> GraphModule:
+    """Export a denoiser and put an observer on every tensor that the recipe quantizes. The denoiser is not changed.
+
+    Args:
+        denoiser: any ``torch.export``-able module in eval mode.
+        recipe: what to quantize and how.
+        example_inputs: keyword arguments (or a tuple of positionals) of one call; ``samples.example()`` gives them.
+        timestep_arg: name of the timestep argument, when it is not ``timestep``, ``timesteps`` or ``t``.
+        backend: where the result is going to run: checked now, not after an hour of calibration.
+
+    Returns:
+        A graph that computes what the denoiser computes and observes.
+
+    Raises:
+        ValueError: for patterns that match nothing, unknown names, training mode, per-step ranges without a timestep.
+        UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
+    """
+    captured = graph.capture(denoiser, example_inputs, timestep_arg)
+    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
+    choose(backend, device, make_plan(captured, recipe.config))
+    keep = dict(captured.meta)
+    prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
+    prepared.meta.update(keep, **{_RECIPE: recipe, _SKELETON: graph.skeleton(denoiser)})
+    _pass_timestep(prepared)
+    return graph.allow_train_eval(prepared)
+
+
+def _pass_timestep(prepared: GraphModule) -> None:
+    """Give the timestep to every observer that keeps a row per step."""
+    timestep = graph.placeholders(prepared).get(graph.signature_of(prepared).timestep or "")
+    for node in prepared.graph.nodes:
+        if node.op != "call_module":
+            continue
+        observer = prepared.get_submodule(str(node.target))
+        if isinstance(observer, ActivationObserver) and observer.config.ranges is Ranges.PER_STEP:
+            if timestep is None:
+                raise ValueError(
+                    f"{observer.layer}: per_step ranges need the timestep, and no argument is called"
+                    f" {', '.join(graph.TIMESTEP_NAMES)}; name it with timestep_arg=, or use static ranges"
+                )
+            node.args = (node.args[0], timestep)
+    prepared.recompile()
+
+
+def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
+    """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
+
+    Args:
+        prepared: from ``prepare``, after ``calibrate``.
+        backend: ``"reference"`` (the q/dq graph), ``"onednn"`` (int8 on CPUs) or ``"auto"``.
+
+    Raises:
+        TypeError: when ``prepared`` is not prepared.
+        MissingStatistics: for an input that was never observed, by layer.
+        ValueError, UnsupportedByBackend: for a backend that is unknown or cannot run it.
+    """
+    if not isinstance(prepared, GraphModule) or _RECIPE not in prepared.meta:
+        raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
+    plan = prepared.meta[PLAN]
+    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    chosen = choose(backend, device, plan)
+    records = _records(prepared)
+    shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
+    meta = dict(prepared.meta)
+    quantized = convert_pt2e(copy.deepcopy(prepared, dict(shared)), fold_quantize=False)
+    quantized.meta.update(meta)
+    float_tensors = _float_tensors(quantized)
+    lowered, kernels = chosen.lower(quantized, records)
+    _drop_unused(lowered)
+    result = QuantizedDenoiser(
+        gm=graph.allow_train_eval(lowered),
+        signature=graph.signature_of(prepared),
+        skeleton=meta[_SKELETON],
+        recipe=meta[_RECIPE],
+        plan=plan,
+        records=records,
+        kernels=kernels,
+        backend=chosen.name,
+        float_tensors=float_tensors,
+        sqnr_db=meta.get(SQNR, {}),
+    )
+    return result.eval()
+
+
+def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
+    records = {}
+    nodes = graph.layer_nodes(prepared)
+    for name, (weight, activation) in observers(prepared).items():
+        source = nodes[name].args[1]
+        assert isinstance(source, Node)
+        assert isinstance(source.args[0], Node)
+        decided = weight.record(graph.attribute(prepared, source.args[0]))
+        weight.restore(decided)
+        if activation is not None:
+            activation.restore(activation.record())
+        kind = prepared.meta[PLAN][name].kind
+        records[name] = LayerRecord(name, kind, decided, activation.record() if activation is not None else None)
+    return records
+
+
+def _float_tensors(gm: GraphModule) -> dict[str, Tensor]:
+    """What the q/dq graph still reads from the original model, by original name."""
+    original = set(gm.meta[_SKELETON].state_dict())
+    reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
+    return {
+        graph.parameter_name(node): graph.attribute(gm, node).detach()
+        for node in reads
+        if graph.parameter_name(node) in original and node.users
+    }
+
+
+def _drop_unused(gm: GraphModule) -> None:
+    """Let go of the float weights and codes that no node reads any more."""
+    gm.graph.eliminate_dead_code()
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
+        if name not in read:
+            graph.delete_parameter(gm, name)
+    gm.delete_all_unused_submodules()
+    gm.recompile()
+
+
+def quantize(
+    target: Any,
+    recipe: Recipe,
+    samples: CalibrationSet,
+    *,
+    backend: str = "auto",
+    state_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    batch_size: int = 8,
+) -> CalibrationReport:
+    """Quantize a pipeline's denoiser in place: prepare, calibrate, convert.
+
+    Args:
+        target: a diffusers pipeline, or anything with a denoiser as ``unet`` or ``transformer``.
+        recipe: what to quantize and how.
+        samples: recorded from the same denoiser.
+        backend: as for ``convert``.
+        state_dir: as for ``calibrate``, and so are the rest.
+        seed: chooses the samples on which the layers' noise is measured.
+        progress: show a progress bar.
+        batch_size: rows per forward pass.
+
+    Raises:
+        TypeError: when ``target`` has no denoiser.
+    """
+    name = denoiser_name(target)
+    timestep_arg = samples.timestep_arg
+    prepared = prepare(getattr(target, name), recipe, samples.example(), timestep_arg=timestep_arg, backend=backend)
+    report = calibrate(prepared, samples, state_dir=state_dir, seed=seed, progress=progress, batch_size=batch_size)
+    setattr(target, name, convert(prepared, backend))
+    return report
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Attribute under which a pipeline keeps its denoiser.
+
+    Raises:
+        TypeError: when it has none.
+    """
+    for name in DENOISER_NAMES:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise TypeError(
+        f"{type(pipeline).__name__} has no denoiser under {' or '.join(DENOISER_NAMES)}; give a pipeline, or use"
+        " prepare, calibrate and convert on the module itself"
+    )
+
+
+def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
+    """Write packed integers and config to a diffusers model folder. Nothing half-written stays behind.
+
+    Raises:
+        TypeError: when ``quantized`` is not a converted denoiser.
+    """
+    quantized = getattr(quantized, "_orig_mod", quantized)
+    if not isinstance(quantized, QuantizedDenoiser):
+        raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
+    skeleton, signature = quantized.skeleton, quantized.signature
+    config = dict(getattr(skeleton, "config", None) or {})
+    stored = serialization.Stored(
+        recipe=quantized.recipe,
+        records=quantized.records,
+        float_tensors=quantized.float_tensors,
+        model_config={**config, "_class_name": type(skeleton).__name__} if config else {},
+        parameters=_identity(skeleton),
+        example=signature.example,
+        constants=signature.constants,
+        timestep_arg=signature.timestep,
+        sqnr_db=quantized.sqnr_db,
+    )
+    serialization.write(stored, folder)
+
+
+def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto") -> QuantizedDenoiser:
+    """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
+
+    Args:
+        folder: what ``save`` wrote.
+        model: the float module that was quantized, for models that are not diffusers'; its weights are not used.
+        backend: as for ``convert``.
+
+    Raises:
+        InvalidFile: for a damaged or foreign folder, or one of another model.
+        ValueError: when the folder is not of a diffusers model and no ``model`` is given.
+    """
+    stored = serialization.read(folder)
+    denoiser = _float_model(stored, model, folder)
+    _check_identity(stored, denoiser, folder)
+    if model is not None:
+        # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
+        denoiser = copy.deepcopy(denoiser)
+    denoiser.load_state_dict(dict(stored.float_tensors), strict=False)
+    example = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored.example.items()}
+    inputs = graph.unflatten_inputs({**stored.constants, **example})
+    prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
+    found = observers(prepared)
+    if set(found) != set(stored.records):
+        raise InvalidFile(
+            f"{folder}: quantized layers differ; only in the file: {sorted(set(stored.records) - set(found))}, only in"
+            f" the model: {sorted(set(found) - set(stored.records))}. Load with the model that was quantized"
+        )
+    for name, (weight, activation) in found.items():
+        record = stored.records[name]
+        weight.restore(record.weight)
+        if activation is not None and record.activation is not None:
+            activation.restore(record.activation)
+    prepared.meta[SQNR] = dict(stored.sqnr_db)
+    return convert(prepared, backend)
+
+
+def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _float_model(stored: serialization.Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
+    if model is not None:
+        return model
+    class_name = stored.model_config.get("_class_name")
+    if class_name is None:
+        raise ValueError(
+            f"{folder} is not of a diffusers model; give the float module: load({str(folder)!r}, model=...)"
+        )
+    import diffusers
+
+    model_class = getattr(diffusers, class_name, None)
+    if model_class is None:
+        raise InvalidFile(
+            f"{folder}: this diffusers {diffusers.__version__} has no {class_name}; install one that has"
+        )
+    built: nn.Module = model_class.from_config(dict(stored.model_config))
+    dtype = next(d for _, d in stored.example.values() if d.is_floating_point)
+    return built.to(dtype)
+
+
+def _check_identity(stored: serialization.Stored, model: nn.Module, folder: str | Path) -> None:
+    actual, expected = _identity(model), dict(stored.parameters)
+    if actual == expected:
+        return
+    missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
+    shapes = [f"{n} {expected[n]} != {actual[n]}" for n in expected if n in actual and actual[n] != expected[n]]
+    raise InvalidFile(
+        f"{folder} is of another model than {type(model).__name__}: missing from the model {missing}, not in the file"
+        f" {extra}, shapes (file != model) {shapes}. Load with the model that was quantized"
+    )

@@ -1,0 +1,244 @@
+"""A quantized denoiser on disk: ``config.json`` and packed integers in safetensors. Bytes under test, nothing pickled.
+
+Keys of the tensors, by original layer name::
+
+    <layer>.weight                packed codes, uint8 [ceil(numel / 8) * bits]; signed codes are offset by 2**(bits-1)
+    <layer>.weight_scale          [out, groups] float32          <layer>.weight_zero_point   [out, groups] uint8
+    <layer>.input_scale           [rows] float32                 <layer>.input_zero_point    [rows] uint8
+    <layer>.input_timesteps       [rows] float32, per step       <layer>.input_exponents     [channels] int8, if voted
+    anything else                 a tensor that stayed in float, under its own name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dmq_ao import numerics
+from dmq_ao.config import InvalidFile, Ranges, Recipe
+from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+TENSORS = "diffusion_pytorch_model.safetensors"
+KEY = "quantization_config"
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """Everything that a folder holds.
+
+    Attributes:
+        recipe: how it was made.
+        records: integers by layer name.
+        float_tensors: what stayed in float, by original name.
+        model_config: the diffusers ``config``, empty for other models.
+        parameters: original parameter names and shapes: the model's identity.
+        example: shape and dtype name of each tensor argument.
+        constants: values of the other arguments.
+        timestep_arg: name of the timestep, None without one.
+        sqnr_db: output noise per layer, as calibration measured it.
+    """
+
+    recipe: Recipe
+    records: Mapping[str, LayerRecord]
+    float_tensors: Mapping[str, Tensor]
+    model_config: Mapping[str, Any]
+    parameters: Mapping[str, tuple[int, ...]]
+    example: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    constants: Mapping[str, Any]
+    timestep_arg: str | None
+    sqnr_db: Mapping[str, float]
+
+
+def write(stored: Stored, folder: str | Path) -> None:
+    """Write a folder: into a temporary one beside it first, then file by file under the final names.
+
+    Raises:
+        ValueError: when ``folder`` is a file.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder to save into")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+        tensors = {name: value.contiguous() for name, value in _tensors(stored).items()}
+        save_file(tensors, Path(partial) / TENSORS, {"format": "pt"})
+        checksum = _sha256(Path(partial) / TENSORS)
+        (Path(partial) / CONFIG).write_text(json.dumps(_config(stored, checksum), indent=2, sort_keys=True) + "\n")
+        # The config names the checksum of the tensors, so a kill between the two renames is noticed on loading.
+        for name in (TENSORS, CONFIG):
+            os.replace(Path(partial) / name, folder / name)
+
+
+def read(folder: str | Path) -> Stored:
+    """Read what ``write`` wrote.
+
+    Raises:
+        InvalidFile: for anything missing, truncated, foreign, altered or of another version; it names the file, what
+            was expected and what to do.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG)
+    mine = config[KEY]
+    file = folder / TENSORS
+    if not file.exists():
+        raise InvalidFile(f"{file} is missing; {folder} must hold {CONFIG} and {TENSORS} as dmq_ao.save wrote them")
+    if _sha256(file) != mine["sha256"]:
+        raise InvalidFile(
+            f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy both again"
+        )
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise InvalidFile(f"{file}: not a safetensors file ({error}); copy or save it again") from error
+    try:
+        return _from_parts(config, tensors)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InvalidFile(f"{folder}: {error}; the folder is damaged or was edited, save it again") from error
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config: Any = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise InvalidFile(f"{file} is missing; give a folder that dmq_ao.save wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidFile(f"{file}: not JSON ({error}); it is truncated or foreign, copy or save it again") from error
+    mine = config.get(KEY) if isinstance(config, dict) else None
+    if not isinstance(mine, dict) or mine.get("quant_method") != "dmq_ao":
+        raise InvalidFile(
+            f"{file}: no {KEY} of dmq_ao in it; this is a float model or another tool's, quantize it first"
+        )
+    if mine.get("format_version") != FORMAT_VERSION:
+        raise InvalidFile(
+            f"{file}: format_version {mine.get('format_version')}, this dmq_ao reads {FORMAT_VERSION}; it was written"
+            f" by {mine.get('producer')}: install that version, or quantize again"
+        )
+    return dict(config)
+
+
+def _config(stored: Stored, checksum: str) -> dict[str, Any]:
+    producer = {name: importlib.metadata.version(name) for name in ("dmq_ao", "torch", "torchao")}
+    layers = {
+        name: {
+            "kind": record.kind,
+            "shape": list(record.weight.codes.shape),
+            "bits": record.weight.bits,
+            "symmetric": record.weight.symmetric,
+            "input": _input_config(record.activation),
+        }
+        for name, record in stored.records.items()
+    }
+    mine = {
+        "quant_method": "dmq_ao",
+        "format_version": FORMAT_VERSION,
+        "producer": producer,
+        "sha256": checksum,
+        "recipe": stored.recipe.to_dict(),
+        "layers": layers,
+        "parameters": {name: list(shape) for name, shape in stored.parameters.items()},
+        "example": {
+            n: {"shape": list(s), "dtype": str(d).removeprefix("torch.")} for n, (s, d) in stored.example.items()
+        },
+        "constants": dict(stored.constants),
+        "timestep_arg": stored.timestep_arg,
+        "sqnr_db": dict(stored.sqnr_db),
+    }
+    return {**stored.model_config, KEY: mine}
+
+
+def _input_config(activation: ActivationRecord | None) -> dict[str, Any] | None:
+    if activation is None:
+        return None
+    return {"bits": activation.bits, "ch_axis": activation.ch_axis, "ranges": activation.ranges.value}
+
+
+def _tensors(stored: Stored) -> dict[str, Tensor]:
+    tensors = {name: value.detach().cpu() for name, value in stored.float_tensors.items()}
+    for name, record in stored.records.items():
+        weight, activation = record.weight, record.activation
+        offset = numerics.code_range(weight.bits, weight.symmetric)[0]
+        tensors[f"{name}.weight"] = numerics.pack(weight.codes.cpu().to(torch.int16) - offset, weight.bits)
+        tensors[f"{name}.weight_scale"] = weight.scale.cpu()
+        if not weight.symmetric:
+            tensors[f"{name}.weight_zero_point"] = weight.zero_point.cpu().to(torch.uint8)
+        if activation is not None and activation.ranges is not Ranges.DYNAMIC:
+            tensors[f"{name}.input_scale"] = activation.scale.cpu()
+            tensors[f"{name}.input_zero_point"] = activation.zero_point.cpu().to(torch.uint8)
+        if activation is not None and activation.timesteps is not None:
+            tensors[f"{name}.input_timesteps"] = activation.timesteps.cpu()
+        if activation is not None and activation.exponents is not None:
+            tensors[f"{name}.input_exponents"] = activation.exponents.cpu()
+    # safetensors refuses tensors that share storage, and siblings share their input's qparams.
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def _from_parts(config: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
+    mine = config[KEY]
+    left = dict(tensors)
+    records = {name: _record(name, layer, left) for name, layer in mine["layers"].items()}
+    return Stored(
+        recipe=Recipe.from_dict(mine["recipe"]),
+        records=records,
+        float_tensors=left,
+        model_config={key: value for key, value in config.items() if key != KEY},
+        parameters={name: tuple(shape) for name, shape in mine["parameters"].items()},
+        example={n: (tuple(e["shape"]), getattr(torch, e["dtype"])) for n, e in mine["example"].items()},
+        constants=mine["constants"],
+        timestep_arg=mine["timestep_arg"],
+        sqnr_db=mine["sqnr_db"],
+    )
+
+
+def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
+    """Take one layer's tensors out of ``left``."""
+    bits, symmetric, shape = layer["bits"], layer["symmetric"], layer["shape"]
+    offset = numerics.code_range(bits, symmetric)[0]
+    codes = numerics.unpack(left.pop(f"{name}.weight"), bits, int(torch.tensor(shape).prod())) + offset
+    scale = left.pop(f"{name}.weight_scale")
+    zero_point = torch.zeros_like(scale) if symmetric else left.pop(f"{name}.weight_zero_point")
+    weight = WeightRecord(
+        bits,
+        symmetric,
+        codes.to(torch.int8 if symmetric else torch.uint8).reshape(shape),
+        scale,
+        zero_point.to(torch.int32),
+    )
+    return LayerRecord(name, layer["kind"], weight, _activation(name, layer["input"], left))
+
+
+def _activation(name: str, given: Mapping[str, Any] | None, left: dict[str, Tensor]) -> ActivationRecord | None:
+    if given is None:
+        return None
+    ranges = Ranges(given["ranges"])
+    dynamic = ranges is Ranges.DYNAMIC
+    return ActivationRecord(
+        bits=given["bits"],
+        ch_axis=given["ch_axis"],
+        ranges=ranges,
+        scale=torch.zeros(0) if dynamic else left.pop(f"{name}.input_scale"),
+        zero_point=(torch.zeros(0) if dynamic else left.pop(f"{name}.input_zero_point")).to(torch.int32),
+        timesteps=left.pop(f"{name}.input_timesteps") if ranges is Ranges.PER_STEP else None,
+        exponents=left.pop(f"{name}.input_exponents", None),
+    )
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,193 @@
+"""The observer of a layer's input: ranges first, then the power-of-two vote under those ranges, then integers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import ObserverBase
+
+from dmq_ao import graph, ops
+from dmq_ao.config import MissingStatistics, PowerOfTwo, Ranges, TensorConfig
+from dmq_ao.layer import ActivationRecord
+from dmq_ao.observers.per_step import RangeEstimator, RangeTable
+from dmq_ao.observers.power_of_two import Election, Vote, candidate_errors
+
+
+class ActivationObserver(ObserverBase):
+    """Watches the input of a layer (or of siblings that share it) and lowers itself to quantize and dequantize nodes.
+
+    A calibration pass is started by ``start_ranges`` or ``start_votes`` and fed by ``forward``; the tensor itself goes
+    through untouched. ``record`` says what was decided.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        config: TensorConfig,
+        ch_axis: int,
+        estimator: type[RangeEstimator],
+        power_of_two: PowerOfTwo | None = None,
+        **spec: Any,
+    ) -> None:
+        """``spec`` is what torchao passes to every observer; all of it follows from ``config``."""
+        super().__init__(dtype=torch.uint8, is_dynamic=config.ranges is Ranges.DYNAMIC)
+        del spec
+        self.layer, self.config, self.ch_axis = layer, config, ch_axis
+        self.estimator, self.power_of_two = estimator, power_of_two
+        self.decided: ActivationRecord | None = None
+        self.election: Election | None = None
+        self.start_ranges()
+
+    def start_ranges(self) -> None:
+        """Forget everything and watch ranges."""
+        self.ranges = RangeTable(self.estimator, self.config.ranges is Ranges.PER_STEP)
+        self.vote: Vote | None = None
+        self.decided = self.election = None
+
+    def start_votes(self) -> None:
+        """Freeze the ranges and hold the vote, if any was asked for, on what comes next."""
+        self.decided = self._from_ranges()
+        self.vote = Vote(self.power_of_two) if self.power_of_two else None
+
+    def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """Observe ``x`` [B, ...] at ``timestep`` [B]; returns ``x`` itself.
+
+        Raises:
+            ValueError: when ``x`` holds NaN or infinity, naming the layer.
+        """
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"{self.layer}: its input holds NaN or infinity; check the samples and the float denoiser"
+            )
+        if self.vote is not None and self.decided is not None:
+            scale, zero_point = self._rows(x, timestep, self.decided)
+            limit = self.vote.config.max_exponent
+            self.vote.update(candidate_errors(x, scale, zero_point, self.config.bits, self.ch_axis, limit))
+        elif self.decided is None and self.config.ranges is not Ranges.DYNAMIC:
+            self.ranges.update(x, timestep)
+        return x
+
+    def _rows(self, x: Tensor, timestep: Tensor | None, record: ActivationRecord) -> tuple[Tensor, Tensor]:
+        if record.ranges is Ranges.DYNAMIC:
+            scale, zero_point = ops.dynamic_qparams(x, record.bits)
+            return scale, zero_point
+        scale, zero_point = record.scale.to(x.device), record.zero_point.to(x.device)
+        if record.timesteps is None or timestep is None:
+            return scale, zero_point
+        rows = ops.row(timestep, record.timesteps.to(x.device))
+        return scale[rows], zero_point[rows]
+
+    def record(self) -> ActivationRecord:
+        """Ranges and exponents as decided by the passes so far.
+
+        Raises:
+            MissingStatistics: when nothing was observed.
+        """
+        record = self.decided or self._from_ranges()
+        if self.vote is None or not len(self.vote.counts):
+            return record
+        self.election = self.vote.elect()
+        return ActivationRecord(**{**record.__dict__, "exponents": self.election.exponents})
+
+    def simulate(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """What the codes of ``x`` [B, ...] stand for, in the dtype of ``x``."""
+        record = self.record()
+        scale, zero_point = self._rows(x, timestep, record)
+        step = None if record.channel_step is None else record.channel_step.to(x.device)
+        codes = ops.quantize(x, scale, zero_point, step, record.ch_axis, 0, 2**record.bits - 1)
+        values: Tensor = ops.dequantize(codes, scale, zero_point, step, record.ch_axis, x.dtype)
+        return values
+
+    def state(self) -> dict[str, Tensor]:
+        """Statistics of the pass under way and what earlier passes froze, as tensors."""
+        tensors = {f"range/{key}": value for key, value in self.ranges.state().items()}
+        if self.vote is not None:
+            tensors |= {f"vote/{key}": value for key, value in self.vote.state().items()}
+        return tensors
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        self.start_ranges()
+        parts = {
+            kind: {k.removeprefix(kind): v for k, v in state.items() if k.startswith(kind)}
+            for kind in ("range/", "vote/")
+        }
+        self.ranges.load_state(parts["range/"])
+        if parts["vote/"]:
+            self.start_votes()
+            assert self.vote is not None
+            self.vote.load_state(parts["vote/"])
+
+    def restore(self, record: ActivationRecord) -> None:
+        """Take a record as decided, from a file or from ``record``."""
+        self.decided, self.vote = record, None
+
+    def _from_ranges(self) -> ActivationRecord:
+        if self.config.ranges is Ranges.DYNAMIC:
+            scale, zero_point = torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+        elif not self.ranges.rows:
+            raise MissingStatistics(
+                f"{self.layer}: its input was never observed; run calibrate(prepared, samples) before convert"
+            )
+        else:
+            scale, zero_point = self.ranges.qparams(self.config.bits)
+        return ActivationRecord(
+            self.config.bits, self.ch_axis, self.config.ranges, scale, zero_point, self.ranges.timesteps()
+        )
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """``scale`` [rows] and ``zero_point`` [rows], as torchao observers give them."""
+        record = self.record()
+        return record.scale, record.zero_point
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Replace this observer's node by quantize and dequantize nodes; torchao's convert calls it."""
+        record = self.record()
+        source = node.args[0]
+        assert isinstance(source, Node)
+        with model.graph.inserting_before(node):
+            scale, zero_point = self._emit_qparams(model, node, source, record)
+            step = record.channel_step
+            channel_scale = None if step is None else graph.add_tensor(model, f"{self.layer}.input_step", step)
+            limits = (0, 2**record.bits - 1)
+            codes = model.graph.call_function(
+                ops.quantize, (source, scale, zero_point, channel_scale, record.ch_axis, *limits)
+            )
+            dtype = source.meta["val"].dtype
+            real = model.graph.call_function(
+                ops.dequantize, (codes, scale, zero_point, channel_scale, record.ch_axis, dtype)
+            )
+        node.replace_all_uses_with(real)
+        model.graph.erase_node(node)
+
+    def _emit_qparams(
+        self, model: GraphModule, node: Node, source: Node, record: ActivationRecord
+    ) -> tuple[Node, Node]:
+        call = model.graph.call_function
+        if record.ranges is Ranges.DYNAMIC:
+            both = call(ops.dynamic_qparams, (source, record.bits))
+            return call(operator.getitem, (both, 0)), call(operator.getitem, (both, 1))
+        scale = graph.add_tensor(model, f"{self.layer}.input_scale", record.scale)
+        zero_point = graph.add_tensor(model, f"{self.layer}.input_zero_point", record.zero_point)
+        if record.timesteps is None:
+            return scale, zero_point
+        timestep = node.args[1]
+        assert isinstance(timestep, Node)
+        rows = _row_node(model, timestep, record.timesteps)
+        select = torch.ops.aten.index_select.default
+        return call(select, (scale, 0, rows)), call(select, (zero_point, 0, rows))
+
+
+def _row_node(model: GraphModule, timestep: Node, timesteps: Tensor) -> Node:
+    """The look-up of table rows by timestep, one node for all layers that share the table's timesteps."""
+    for user in timestep.users:
+        if user.target == ops.row and torch.equal(graph.attribute(model, user.args[1]), timesteps):  # type: ignore[arg-type]
+            return user
+    with model.graph.inserting_after(timestep):
+        table = graph.add_tensor(model, "timesteps", timesteps)
+    with model.graph.inserting_after(table):
+        return model.graph.call_function(ops.row, (timestep, table))

@@ -1,0 +1,123 @@
+"""Power-of-two scaling of activation channels, chosen by vote (DMQ, arXiv 2507.12933).
+
+Channel c gets the step ``scale * 2**-e_c``. Each sample votes for the exponent that quantizes the channel best; a
+winner without enough agreement yields to exponent 0, the plain step. Only finer steps are on offer, so a vote trades
+clipping for resolution, and the guard refuses a trade that costs more than it brings.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from dmq_ao import numerics
+from dmq_ao.config import PowerOfTwo, Ties
+
+
+def candidate_errors(
+    x: Tensor, scale: Tensor, zero_point: Tensor, bits: int, ch_axis: int, max_exponent: int
+) -> Tensor:
+    """Mean squared error of every channel of every sample under every exponent.
+
+    Args:
+        x: [samples, ...], channels on ``ch_axis``.
+        scale: [samples] or [1] float32, step of exponent 0.
+        zero_point: [samples] or [1] int32, shared by all exponents.
+        bits: width of a code.
+        ch_axis: channel axis of ``x``, not 0.
+        max_exponent: largest exponent tried.
+
+    Returns:
+        [samples, channels, exponents] float32, exponents 0 to ``max_exponent``.
+    """
+    by_channel = x.detach().float().movedim(ch_axis, 1).flatten(2)
+    scale, zero_point = numerics.along(scale, 0, 3), numerics.along(zero_point, 0, 3)
+    quant_min, quant_max = numerics.code_range(bits, symmetric=False)
+    errors = []
+    for exponent in range(max_exponent + 1):
+        actual = numerics.fake_quantize(by_channel, scale * 2.0**-exponent, zero_point, quant_min, quant_max)
+        errors.append((actual - by_channel).square().mean(-1))
+    return torch.stack(errors, dim=-1)
+
+
+def ballots(errors: Tensor, ties: Ties = Ties.COARSE) -> Tensor:
+    """How many samples vote for each exponent.
+
+    Args:
+        errors: [samples, channels, exponents].
+        ties: equal errors go to the coarse step (ours) or to the fine one (as published code computes).
+
+    Returns:
+        [channels, exponents] int64.
+    """
+    count = errors.shape[-1]
+    choice = count - 1 - errors.flip(-1).argmin(-1) if ties is Ties.FINE else errors.argmin(-1)
+    return one_hot(choice, count).sum(0)
+
+
+def elect(counts: Tensor, agreement: float, ties: Ties = Ties.COARSE) -> Tensor:
+    """One exponent per channel from the counted ballots.
+
+    Args:
+        counts: [channels, exponents] int64; every row has the same sum.
+        agreement: share of the ballots that the winner needs; equality is enough.
+        ties: which of two equal winners wins.
+
+    Returns:
+        [channels] int8; 0 where the winner lacks agreement.
+    """
+    count = counts.shape[-1]
+    winner = count - 1 - counts.flip(-1).argmax(-1) if ties is Ties.FINE else counts.argmax(-1)
+    # A little less than the decimal fraction asks, so that 17 ballots of 20 are an agreement of 0.85.
+    needed = agreement * counts.sum(-1) - 1e-6
+    return torch.where(counts.amax(-1) >= needed, winner, torch.zeros_like(winner)).to(torch.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class Election:
+    """The outcome of a vote.
+
+    Attributes:
+        exponents: [channels] int8.
+        agreement: [channels] float32, share of the samples behind the winner.
+        refused: channels whose vote the guard refused.
+    """
+
+    exponents: Tensor
+    agreement: Tensor
+    refused: int
+
+
+class Vote:
+    """Ballots and summed errors of a stream of samples: [channels, exponents], whatever the number of samples."""
+
+    def __init__(self, config: PowerOfTwo) -> None:
+        """Start clean."""
+        self.config = config
+        self.counts = torch.zeros(0, dtype=torch.int64)
+        self.errors = torch.zeros(0, dtype=torch.float64)
+
+    def update(self, errors: Tensor) -> None:
+        """Count what ``candidate_errors`` returned for some samples."""
+        counts, total = ballots(errors, self.config.ties).cpu(), errors.double().sum(0).cpu()
+        self.counts = counts if not len(self.counts) else self.counts + counts
+        self.errors = total if not len(self.errors) else self.errors + total
+
+    def elect(self) -> Election:
+        """Exponents under agreement and guard."""
+        exponents = elect(self.counts, self.config.agreement, self.config.ties)
+        share = self.counts.amax(-1) / self.counts.sum(-1).clamp_min(1)
+        if not self.config.guard:
+            return Election(exponents, share, refused=0)
+        chosen = self.errors.gather(1, exponents.long()[:, None])[:, 0]
+        worse = chosen > self.errors[:, 0]
+        return Election(torch.where(worse, torch.zeros_like(exponents), exponents), share, int(worse.sum()))
+
+    def state(self) -> dict[str, Tensor]:
+        """What was counted, as tensors."""
+        return {"counts": self.counts, "errors": self.errors}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        self.counts, self.errors = state["counts"], state["errors"]

@@ -1,0 +1,101 @@
+"""The observer of a layer's weight: nothing to watch, so it goes straight to integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import ObserverBase
+
+from dmq_ao import graph, numerics, ops
+from dmq_ao.config import Granularity, TensorConfig
+from dmq_ao.layer import WeightRecord
+from dmq_ao.observers.per_step import RangeEstimator
+
+
+def quantize_weight(weight: Tensor, config: TensorConfig, estimator: type[RangeEstimator]) -> WeightRecord:
+    """Codes of a weight [out, ...] with one scale per tensor, per output channel or per group of inputs.
+
+    Raises:
+        ValueError: when ``group_size`` does not divide the inputs of an output channel.
+    """
+    out, inputs = weight.shape[0], weight[0].numel()
+    size = {Granularity.PER_TENSOR: out * inputs, Granularity.PER_CHANNEL: inputs}.get(
+        config.granularity, config.group_size
+    )
+    assert size is not None
+    if config.granularity is Granularity.PER_GROUP and inputs % size:
+        raise ValueError(f"group_size {size} does not divide the {inputs} inputs of an output channel")
+    rows = weight.detach().float().reshape(-1, size)
+    low, high = estimator.weight_range(rows, config.bits, config.symmetric)
+    scale, zero_point = numerics.choose_qparams(low, high, config.bits, config.symmetric)
+    limits = numerics.code_range(config.bits, config.symmetric)
+    codes = numerics.quantize(rows, scale[:, None], zero_point[:, None], *limits)
+    if config.granularity is Granularity.PER_TENSOR:
+        scale, zero_point = scale.expand(out).contiguous(), zero_point.expand(out).contiguous()
+    return WeightRecord(
+        bits=config.bits,
+        symmetric=config.symmetric,
+        codes=codes.to(torch.int8 if config.symmetric else torch.uint8).reshape(weight.shape),
+        scale=scale.reshape(out, -1),
+        zero_point=zero_point.reshape(out, -1),
+    )
+
+
+class WeightObserver(ObserverBase):
+    """Stands on a layer's weight and lowers itself to stored codes and a dequantize node."""
+
+    def __init__(self, layer: str, config: TensorConfig, estimator: type[RangeEstimator], **spec: Any) -> None:
+        """``spec`` is what torchao passes to every observer; all of it follows from ``config``."""
+        super().__init__(dtype=torch.int8 if config.symmetric else torch.uint8)
+        del spec
+        self.layer, self.config, self.estimator = layer, config, estimator
+        self.decided: WeightRecord | None = None
+
+    def start(self) -> None:
+        """Forget what was decided."""
+        self.decided = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def record(self, weight: Tensor) -> WeightRecord:
+        """The restored record, or the codes of ``weight`` [out, ...].
+
+        Raises:
+            ValueError: naming the layer, when the weight is not finite or does not fit the configuration.
+        """
+        if self.decided is not None:
+            return self.decided
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.layer}: its weight holds NaN or infinity; check the float checkpoint")
+        try:
+            return quantize_weight(weight, self.config, self.estimator)
+        except ValueError as error:
+            raise ValueError(f"{self.layer}: {error}") from error
+
+    def restore(self, record: WeightRecord) -> None:
+        """Take a record as decided, from a file or from ``record``."""
+        self.decided = record
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """``scale`` and ``zero_point`` [out, groups] of the decided record."""
+        assert self.decided is not None, f"{self.layer}: record() comes first"
+        return self.decided.scale, self.decided.zero_point
+
+    def convert(self, model: GraphModule, node: Node) -> None:
+        """Replace this observer's node by stored codes and a dequantize node."""
+        source = node.args[0]
+        assert isinstance(source, Node)
+        weight = graph.attribute(model, source)
+        record = self.record(weight)
+        with model.graph.inserting_before(node):
+            codes = graph.add_tensor(model, f"{self.layer}.codes", record.codes)
+            scale = graph.add_tensor(model, f"{self.layer}.weight_scale", record.scale)
+            zero_point = graph.add_tensor(model, f"{self.layer}.weight_zero_point", record.zero_point)
+            real = model.graph.call_function(ops.dequantize_weight, (codes, scale, zero_point, weight.dtype))
+        node.replace_all_uses_with(real)
+        model.graph.erase_node(node)

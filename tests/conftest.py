@@ -1,0 +1,106 @@
+"""What every test may ask for: a fixed seed, a device, and tiny models that are real diffusers models.
+
+The models are built once per run and shared: copy one (``copy.deepcopy``) before changing it.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+TinyModel = tuple[nn.Module, dict[str, Tensor]]  # the denoiser in eval mode, keyword arguments for a batch of two
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def _devices() -> Iterator[object]:
+    yield "cpu"
+    if torch.cuda.is_available():
+        yield pytest.param("cuda", marks=pytest.mark.gpu)
+
+
+@pytest.fixture(params=_devices())
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """One test body for all devices: the CPU, and with ``-m gpu`` the CUDA device where there is one."""
+    return torch.device(request.param)
+
+
+def _build(model: Callable[[], nn.Module], inputs: Callable[[], dict[str, Tensor]]) -> TinyModel:
+    """Weights and inputs of fixed seeds, whatever ran before, leaving the generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        built = model().eval()
+        torch.manual_seed(1)
+        return built, inputs()
+
+
+@pytest.fixture(scope="session")
+def tiny_unet2d() -> TinyModel:
+    """A DDPM UNet on 16x16: skip concatenations, self-attention at 8x8."""
+    diffusers = pytest.importorskip("diffusers")
+    return _build(
+        lambda: diffusers.UNet2DModel(
+            sample_size=16,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ),
+        lambda: {"sample": torch.randn(2, 3, 16, 16), "timestep": torch.tensor([10, 500])},
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_unet2d_condition() -> TinyModel:
+    """A UNet as in Stable Diffusion on 16x16 latents: skip concatenations, cross-attention to seven tokens."""
+    diffusers = pytest.importorskip("diffusers")
+    return _build(
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(16, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=2,
+            cross_attention_dim=24,
+            norm_num_groups=8,
+        ),
+        lambda: {
+            "sample": torch.randn(2, 4, 16, 16),
+            "timestep": torch.tensor([10, 500]),
+            "encoder_hidden_states": torch.randn(2, 7, 24),
+        },
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_dit() -> TinyModel:
+    """A class-conditional DiT on 8x8 latents: sixteen tokens, two blocks, noise and variance predicted."""
+    diffusers = pytest.importorskip("diffusers")
+    return _build(
+        lambda: diffusers.DiTTransformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_embeds_ada_norm=10,
+        ),
+        lambda: {
+            "hidden_states": torch.randn(2, 4, 8, 8),
+            "timestep": torch.tensor([10, 500]),
+            "class_labels": torch.tensor([3, 7]),
+        },
+    )
