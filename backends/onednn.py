@@ -2,8 +2,8 @@
 
 A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one integer kernel that reads
 the codes. The quantize step stays plain operators, so Inductor fuses it with the norm and activation before it.
-Power-of-two exponents cost nothing when the shifted weight codes fit int8; codes too wide for that are multiplied in up
-to four groups of channels, one group per exponent, each exact.
+Power-of-two exponents cost nothing when the shifted weight codes fit int8; codes too wide for that are multiplied in
+up to four groups of channels, one group per exponent, each exact.
 
 The kernels are operators of their own (``dmq_ao::int_conv``, ``dmq_ao::int_linear``) because Inductor lowers oneDNN's
 only under global freezing. Scales and zero points are tensors, so a table looked up by timestep needs no
@@ -175,8 +175,8 @@ class OneDNN:
                 and item.weight.bits > 7
             ):
                 reasons.append(
-                    f"{item.name}: asymmetric {item.weight.bits}-bit weight codes do not fit int8 once their zero point"
-                    " is taken off; use symmetric=True, or at most 7 bits"
+                    f"{item.name}: asymmetric {item.weight.bits}-bit weight codes do not fit int8 once their zero"
+                    " point is taken off; use symmetric=True, or at most 7 bits"
                 )
         return reasons
 

@@ -96,7 +96,7 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise ValueError(f"{numel} codes of {bits} bits take {expected} uint8, got {packed.numel()} {packed.dtype}")
     word = (packed.reshape(-1, bits).to(torch.int64) << (8 * torch.arange(bits))).sum(-1, keepdim=True)
-    codes = (word >> (bits * torch.arange(8))) & (2**bits - 1)
+    codes: Tensor = (word >> (bits * torch.arange(8))) & (2**bits - 1)
     return codes.to(torch.int16).reshape(-1)[:numel]
 
 

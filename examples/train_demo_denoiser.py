@@ -3,8 +3,8 @@
     python examples/train_demo_denoiser.py --data fashion_mnist.npz --out build/demo_denoiser
 
 ``--data`` is an npz with ``x_train`` [60000, 28, 28] uint8 (Fashion-MNIST, MIT licence, as packed by Keras). The run
-is seeded and resumable: every batch is a function of (seed, step), and ``--state`` keeps weights, moving average and Adam
-moments as safetensors. Ctrl-C loses at most ``--save-every`` steps; the same command goes on from there.
+is seeded and resumable: every batch is a function of (seed, step), and ``--state`` keeps weights, moving average and
+Adam moments as safetensors. Ctrl-C loses at most ``--save-every`` steps; the same command goes on from there.
 """
 
 import argparse
