@@ -11,8 +11,11 @@ import copy
 import dataclasses
 import inspect
 import operator
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ META = "dmq_ao"
 LAYER = "dmq_ao.layer"
 ROLES = "dmq_ao.roles"
 _PREFIX = "denoiser."
+_PATCH_EMBED = "diffusers.models.embeddings.PatchEmbed"
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -297,12 +301,52 @@ def _two_rows(tensors: Mapping[str, Tensor], batch: str) -> dict[str, Tensor]:
 
 def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> GraphModule:
     shapes = {name: dict.fromkeys(range(x.dim()), Dim.AUTO) for name, x in tensors.items()}
-    program = torch.export.export(
-        module, tuple(tensors.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
-    )
+    with _any_size(module):
+        program = torch.export.export(
+            module, tuple(tensors.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
+        )
     exported = program.module()
     assert isinstance(exported, GraphModule)
     return exported
+
+
+@contextmanager
+def _any_size(module: nn.Module) -> Iterator[None]:
+    """For the time of an export, let diffusers' ``PatchEmbed`` work out its positions from the size it is given.
+
+    It compares that size with its native one, then reads a table or computes one in a way that only squares export:
+    the graph would serve one size.
+    """
+    found = [m for m in module.modules() if f"{type(m).__module__}.{type(m).__name__}" == _PATCH_EMBED]
+    chosen = [m for m in found if m.pos_embed is not None and not m.pos_embed_max_size and "forward" not in vars(m)]
+    try:
+        for table in chosen:
+            table.forward = partial(_embed_patches, table)
+        yield
+    finally:
+        for table in chosen:
+            vars(table).pop("forward", None)
+
+
+def _embed_patches(table: Any, latent: Tensor) -> Tensor:
+    """What ``PatchEmbed.forward`` computes: patches [B, C, H, W] as tokens, plus sines of their column and row."""
+    height, width = (size // table.patch_size for size in latent.shape[-2:])
+    tokens = table.proj(latent).flatten(2).transpose(1, 2)
+    if table.layer_norm:
+        tokens = table.norm(tokens)
+    sines = sys.modules[type(table).__module__].get_1d_sincos_pos_embed_from_grid
+    columns, rows = (
+        sines(
+            table.pos_embed.shape[-1] // 2,
+            torch.arange(count, device=latent.device, dtype=torch.float32)
+            / (count / table.base_size)
+            / table.interpolation_scale,
+        )
+        for count in (width, height)
+    )
+    grid = torch.cat([columns.expand(height, -1, -1), rows.unsqueeze(1).expand(-1, width, -1)], dim=-1)
+    positions = grid.reshape(1, height * width, -1).to(table.pos_embed.dtype)
+    return (tokens + positions).to(tokens.dtype)
 
 
 def _return_type(
@@ -398,8 +442,8 @@ def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     """What each layer is for, by dataflow and not by name.
 
     ``@input``: reads the sample with no other layer before it. ``@output``: nothing after it but the output.
-    ``@embedding``: never sees the sample, and either depends on the timestep or reads vectors [B, C]: time, label and
-    size embeddings and the modulations made from them. ``@concat``: reads a concatenation along channels.
+    ``@embedding``: never sees the sample, and either reads vectors [B, C] or sees the timestep and no tokens: time,
+    label and size embeddings and the modulations made from them. ``@concat``: reads a concatenation along channels.
     """
     inputs = placeholders(gm)
     signature = signature_of(gm)
@@ -408,6 +452,8 @@ def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     from_sample = _reach(gm, {sample}, stop=set())
     before_layers = _reach(gm, {sample}, stop=targets)
     from_time = _reach(gm, {timestep} if timestep else set(), stop=set())
+    tokens = {node for node in inputs.values() if node not in (sample, timestep) and node.meta["val"].dim() > 2}
+    from_tokens = _reach(gm, tokens, stop=set())
     found: dict[str, set[str]] = {}
     for layer in layers:
         node = layer.node
@@ -418,7 +464,7 @@ def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
                 roles_here.add("@input")
             if not _reach(gm, {node}, stop=set()) & (targets - {node}):
                 roles_here.add("@output")
-        elif node in from_time or (layer.kind == "linear" and layer.ch_axis == 1):
+        elif (node in from_time and node not in from_tokens) or (layer.kind == "linear" and layer.ch_axis == 1):
             roles_here.add("@embedding")
         if layer.quantizable and node in from_sample and concat_source(node, layer.ch_axis) is not None:
             roles_here.add("@concat")
@@ -476,7 +522,8 @@ def add_tensor(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     while hasattr(gm, free):
         count += 1
         free = f"{stem}_{count}"
-    gm.register_buffer(free, tensor, persistent=False)
+    device = next((p.device for p in gm.parameters()), tensor.device)
+    gm.register_buffer(free, tensor if tensor.is_mkldnn else tensor.to(device), persistent=False)
     return gm.graph.get_attr(free)
 
 

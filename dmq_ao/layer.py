@@ -123,6 +123,18 @@ class LayerRecord:
     weight: WeightRecord
     activation: ActivationRecord | None
 
+    @property
+    def stored_bits(self) -> int:
+        """Bits that the record takes in a file."""
+        weight, activation = self.weight, self.activation
+        bits = -(-weight.codes.numel() // 8) * 8 * weight.bits + 32 * weight.scale.numel()
+        bits += 0 if weight.symmetric else 8 * weight.zero_point.numel()
+        if activation is None:
+            return bits
+        bits += 40 * activation.scale.numel()
+        bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
+        return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
+
 
 def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 1) -> tuple[Tensor, int]:
     """Weight codes less their zero point, shifted left so that every input channel has the layer's finest step.

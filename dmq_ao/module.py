@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -54,6 +55,35 @@ class QuantizedDenoiser(nn.Module):
                 raise
             return getattr(self.__dict__["skeleton"], name)
 
+    def layer_reports(self) -> list[dict[str, Any]]:
+        """One row a layer: kept or quantized, bits, kernel, output SQNR in dB on calibration samples, and why."""
+        return [self._layer_report(item) for item in self.plan.values()]
+
+    def _layer_report(self, item: LayerPlan) -> dict[str, Any]:
+        kernel = self.kernels.get(item.name, Kernel("float"))
+        return {
+            "name": item.name,
+            "kind": item.kind,
+            "status": "float" if item.weight is None else "quantized",
+            "weight_bits": self.float_bits if item.weight is None else item.weight.bits,
+            "activation_bits": self.float_bits if item.activation is None else item.activation.bits,
+            "kernel": kernel.name,
+            "sqnr_db": self.sqnr_db.get(item.name),
+            "why": item.why or kernel.why,
+        }
+
+    @property
+    def float_bits(self) -> int:
+        """Bits of the original model's numbers."""
+        return self.dtype.itemsize * 8
+
+    @property
+    def mean_bits(self) -> float:
+        """Stored bits per original parameter: codes, scales, zero points, exponents, and all that stayed in float."""
+        stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.float_tensors.values())
+        stored += sum(record.stored_bits for record in self.records.values())
+        return stored / sum(tensor.numel() for tensor in self.skeleton.state_dict().values())
+
     @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of inputs and outputs: that of the original model."""
@@ -63,16 +93,43 @@ class QuantizedDenoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return next(self.graph_module.buffers()).device
+        return next(chain(self.graph_module.buffers(), self.graph_module.parameters())).device
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedDenoiser:
+        """What ``to``, ``half``, ``cuda`` and the like end in: kernels and codes are made for one dtype and device.
+
+        Raises:
+            TypeError: for another dtype or device than it has.
+        """
+        del recurse
+        moved = fn(torch.zeros(1, dtype=self.dtype, device=self.device))
+        if moved.dtype != self.dtype or moved.device != self.device:
+            raise TypeError(
+                f"a quantized denoiser stays {self.dtype} on {self.device}, asked for {moved.dtype} on {moved.device};"
+                " quantize a float denoiser of that dtype on that device instead"
+            )
+        return self
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Not here: ``dmq_ao.save`` writes a quantized denoiser.
+
+        Raises:
+            TypeError: always, with the call to use.
+        """
+        del args, kwargs
+        raise TypeError("a quantized denoiser is written by dmq_ao.save(denoiser, folder)")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Denoise; arguments as for the original model.
 
         Raises:
-            TypeError: for a missing or unknown argument, or one that was constant in the exported graph and differs.
+            TypeError: for a missing or unknown argument, one of another dtype, or one that was constant in the exported
+                graph and differs.
+            ValueError: for shapes that the exported graph does not take.
         """
         tensors = self._tensors(args, kwargs)
-        result = self.graph_module(*tensors)
+        # Under torch.compile the graph's own guards speak, uncaught: a handler here would break the graph.
+        result = self.graph_module(*tensors) if torch.compiler.is_compiling() else self._run(tensors)
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         return_type = self.signature.return_type
         if return_type is not None and kwargs.get("return_dict", True):
@@ -89,7 +146,8 @@ class QuantizedDenoiser(nn.Module):
             if name not in flat:
                 raise TypeError(f"missing argument {name!r}; this quantized denoiser takes {list(signature.names)}")
             value = flat.pop(name)
-            tensors.append(self._timestep(value, flat, tensors) if name == signature.timestep else value)
+            timestep = name == signature.timestep
+            tensors.append(self._timestep(value, flat, tensors) if timestep else self._checked(name, value))
         for name, value in flat.items():
             if name not in signature.constants:
                 raise TypeError(
@@ -103,11 +161,33 @@ class QuantizedDenoiser(nn.Module):
                 )
         return tensors
 
+    def _run(self, tensors: list[Any]) -> Any:
+        try:
+            return self.graph_module(*tensors)
+        except AssertionError as error:
+            shapes = {n: tuple(x.shape) for n, x in zip(self.signature.names, tensors, strict=True)}
+            example = {n: shape for n, (shape, _) in self.signature.example.items()}
+            raise ValueError(
+                f"shapes {shapes} do not fit the exported graph ({error}); its example inputs had {example}. Batch and"
+                " resolution may differ from them, sizes that the weights fix may not"
+            ) from error
+
+    def _checked(self, name: str, value: Any) -> Tensor:
+        shape, dtype = self.signature.example[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"argument {name!r} must be a tensor, got {type(value).__name__} {value!r}")
+        if value.dim() != len(shape):
+            raise ValueError(f"argument {name!r} must have {len(shape)} dimensions, got shape {tuple(value.shape)}")
+        if value.is_floating_point() and value.dtype != dtype:
+            raise TypeError(f"argument {name!r} must be {dtype}, got {value.dtype}; cast it, or prepare with that dtype")
+        return value
+
     def _timestep(self, value: Any, later: dict[str, Any], earlier: list[Any]) -> Tensor:
         signature = self.signature
         batch = later.get(signature.batch)
         if batch is None:
             batch = earlier[signature.names.index(signature.batch)]
+        self._checked(signature.batch, batch)
         dtype = signature.example[str(signature.timestep)][1]
         timestep = torch.as_tensor(value, device=batch.device)
         if not timestep.is_floating_point() or not dtype.is_floating_point:

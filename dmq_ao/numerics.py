@@ -108,4 +108,4 @@ def sqnr(actual: Tensor, expected: Tensor) -> float:
     """
     signal = expected.double().square().sum()
     noise = (actual.double() - expected.double()).square().sum()
-    return float(10 * torch.log10(signal / noise))
+    return float(10 * torch.log10(signal / noise)) if noise != 0 else float("inf")

@@ -75,6 +75,8 @@ def _pass_timestep(prepared: GraphModule) -> None:
                     f" {', '.join(graph.TIMESTEP_NAMES)}; name it with timestep_arg=, or use static ranges"
                 )
             node.args = (node.args[0], timestep)
+            if node < timestep:  # it watches another input, and stands between the two
+                timestep.append(node)
     prepared.recompile()
 
 

@@ -105,6 +105,7 @@ class ActivationObserver(ObserverBase):
     def state(self) -> dict[str, Tensor]:
         """Statistics of the pass under way and what earlier passes froze, as tensors."""
         tensors = {f"range/{key}": value for key, value in self.ranges.state().items()}
+        tensors["frozen"] = torch.tensor(self.decided is not None)
         if self.vote is not None:
             tensors |= {f"vote/{key}": value for key, value in self.vote.state().items()}
         return tensors
@@ -117,9 +118,9 @@ class ActivationObserver(ObserverBase):
             for kind in ("range/", "vote/")
         }
         self.ranges.load_state(parts["range/"])
-        if parts["vote/"]:
+        if state["frozen"]:
             self.start_votes()
-            assert self.vote is not None
+        if self.vote is not None:
             self.vote.load_state(parts["vote/"])
 
     def restore(self, record: ActivationRecord) -> None:

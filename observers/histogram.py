@@ -30,8 +30,9 @@ class Histogram:
         largest = float(values.abs().max())
         if largest > 0:
             self._grow(math.floor(math.log2(largest)) + 1)
-        index = ((values * 2.0**-self.exponent + 1) * (BINS // 2)).floor().clamp(0, BINS - 1).long()
-        self.counts += torch.bincount(index, minlength=BINS)
+        # In float64 the scaling is exact, so a value lands in the bin that its bin of a smaller limit merges into.
+        index = (values.double() * (BINS // 2 * 2.0**-self.exponent)).floor().long() + BINS // 2
+        self.counts = self.counts + torch.bincount(index, minlength=BINS)
 
     def _grow(self, exponent: int) -> None:
         for _ in range(min(exponent - self.exponent, int(math.log2(BINS)) + 1)):

@@ -31,7 +31,8 @@ def candidate_errors(
     Returns:
         [samples, channels, exponents] float32, exponents 0 to ``max_exponent``.
     """
-    by_channel = x.detach().float().movedim(ch_axis, 1).flatten(2)
+    by_channel = x.detach().float().movedim(ch_axis, 1)
+    by_channel = by_channel.reshape(*by_channel.shape[:2], -1)
     scale, zero_point = numerics.along(scale, 0, 3), numerics.along(zero_point, 0, 3)
     quant_min, quant_max = numerics.code_range(bits, symmetric=False)
     errors = []
@@ -70,7 +71,7 @@ def elect(counts: Tensor, agreement: float, ties: Ties = Ties.COARSE) -> Tensor:
     count = counts.shape[-1]
     winner = count - 1 - counts.flip(-1).argmax(-1) if ties is Ties.FINE else counts.argmax(-1)
     # A little less than the decimal fraction asks, so that 17 ballots of 20 are an agreement of 0.85.
-    needed = agreement * counts.sum(-1) - 1e-6
+    needed = agreement * counts.sum(-1).double() - 1e-6
     return torch.where(counts.amax(-1) >= needed, winner, torch.zeros_like(winner)).to(torch.int8)
 
 

@@ -3,11 +3,19 @@
 The models are built once per run and shared: copy one (``copy.deepcopy``) before changing it.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from dmq_ao import graph
+
+# Tensors here are tiny: handing work to a second thread costs more than it saves, and takes cores from parallel runs.
+torch.set_num_threads(1)
 
 TinyModel = tuple[nn.Module, dict[str, Tensor]]  # the denoiser in eval mode, keyword arguments for a batch of two
 
@@ -104,3 +112,24 @@ def tiny_dit() -> TinyModel:
             "class_labels": torch.tensor([3, 7]),
         },
     )
+
+
+@pytest.fixture(scope="session")
+def capture_once() -> Callable[..., GraphModule]:
+    """``graph.capture`` that captures a model once per run for inputs of the same shapes, and hands out copies.
+
+    Nothing else takes as long. A copy reads the model's own tensors, as a capture does.
+    """
+    capture = graph.capture
+    kept: dict[str, tuple[nn.Module, GraphModule]] = {}
+
+    def copy_of(denoiser: nn.Module, example_inputs: Any, timestep_arg: str | None = None) -> GraphModule:
+        flat = graph.flatten_inputs(graph.bind(denoiser, example_inputs))
+        like = {name: (x.shape, x.dtype) if isinstance(x, Tensor) else x for name, x in flat.items()}
+        key = f"{id(denoiser)} {like} {timestep_arg}"
+        if key not in kept:
+            kept[key] = denoiser, capture(denoiser, example_inputs, timestep_arg)
+        gm = kept[key][1]
+        return copy.deepcopy(gm, {id(tensor): tensor for tensor in [*gm.parameters(), *gm.buffers()]})
+
+    return copy_of

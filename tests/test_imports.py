@@ -17,7 +17,8 @@ FLOORS = (
     "calibrate",
     "quantize",
     "diffusers_adapter",
-    "demo",
+    "measure",
+    "demo benchmark",
     "cli",
     "__init__ __main__",
 )

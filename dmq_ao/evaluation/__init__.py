@@ -11,7 +11,10 @@ from dmq_ao.evaluation.cost import (
     speedup,
 )
 from dmq_ao.evaluation.fidelity import OneStep, image_fidelity, one_step_error, psnr, relative_error, sqnr
-from dmq_ao.evaluation.report import image_grid, render_html, render_table, write_report
+from dmq_ao.evaluation.page import render_html
+from dmq_ao.evaluation.pictures import image_grid
+from dmq_ao.evaluation.report import write_report
+from dmq_ao.evaluation.table import render_table
 
 __all__ = [
     "Latency",

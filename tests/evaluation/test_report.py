@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dmq_ao.evaluation import image_grid, machine, render_html, render_table, report, write_report
+from dmq_ao.evaluation import image_grid, machine, pictures, render_html, render_table, write_report
 
 NAMES = ("W8A8", "W4A8 + PTS", "<script>W4A4</script>")
 VOID = {"meta", "img", "source", "br"}
@@ -180,7 +180,7 @@ def test_page_is_the_same_each_time(full: dict[str, Any], images: dict[str, Tens
 def test_plot_without_matplotlib_says_what_would_help(
     full: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     assert "The plot needs matplotlib: pip install 'dmq-ao[report]'." in Page(render_html(full, {})).text
     assert set(write_report(full, {}, tmp_path)) == {"report.json", "report.html"}
 
@@ -188,7 +188,7 @@ def test_plot_without_matplotlib_says_what_would_help(
 def test_plot_leaves_out_what_a_logarithm_cannot_show() -> None:
     errors = {"timesteps": [3, 2, 1, 0], "errors": [0.5, 0.0, "inf", 0.25]}
     entries = [{"name": "v", "errors_by_timestep": errors}, {"name": "w", "errors_by_timestep": None}]
-    assert report._curves(entries) == [("v", [0.0, 3.0], [0.25, 0.5])]
+    assert pictures.curves_of(entries) == [("v", [0.0, 3.0], [0.25, 0.5])]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""The demonstration: the bundled denoiser at three widths, with and without power-of-two scaling, measured."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dmq_ao import recipes
+from dmq_ao.calibrate import calibrate
+from dmq_ao.diffusers_adapter import DEMO, load_pipeline, record_pipeline
+from dmq_ao.evaluation import machine, write_report
+from dmq_ao.measure import compiled_latency, float_bytes, held_out_states, images_of, variant_report
+from dmq_ao.quantize import convert, prepare, save
+
+STEPS = 20
+CALIBRATION_SEED, HELD_OUT_SEED, IMAGE_SEED = 1000, 2000, 0
+WIDTHS = ("w8a8", "w4a8", "w4a6")
+LATENCY_BATCH = 8
+
+
+def run_demo(
+    folder: str | Path,
+    *,
+    backend: str = "auto",
+    images: int = 16,
+    num_samples: int = 160,
+    with_latency: bool = True,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Quantize the demo pipeline in every variant, measure, and write ``report.json``, ``report.html`` and pictures.
+
+    Args:
+        folder: where the report goes.
+        backend: as for ``dmq_ao.convert``.
+        images: same-seed images to compare.
+        num_samples: calibration samples.
+        with_latency: compile float and integer denoisers and time them, which is most of the run.
+        say: told what is going on.
+
+    Returns:
+        The report that ``dmq_ao.evaluation`` renders.
+    """
+    pipeline = load_pipeline(DEMO)
+    teacher = pipeline.unet
+    say(f"recording {num_samples} calibration samples from {STEPS}-step trajectories")
+    samples = record_pipeline(pipeline, num_samples=num_samples, steps=STEPS, seed=CALIBRATION_SEED)
+    states = held_out_states(pipeline, steps=STEPS, seed=HELD_OUT_SEED)
+    seeds = range(IMAGE_SEED, IMAGE_SEED + images)
+    expected = images_of(pipeline, teacher, seeds, steps=STEPS)
+    pictures, variants = {"float": expected[:8]}, []
+    timing = samples.select(range(LATENCY_BATCH)).example(LATENCY_BATCH)
+    float_ms = None
+    for bits in WIDTHS:
+        for power_of_two in (False, True):
+            name = bits.upper() + (" + PTS" if power_of_two else "")
+            say(f"{name}: calibrate, quantize, sample" + (", compile and time" if with_latency else ""))
+            recipe = recipes.minmax(bits, power_of_two=power_of_two)
+            prepared = prepare(teacher, recipe, samples.example(), backend=backend)
+            calibrate(prepared, samples, progress=False)
+            quantized = convert(prepared, backend)
+            drawn = images_of(pipeline, quantized, seeds, steps=STEPS)
+            with tempfile.TemporaryDirectory() as temporary:
+                save(quantized, temporary)
+                row = variant_report(
+                    name, quantized, teacher, states, drawn, expected, temporary, float_bytes(teacher)
+                )
+            if with_latency:
+                times = compiled_latency(teacher, quantized, timing)
+                float_ms = times["float"].median_ms
+                row["latency_ms"] = times["quantized"].median_ms
+                row["speedup"] = times["float"].median_ms / times["quantized"].median_ms
+            pictures[name] = drawn[:8]
+            variants.append(row)
+    report = {
+        "title": "dmq_ao demo",
+        "model": "bundled DDIM denoiser, Fashion-MNIST 28x28",
+        "machine": machine(),
+        "protocol": {
+            "scheduler": f"{type(pipeline.scheduler).__name__}, {STEPS} steps",
+            "calibration": f"{len(samples)} samples, seeds from {CALIBRATION_SEED}",
+            "one-step error": f"{len(states)} states of float trajectories, seeds from {HELD_OUT_SEED}",
+            "images": f"{images}, seeds from {IMAGE_SEED}",
+            "latency": f"batch {LATENCY_BATCH}, torch.compile, float32 and integer interleaved",
+            "backend": backend,
+        },
+        "float": {"file_bytes": float_bytes(teacher), "latency_ms": float_ms},
+        "variants": variants,
+    }
+    write_report(report, pictures, folder)
+    return report

@@ -1,0 +1,104 @@
+"""Float and quantized side by side: same seeds, same states, same machine.
+
+One-step error is measured on states of float trajectories whose seeds calibration did not see; images are drawn from
+the same seeds; latency is taken interleaved, compiled against compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dmq_ao.calibration import CalibrationSet
+from dmq_ao.diffusers_adapter import record_pipeline, sample
+from dmq_ao.evaluation import Latency, folder_bytes, image_fidelity, latency, one_step_error
+from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.quantize import denoiser_name
+
+STATES_PER_TIMESTEP = 8
+
+
+def held_out_states(pipeline: Any, *, steps: int, seed: int, prompt: str | None = None, timesteps: int = 20) -> CalibrationSet:
+    """States of float trajectories with seeds of their own, for one-step errors: up to ``timesteps`` spread steps."""
+    states = record_pipeline(
+        pipeline,
+        num_samples=steps * STATES_PER_TIMESTEP,
+        steps=steps,
+        seed=seed,
+        prompt=prompt,
+        trajectories=STATES_PER_TIMESTEP,
+    )
+    spread = torch.linspace(0, len(states.timesteps) - 1, min(timesteps, len(states.timesteps))).round().long().unique()
+    return states.select(torch.nonzero(torch.isin(states.step, spread))[:, 0])
+
+
+def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    """Each timestep with the keyword arguments of a call on its states."""
+    for step in states.step.unique():
+        chosen = states.select(torch.nonzero(states.step == step)[:, 0])
+        yield float(chosen.timestep[0]), next(iter(chosen.batches(len(chosen))))
+
+
+def images_of(pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: str | None = None) -> Tensor:
+    """Images [seeds, C, H, W] in 0..1 with ``denoiser`` in the pipeline's place; the pipeline is left as it was."""
+    name = denoiser_name(pipeline)
+    before = getattr(pipeline, name)
+    setattr(pipeline, name, denoiser)
+    try:
+        return sample(pipeline, seeds, steps=steps, prompt=prompt)
+    finally:
+        setattr(pipeline, name, before)
+
+
+def variant_report(
+    name: str,
+    quantized: QuantizedDenoiser,
+    teacher: nn.Module,
+    states: CalibrationSet,
+    images: Tensor,
+    expected: Tensor,
+    folder: str | Path | None = None,
+    float_bytes: int | None = None,
+) -> dict[str, Any]:
+    """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report."""
+    errors = one_step_error(teacher, quantized, by_timestep(states))
+    kernels: dict[str, int] = {}
+    for kernel in quantized.kernels.values():
+        kernels[kernel.name] = kernels.get(kernel.name, 0) + 1
+    rows = quantized.layer_reports()
+    size = None if folder is None else folder_bytes(folder)
+    return {
+        "name": name,
+        "file_bytes": size,
+        "size_ratio": None if size is None or float_bytes is None else size / float_bytes,
+        "mean_bits": quantized.mean_bits,
+        "one_step_error": errors.mean,
+        "errors_by_timestep": errors.to_dict(),
+        **image_fidelity(images, expected, data_range=1.0),
+        "latency_ms": None,
+        "speedup": None,
+        "kernels": kernels,
+        "layers": rows,
+        "kept_float": [{"name": row["name"], "why": row["why"]} for row in rows if row["status"] == "float"],
+    }
+
+
+def float_bytes(denoiser: nn.Module) -> int:
+    """Bytes of a denoiser's tensors in float32."""
+    return 4 * sum(tensor.numel() for tensor in denoiser.state_dict().values())
+
+
+def compiled_latency(
+    float_denoiser: nn.Module, quantized: nn.Module, inputs: Mapping[str, Any], *, repeats: int = 15, progress: bool = False
+) -> dict[str, Latency]:
+    """Median times of ``torch.compile``d float and quantized denoisers, called in turns on the same inputs."""
+    torch._dynamo.reset()
+    calls = {"float": torch.compile(float_denoiser), "quantized": torch.compile(quantized)}
+    with torch.no_grad():
+        return latency(
+            {name: lambda call=call: call(**inputs) for name, call in calls.items()}, repeats=repeats, progress=progress
+        )

@@ -1,0 +1,483 @@
+"""The integer kernels equal exact sums; the lowered graph equals the quantize/dequantize graph, or says why not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import dmq_ao
+from dmq_ao import CalibrationSet, PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, TensorConfig, UnsupportedByBackend
+from dmq_ao.backends import choose, onednn
+from dmq_ao.backends.onednn import OneDNN
+from dmq_ao.config import Granularity
+from dmq_ao.numerics import along, sqnr
+from dmq_ao.recipes import minmax
+from tests.backends.exact import run_exactly
+
+needs_vnni = pytest.mark.skipif(not onednn.has_vnni(), reason="this CPU has no VNNI: its int8 products saturate")
+
+FLOAT = "float on dequantized values"
+TIMESTEPS = torch.tensor([900, 500, 100])
+VOTES = PowerOfTwo(layers=("layer",), agreement=0.3)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernels: codes in, accumulators out
+
+
+def random_codes(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def random_weight(*shape: int) -> Tensor:
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def int_conv(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+    **geometry: Any,
+) -> Tensor:
+    """The operator of the lowered graph, from a plain weight [out, in, h, w]."""
+    stride, padding, dilation = ([geometry.get(name, d)] * 2 for name, d in _DEFAULTS)
+    groups = geometry.get("groups", 1)
+    packed = torch.ops.onednn.qconv_prepack(weight, weight_scale, 1.0, 0, stride, padding, dilation, groups, None)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    shape = (stride, padding, dilation, groups, list(weight.shape[2:]))
+    return torch.ops.dmq_ao.int_conv(codes, scale, zero_point, packed, weight_scale, bias, *shape, torch.float32)
+
+
+_DEFAULTS = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def int_linear(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    return torch.ops.dmq_ao.int_linear(codes, scale, zero_point, packed, weight_scale, bias, torch.float32)
+
+
+def int64_conv(codes: Tensor, zero_points: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
+    """Zeros around centred codes: padding with the zero point."""
+    return F.conv2d(codes.long() - zero_points.reshape(-1, 1, 1, 1), weight.long(), **geometry)
+
+
+def int64_linear(codes: Tensor, zero_points: Tensor, weight: Tensor) -> Tensor:
+    return (codes.long() - zero_points.reshape(-1, *[1] * (codes.dim() - 1))) @ weight.long().T
+
+
+CONVOLUTIONS: dict[str, tuple[tuple[int, int, int, int], int, int, dict[str, int]]] = {
+    # codes, outputs, kernel, geometry
+    "pointwise": ((3, 8, 5, 7), 16, 1, {}),
+    "odd": ((2, 5, 9, 7), 3, 3, {"padding": 1}),
+    "batch of one": ((1, 7, 5, 5), 11, 3, {"padding": 1}),
+    "strided": ((2, 16, 9, 8), 8, 3, {"stride": 2, "padding": 1}),
+    "dilated": ((2, 6, 11, 9), 4, 3, {"dilation": 2, "padding": 2}),
+    "no padding": ((2, 6, 6, 5), 4, 2, {"stride": 3}),
+    "much padding": ((2, 4, 3, 3), 4, 3, {"padding": 3}),
+    "two groups": ((2, 6, 7, 5), 4, 3, {"groups": 2, "padding": 1}),
+    "depthwise": ((2, 8, 7, 5), 8, 3, {"groups": 8, "padding": 1}),
+    "aligned": ((2, 32, 8, 8), 32, 3, {"padding": 1}),
+}
+LINEARS = [(3, 7), (1, 5), (4, 6, 33), (2, 1, 64), (2, 9, 128), (2, 3, 4, 5)]
+ROWS = (torch.tensor([0.5, 2.0, 0.5, 0.125]), torch.tensor([0, 37, 200, 255], dtype=torch.int32))
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("zero_point", [0, 37, 255])
+def test_convolution_accumulates_exactly(name: str, zero_point: int) -> None:
+    shape, out, kernel, geometry = CONVOLUTIONS[name]
+    codes, weight = random_codes(*shape), random_weight(out, shape[1] // geometry.get("groups", 1), kernel, kernel)
+    zero_points = torch.tensor([zero_point], dtype=torch.int32)
+    expected = int64_conv(codes, zero_points, weight, **geometry)
+    assert int(expected.abs().max()) < 2**24  # exact in the float32 that comes back
+    actual = int_conv(codes, torch.ones(1), zero_points, weight, torch.ones(out), **geometry)
+    assert torch.equal(actual.long(), expected)
+    assert torch.equal(actual, actual.round())
+
+
+@needs_vnni
+@pytest.mark.parametrize("shape", LINEARS)
+@pytest.mark.parametrize("zero_point", [0, 37, 255])
+def test_linear_accumulates_exactly(shape: tuple[int, ...], zero_point: int) -> None:
+    codes, weight = random_codes(*shape), random_weight(10, shape[-1])
+    zero_points = torch.tensor([zero_point], dtype=torch.int32)
+    expected = int64_linear(codes, zero_points, weight)
+    assert int(expected.abs().max()) < 2**24
+    actual = int_linear(codes, torch.ones(1), zero_points, weight, torch.ones(10))
+    assert torch.equal(actual.long(), expected)
+
+
+@needs_vnni
+def test_extreme_codes_do_not_saturate() -> None:
+    codes = torch.full((2, 500), 255, dtype=torch.uint8)
+    weight = torch.tensor([-128, 127], dtype=torch.int8)[:, None].expand(2, 500).contiguous()
+    zero = torch.zeros(1, dtype=torch.int32)
+    expected = [[-128.0 * 255 * 500, 127.0 * 255 * 500]] * 2
+    assert int_linear(codes, torch.ones(1), zero, weight, torch.ones(2)).tolist() == expected
+    images, kernels = codes.reshape(2, 500, 1, 1), weight.reshape(2, 500, 1, 1)
+    assert int_conv(images, torch.ones(1), zero, kernels, torch.ones(2)).flatten(1).tolist() == expected
+
+
+@needs_vnni
+def test_rows_of_a_batch_have_their_own_scale_and_zero_point() -> None:
+    scale, zero_points = ROWS
+    codes, weight = random_codes(4, 6, 7, 5), random_weight(3, 6, 3, 3)
+    actual = int_conv(codes, scale, zero_points, weight, torch.ones(3), padding=1)
+    expected = int64_conv(codes, zero_points, weight, padding=1)
+    assert torch.equal(actual / scale.reshape(4, 1, 1, 1), expected.float())  # powers of two: nothing is rounded
+    tokens, matrix = random_codes(4, 5, 9), random_weight(3, 9)
+    actual = int_linear(tokens, scale, zero_points, matrix, torch.ones(3))
+    assert torch.equal(actual / scale.reshape(4, 1, 1), int64_linear(tokens, zero_points, matrix).float())
+
+
+@needs_vnni
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_epilogue_is_two_products_and_a_sum(with_bias: bool, rows: int) -> None:
+    scale, zero_points = torch.rand(rows) * 0.1, torch.randint(0, 256, (rows,), dtype=torch.int32)
+    weight_scale, bias = torch.rand(24) * 0.02, torch.randn(24) if with_bias else None
+    codes, weight = random_codes(4, 16, 7, 9), random_weight(24, 16, 3, 3)
+    total = int64_conv(codes, zero_points, weight, padding=1).float()
+    expected = (total * scale.reshape(-1, 1, 1, 1)) * weight_scale.reshape(-1, 1, 1)
+    expected = expected if bias is None else expected + bias.reshape(-1, 1, 1)
+    assert torch.equal(int_conv(codes, scale, zero_points, weight, weight_scale, bias, padding=1), expected)
+    tokens, matrix = random_codes(4, 11, 33), random_weight(24, 33)
+    total = int64_linear(tokens, zero_points, matrix).float()
+    expected = (total * scale.reshape(-1, 1, 1)) * weight_scale
+    expected = expected if bias is None else expected + bias
+    assert torch.equal(int_linear(tokens, scale, zero_points, matrix, weight_scale, bias), expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One layer, through prepare, calibrate and convert
+
+
+class Net(nn.Module):
+    """One layer, and a timestep that it does not read."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        result: Tensor = self.layer(x)
+        return result
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "conv2d": (lambda: nn.Conv2d(8, 5, 3, stride=2, padding=1), (8, 9, 7)),
+    "conv1d": (lambda: nn.Conv1d(8, 6, 3, padding=2, dilation=2, bias=False), (8, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 6, (3, 1), padding=(1, 0), groups=2), (8, 6, 5)),
+    "tokens": (lambda: nn.Linear(8, 6), (7, 8)),
+    "vectors": (lambda: nn.Linear(8, 6, bias=False), (8,)),
+}
+RECIPES = {
+    "w8a8": minmax("w8a8"),
+    "w4a8": minmax("w4a8"),
+    "w4a8 votes": minmax("w4a8", power_of_two=VOTES),
+    "w8a8 votes": minmax("w8a8", power_of_two=VOTES),
+    "w5a8 votes": minmax("w5a8", power_of_two=VOTES),
+    "w4a6 per step": minmax("w4a6", ranges=Ranges.PER_STEP),
+    "w4a8 votes per step": minmax("w4a8", power_of_two=VOTES, ranges=Ranges.PER_STEP),
+    "w8a8 dynamic": minmax("w8a8", ranges=Ranges.DYNAMIC),
+    "w4a8 votes dynamic": minmax("w4a8", power_of_two=VOTES, ranges=Ranges.DYNAMIC),
+}
+
+
+def everywhere(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe for a model that is one layer, and so both input and output projection."""
+    return replace(recipe, config=replace(recipe.config, keep_float=(), **changes))
+
+
+def example(shape: tuple[int, ...], ch_axis: int = 1, rows: int = 12) -> CalibrationSet:
+    """Off-centre rows whose channels fill shares of the range that call for different exponents."""
+    x = torch.randn(rows, *shape) + 0.7
+    if x.dim() > 2:  # every channel of every row fills its share
+        by_channel = x.movedim(ch_axis, 1).flatten(2)
+        by_channel[:, :, 0], by_channel[:, :, 1] = -2.0, 4.0
+    x = x.clamp(-2, 4) * along(torch.exp2(-(torch.arange(8.0) % 4)), ch_axis, x.dim())
+    step = torch.arange(rows) % 3
+    return CalibrationSet({"x": x * along(1 + step / 4, 0, x.dim())}, {}, TIMESTEPS[step], step, "t")
+
+
+def calibrated(layer: nn.Module, recipe: Recipe, samples: CalibrationSet, backend: str = "onednn") -> GraphModule:
+    prepared = dmq_ao.prepare(Net(layer).eval(), everywhere(recipe), samples.example(), backend=backend)
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    return prepared
+
+
+def run(quantized: QuantizedDenoiser, x: Tensor, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = quantized(x=x, t=t)
+    return output
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest value expected."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@needs_vnni
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_layer_equals_the_quantize_dequantize_graph(kind: str, recipe: str) -> None:
+    build, shape = LAYERS[kind]
+    samples = example(shape, -1 if kind == "tokens" else 1)
+    prepared = calibrated(build(), RECIPES[recipe], samples)
+    lowered, reference = dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "reference")
+    x, t = samples.inputs["x"][:5], torch.tensor([900, 100, 520, 100, 0])  # the third and the last were never seen
+    actual, expected = run(lowered, x, t), run(reference, x, t)
+    exact, _ = run_exactly(reference, x=x, t=t)
+    assert distance(actual, expected) < 1e-4
+    if kind == "grouped" and recipe == "w8a8 votes":
+        assert lowered.kernels["layer"].name == FLOAT
+        return
+    assert lowered.kernels["layer"].is_integer
+    single = " x" not in lowered.kernels["layer"].name
+    assert single is (recipe != "w8a8 votes")
+    # One product is the design's formula bit for bit; one per exponent rounds each before they are added.
+    assert torch.equal(actual, exact) if single else distance(actual, exact) < 1e-6
+    record = lowered.records["layer"].activation
+    assert record is not None
+    assert "dynamic" in recipe or bool((record.zero_point > 0).all())
+    if "votes" in recipe:
+        assert record.exponents is not None
+        expected_exponents = record.exponents.tolist() if kind == "vectors" else [0, 1, 2, 3] * 2
+        assert record.exponents.tolist() == expected_exponents != [0] * 8
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", ["conv2d", "tokens"])
+def test_any_batch_and_size(kind: str) -> None:
+    build, shape = LAYERS[kind]
+    samples = example(shape, -1 if kind == "tokens" else 1)
+    prepared = calibrated(build(), RECIPES["w4a8 votes per step"], samples)
+    lowered, reference = dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "reference")
+    for rows, size in ((1, (8, 5, 4)), (3, (8, 12, 16))):
+        x = torch.randn(rows, *(size if kind == "conv2d" else (size[1], 8)))
+        t = torch.tensor([480, 900, 20])[:rows]
+        exact, _ = run_exactly(reference, x=x, t=t)
+        assert torch.equal(run(lowered, x, t), exact)
+
+
+@needs_vnni
+@pytest.mark.parametrize("kind", ["conv2d", "conv1d", "tokens"])
+@pytest.mark.parametrize("scheme", ["w4a8 votes", "w5a8 votes", "w4a8 votes per step"])
+def test_shifted_codes_equal_one_product_per_exponent(kind: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, shape = LAYERS[kind]
+    samples = example(shape, -1 if kind == "tokens" else 1)
+    prepared = calibrated(build(), RECIPES[scheme], samples)
+    shifted = dmq_ao.convert(prepared, "onednn")
+    monkeypatch.setattr(onednn, "_fits", lambda record: False)
+    grouped = dmq_ao.convert(prepared, "onednn")
+    word = "linear" if kind == "tokens" else "convolution"
+    assert shifted.kernels["layer"].name == f"onednn int8 {word}"
+    assert grouped.kernels["layer"].name == f"onednn int8 {word} x4"
+    assert "wider than int8" in grouped.kernels["layer"].why
+    x, t = samples.inputs["x"], samples.timestep
+    assert distance(run(grouped, x, t), run(shifted, x, t)) < 1e-6
+
+
+@needs_vnni
+def test_siblings_share_codes_and_tables() -> None:
+    class Siblings(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.one(x) * self.two(x)
+
+    samples = example((8, 6, 5))
+    recipe = everywhere(minmax("w8a8", ranges=Ranges.PER_STEP))
+    prepared = dmq_ao.prepare(Siblings().eval(), recipe, samples.example(), backend="onednn")
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    lowered, reference = dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "reference")
+    exact, _ = run_exactly(reference, x=samples.inputs["x"], t=samples.timestep)
+    assert torch.equal(run(lowered, samples.inputs["x"], samples.timestep), exact)
+    targets = [str(node.target) for node in lowered.graph_module.graph.nodes]
+    assert targets.count("dmq_ao.int_conv.default") == 2
+    assert targets.count("dmq_ao.quantize.default") == 1
+    assert targets.count("dmq_ao.row.default") == 1
+    assert targets.count("aten.index_select.default") == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What has no integer kernel
+
+
+FALLBACKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Recipe, str]] = {
+    "weight-only": (lambda: nn.Conv2d(8, 5, 3), (8, 6, 5), minmax("w8a16"), "weight-only: the input is float"),
+    "weight-only in groups": (lambda: nn.Linear(8, 5), (8,), minmax("w4a16", group_size=4), "weight-only: the input"),
+    "conv3d": (lambda: nn.Conv3d(8, 5, 2), (8, 4, 3, 3), minmax("w8a8"), "no int8 kernel for 3-d convolutions"),
+    "per group": (
+        lambda: nn.Linear(8, 5),
+        (8,),
+        minmax("w8a8", group_size=4),
+        "a scale per group of inputs: an integ",
+    ),
+    "grouped convolution": (LAYERS["grouped"][0], (8, 6, 5), RECIPES["w8a8 votes"], "exponents of a grouped convolut"),
+}
+
+
+def check_fallback(layer: nn.Module, recipe: Recipe, samples: CalibrationSet, why: str) -> None:
+    """In float for the reason given, equal to the reference, and near the layer itself."""
+    prepared = calibrated(layer, recipe, samples)
+    lowered, reference = dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "reference")
+    kernel = lowered.kernels["layer"]
+    assert (kernel.name, kernel.is_integer) == (FLOAT, False)
+    assert kernel.why.startswith(why)
+    x, t = samples.inputs["x"], samples.timestep
+    actual = run(lowered, x, t)
+    assert torch.equal(actual, run(reference, x, t))
+    with torch.no_grad():
+        assert 0 < distance(actual, layer(x)) < 0.2
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_a_layer_without_an_integer_kernel_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "has_vnni", lambda: True)  # whatever this CPU has: nothing of it is used
+    build, shape, recipe, why = FALLBACKS[name]
+    check_fallback(build(), recipe, example(shape), why)
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "vectors"])
+def test_without_vnni_a_layer_runs_in_float(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    build, shape = LAYERS[kind]
+    check_fallback(build(), RECIPES["w4a8 votes"], example(shape), "this CPU has no VNNI: its int8 products saturate")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused, before any calibration
+
+ASYMMETRIC = TensorConfig(bits=8, granularity=Granularity.PER_CHANNEL)
+
+
+def prepare_asymmetric(backend: str, bits: str = "w8a8") -> GraphModule:
+    recipe = everywhere(minmax(bits), weight=ASYMMETRIC)
+    return dmq_ao.prepare(Net(nn.Linear(8, 6)).eval(), recipe, (torch.randn(2, 8), TIMESTEPS[:2]), backend=backend)
+
+
+def test_asymmetric_8_bit_weights_are_refused_by_name() -> None:
+    with pytest.raises(
+        UnsupportedByBackend, match="backend 'onednn' cannot run this recipe:\n  layer: asymmet"
+    ) as error:
+        prepare_asymmetric("onednn")
+    assert len(error.value.reasons) == 1
+    assert "use symmetric=True, or at most 7 bits" in error.value.reasons[0]
+
+
+def test_convert_refuses_what_prepare_was_not_asked_about() -> None:
+    prepared = prepare_asymmetric("reference")
+    with pytest.raises(UnsupportedByBackend, match="layer: asymmetric 8-bit weight codes"):
+        dmq_ao.convert(prepared, "onednn")
+
+
+def test_auto_takes_the_reference_for_what_onednn_refuses() -> None:
+    prepared = prepare_asymmetric("auto")
+    samples = example((8,))
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    assert dmq_ao.convert(prepared).backend == "reference"
+    prepared = calibrated(nn.Linear(8, 6), RECIPES["w8a8"], samples, "auto")
+    assert dmq_ao.convert(prepared).backend == "onednn"
+
+
+def test_asymmetric_8_bit_weights_alone_are_fine() -> None:
+    prepare_asymmetric("onednn", "w8a16")
+
+
+def test_a_build_without_the_kernels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert OneDNN().unsupported({}) == []
+    monkeypatch.setattr(torch.ops, "onednn", object())
+    (reason,) = OneDNN().unsupported({})
+    assert "this PyTorch build has no oneDNN quantized kernels" in reason
+
+
+def test_an_unknown_backend_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="backend 'tpu' is not known; the backends are .*'auto', .*'onednn'"):
+        prepare_asymmetric("tpu")
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend 'onednn' runs on CPUs and the denoiser is on meta"):
+        choose("onednn", torch.device("meta"), {})
+    assert choose("auto", torch.device("meta"), {}).name == "reference"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole models
+
+
+class Small(nn.Module):
+    """Convolution, ReLU, convolution, and a linear over positions: what comes before each layer is exact."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.second, self.last = nn.Conv2d(8, 6, 3, padding=1), nn.Conv2d(6, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tokens = self.second(torch.relu(self.layer(x))).flatten(2).transpose(1, 2)
+        result: Tensor = self.last(tokens)
+        return result
+
+
+@needs_vnni
+def test_compiled_equals_eager() -> None:
+    samples = example((8, 6, 4))
+    recipe = everywhere(RECIPES["w4a8 votes per step"])
+    prepared = dmq_ao.prepare(Small().eval(), recipe, samples.example(), backend="onednn")
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    lowered = dmq_ao.convert(prepared, "onednn")
+    assert all(kernel.is_integer for kernel in lowered.kernels.values())
+    compiled = torch.compile(lowered, fullgraph=True, dynamic=True)
+    for shape, t in (((4, 8, 6, 4), [900, 100, 500, 100]), ((3, 8, 10, 7), [80, 80, 80])):
+        x, t = torch.randn(shape), torch.tensor(t)
+        with torch.no_grad():
+            assert distance(compiled(x=x, t=t), lowered(x=x, t=t)) < 1e-6
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8"])
+def test_a_unet_equals_its_exact_graph(bits: str, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, inputs = tiny_unet2d
+    recipe = minmax(bits, power_of_two=PowerOfTwo(agreement=0.5) if bits == "w4a8" else False)
+    step = torch.arange(6) % 3
+    samples = CalibrationSet({"sample": torch.randn(6, 3, 16, 16)}, {}, TIMESTEPS[step], step)
+    prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="onednn")
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    lowered, reference = dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "reference")
+    assert len(lowered.records) > 20
+    assert all(kernel.is_integer for kernel in lowered.kernels.values())
+    if bits == "w4a8":
+        voters = [r.activation.exponents for n, r in lowered.records.items() if ".part" in n and r.activation]
+        assert len(voters) == 8
+        assert any(exponents is not None and bool(exponents.any()) for exponents in voters)
+    exact, layers = run_exactly(reference, **inputs)
+    assert layers.keys() == lowered.records.keys()
+    with torch.no_grad():
+        print(
+            "DIST",
+            bits,
+            distance(lowered(**inputs, return_dict=False)[0], exact),
+            distance(reference(**inputs).sample, exact),
+        )
+        assert distance(lowered(**inputs, return_dict=False)[0], exact) < 1e-3
+        assert sqnr(reference(**inputs).sample, exact) > 25

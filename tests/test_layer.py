@@ -1,0 +1,86 @@
+"""Shifting weight codes is dividing the input's step, exactly; and the widths at which the shift fits int8."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dmq_ao.config import Ranges
+from dmq_ao.layer import ActivationRecord, Kernel, WeightRecord, shift_fits_int8, shifted_codes
+from dmq_ao.numerics import code_range
+
+
+def weight_record(shape: tuple[int, ...], bits: int, symmetric: bool, generator: torch.Generator) -> WeightRecord:
+    low, high = code_range(bits, symmetric)
+    codes = torch.randint(low, high + 1, shape, generator=generator).to(torch.int8 if symmetric else torch.uint8)
+    zero_point = torch.randint(0, high + 1, (shape[0], 1), generator=generator, dtype=torch.int32)
+    zero_point = torch.zeros_like(zero_point) if symmetric else zero_point
+    return WeightRecord(bits, symmetric, codes, torch.ones(shape[0], 1), zero_point)
+
+
+@given(
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    groups=st.sampled_from([1, 2, 6]),
+    kernel=st.sampled_from([(), (3,), (2, 3)]),
+    exponents=st.lists(st.integers(0, 3), min_size=6, max_size=6),
+    seed=st.integers(0, 2**31),
+)
+def test_shifted_sum_is_the_divided_sum(
+    bits: int, symmetric: bool, groups: int, kernel: tuple[int, ...], exponents: list[int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    channels, out = 6, 12
+    per_group = channels // groups
+    weight = weight_record((out, per_group, *kernel), bits, symmetric, generator)
+    inputs = torch.randint(0, 256, (channels, *kernel), generator=generator)
+    zero_point = int(torch.randint(0, 256, (), generator=generator))
+    shifted, largest = shifted_codes(weight, torch.tensor(exponents, dtype=torch.int8), groups)
+    assert (shifted.dtype, shifted.shape, largest) == (torch.int32, weight.codes.shape, max(exponents))
+    for o in range(out):
+        first = o // (out // groups) * per_group
+        integers, divided = 0, 0.0  # float64 holds these sums of eighths exactly
+        for c in range(per_group):
+            centred = (inputs[first + c] - zero_point).long()
+            plain = weight.codes[o, c].long() - int(weight.zero_point[o, 0])
+            divided += float((centred * plain).sum()) * 2.0 ** -exponents[first + c]
+            integers += int((centred * shifted[o, c].long()).sum())
+        assert divided == integers * 2.0**-largest
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_without_exponents_codes_are_only_centred(symmetric: bool) -> None:
+    weight = weight_record((4, 3, 2), 4, symmetric, torch.Generator().manual_seed(0))
+    centred, largest = shifted_codes(weight, None)
+    assert largest == 0
+    assert torch.equal(centred, weight.codes.int() - weight.zero_point[:, :, None])
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), list(itertools.product(range(1, 9), [False, True])))
+def test_shift_fits_int8_as_counted_out(bits: int, symmetric: bool) -> None:
+    low, high = code_range(bits, symmetric)
+    zero_points = [0] if symmetric else range(low, high + 1)
+    differences = {code - zero_point for code in range(low, high + 1) for zero_point in zero_points}
+    for largest in range(8):
+        fits = all(-128 <= difference << shift <= 127 for difference in differences for shift in range(largest + 1))
+        assert shift_fits_int8(bits, symmetric, largest) is fits
+
+
+@pytest.mark.parametrize(
+    ("exponents", "step"),
+    [(None, None), ([0, 0], None), ([0, 3, 1], [1.0, 0.125, 0.5]), ([2, 2], [0.25, 0.25])],
+)
+def test_channel_step(exponents: list[int] | None, step: list[float] | None) -> None:
+    given_exponents: Tensor | None = None if exponents is None else torch.tensor(exponents, dtype=torch.int8)
+    one, zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    record = ActivationRecord(8, 1, Ranges.STATIC, one, zero, exponents=given_exponents)
+    actual = record.channel_step
+    assert (None if actual is None else actual.tolist()) == step
+
+
+def test_a_kernel_says_whether_it_multiplies_integers() -> None:
+    assert Kernel("onednn int8 linear").is_integer
+    assert not Kernel("float on dequantized values", "weight-only").is_integer
