@@ -1,23 +1,32 @@
-"""Post-training quantization of diffusion models: a torch.ao / FX graph-mode backend."""
+"""Post-training quantization of diffusion models: a torch.ao / FX graph-mode backend.
 
-from dmq_ao import recipes
-from dmq_ao.annotate import DiffusionQuantizer
-from dmq_ao.calibrate import CalibrationReport, calibrate
-from dmq_ao.calibration import CalibrationSet, record
-from dmq_ao.config import (
-    Granularity,
-    InvalidFile,
-    MissingStatistics,
-    Override,
-    PowerOfTwo,
-    QuantConfig,
-    Ranges,
-    Recipe,
-    TensorConfig,
-    UnsupportedByBackend,
-)
-from dmq_ao.module import QuantizedDenoiser
-from dmq_ao.quantize import convert, load, prepare, quantize, save
+The public names are loaded when first used, so that ``dmq-ao --help`` need not wait for torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dmq_ao import recipes
+    from dmq_ao.annotate import DiffusionQuantizer
+    from dmq_ao.calibrate import CalibrationReport, calibrate
+    from dmq_ao.calibration import CalibrationSet, record
+    from dmq_ao.config import (
+        Granularity,
+        InvalidFile,
+        MissingStatistics,
+        Override,
+        PowerOfTwo,
+        QuantConfig,
+        Ranges,
+        Recipe,
+        TensorConfig,
+        UnsupportedByBackend,
+    )
+    from dmq_ao.module import QuantizedDenoiser
+    from dmq_ao.quantize import convert, load, prepare, quantize, save
 
 __all__ = [
     "CalibrationReport",
@@ -43,3 +52,28 @@ __all__ = [
     "record",
     "save",
 ]
+_HOMES = ("config", "annotate", "calibrate", "calibration", "module", "quantize")
+
+
+class _Package(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        """A public name, from the file that defines it."""
+        if name == "recipes":
+            return import_module("dmq_ao.recipes")
+        for home in _HOMES if name in __all__ else ():
+            value = getattr(import_module(f"dmq_ao.{home}"), name, None)
+            if value is not None:
+                setattr(self, name, value)
+                return value
+        raise AttributeError(f"module 'dmq_ao' has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Leave ``dmq_ao.quantize`` and ``calibrate`` to the verbs: an import would put their files there."""
+        if not (name in ("calibrate", "quantize") and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -69,7 +69,7 @@ def _reason(pattern: str) -> str:
 
 
 def matches(pattern: str, name: str, roles: set[str]) -> bool:
-    """Whether a role or an ``fnmatch`` pattern names a layer; part of a split layer answers to the whole's name too."""
+    """Whether a role or an ``fnmatch`` pattern names a layer; a part of a split layer answers to the whole's too."""
     if pattern.startswith("@"):
         return pattern in roles
     whole = name.rpartition(".part")[0] if name.rpartition(".part")[2].isdigit() else name

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from dmq_ao import graph, numerics
 from dmq_ao.annotate import PLAN, observers
 from dmq_ao.calibration import CalibrationSet
-from dmq_ao.config import InvalidFile, MissingStatistics, Ranges
+from dmq_ao.config import InvalidFile, Ranges
 from dmq_ao.layer import LayerPlan
 from dmq_ao.observers import ActivationObserver
 
@@ -97,14 +97,20 @@ def calibrate(
         batch_size: rows per forward pass; bounds the memory.
 
     Raises:
-        TypeError: when ``prepared`` is not prepared.
-        MissingStatistics: when there are no samples, or a layer saw none.
-        ValueError: for non-finite activations, naming the layer; for a ``state_dir`` of another run.
+        TypeError: when ``prepared`` is not prepared, or ``samples`` are no calibration set.
+        ValueError: for non-finite activations, naming the layer; for samples that lack an argument; for a
+            ``state_dir`` of another run.
+        InvalidFile: for a damaged file in ``state_dir``.
     """
     if not isinstance(prepared, GraphModule) or PLAN not in prepared.meta:
         raise TypeError(f"calibrate takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
-    if len(samples) == 0:
-        raise MissingStatistics("the calibration set is empty; record some calls of the denoiser first")
+    if not isinstance(samples, CalibrationSet):
+        raise TypeError(
+            f"calibrate takes a CalibrationSet, got {type(samples).__name__}; dmq_ao.record makes one from any"
+            " sampling loop"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     started = time.monotonic()
     watchers = _unique_watchers(prepared)
     for watcher in watchers.values():
@@ -237,6 +243,8 @@ class _State:
 
     def __init__(self, folder: str | Path | None, digest: str, watchers: Mapping[str, ActivationObserver]) -> None:
         self.file = None if folder is None else Path(folder) / "calibration.safetensors"
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)  # now, not when there is something to lose
         self.digest, self.watchers = digest, watchers
         self.index = self.batch = 0
         self.saved = time.monotonic()
@@ -276,7 +284,6 @@ class _State:
     def _save(self) -> None:
         if self.file is None:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{name}|{k}": v.contiguous().clone() for name, w in self.watchers.items() for k, v in w.state().items()
         }

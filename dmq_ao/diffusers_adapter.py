@@ -6,24 +6,31 @@ A quantized pipeline on disk is the diffusers folder it came from, with the deno
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from dmq_ao.calibration import CalibrationSet, record
 from dmq_ao.config import InvalidFile
+from dmq_ao.evaluation.report import json_ready
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.quantize import DENOISER_NAMES, denoiser_name, load, save
 from dmq_ao.serialization import CONFIG, KEY
 
 DEMO = "demo"
+INDEX = "model_index.json"
+REPORT = "report.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def demo_folder() -> Path:
@@ -40,7 +47,7 @@ def load_pipeline(source: str | Path, *, backend: str = "auto", dtype: torch.dty
         dtype: of a float denoiser.
 
     Raises:
-        InvalidFile: when a folder is no pipeline, naming what it lacks.
+        InvalidFile: when a folder is no pipeline, naming what it lacks, or is not there.
     """
     import diffusers
 
@@ -48,19 +55,51 @@ def load_pipeline(source: str | Path, *, backend: str = "auto", dtype: torch.dty
         source = demo_folder()
     folder = Path(source)
     if not folder.is_dir():
+        if not _HUB_ID.fullmatch(str(source)):
+            raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
         return _quiet(diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype))
-    if not (folder / "model_index.json").exists():
+    if not (folder / INDEX).exists():
         raise InvalidFile(
-            f"{folder} holds no model_index.json; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
+            f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
-    given: dict[str, nn.Module] = {}
+    found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
+    quantized = {name: load(folder / name, backend=backend) for name in found}
+    # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
+    given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
+    for name, denoiser in quantized.items():
+        setattr(pipeline, name, denoiser)
+    return _quiet(pipeline)
+
+
+def load_denoiser(folder: str | Path, *, backend: str = "auto") -> QuantizedDenoiser:
+    """Load only the quantized denoiser of a pipeline folder, or of a folder that ``dmq_ao.save`` wrote.
+
+    Raises:
+        InvalidFile: when there is none.
+    """
+    return load(denoiser_folder(folder), backend=backend)
+
+
+def denoiser_folder(folder: str | Path) -> Path:
+    """Where a pipeline folder keeps its denoiser; a folder that is no pipeline's is itself the denoiser's.
+
+    Raises:
+        InvalidFile: when ``folder`` is not there, or is a pipeline without a denoiser.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidFile(f"{folder}: no such folder; give a quantized pipeline folder, or one that dmq_ao.save wrote")
+    if not (folder / INDEX).exists():
+        return folder
     for name in DENOISER_NAMES:
-        if _is_quantized(folder / name):
-            given[name] = load(folder / name, backend=backend)
-    return _quiet(diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given))
+        if (folder / name).is_dir():
+            return folder / name
+    raise InvalidFile(f"{folder} is a pipeline without {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
 
 
-def _is_quantized(folder: Path) -> bool:
+def is_quantized(folder: Path) -> bool:
+    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool."""
     config = folder / CONFIG
     return config.exists() and KEY in json.loads(config.read_text())
 
@@ -70,8 +109,19 @@ def _quiet(pipeline: Any) -> Any:
     return pipeline
 
 
-def save_pipeline(pipeline: Any, folder: str | Path) -> None:
+def compile_denoiser(pipeline: Any) -> None:
+    """``torch.compile`` a pipeline's denoiser, in place."""
+    name = denoiser_name(pipeline)
+    setattr(pipeline, name, torch.compile(getattr(pipeline, name)))
+
+
+def save_pipeline(pipeline: Any, folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
     """Write a pipeline whose denoiser is quantized; nothing is left behind when it fails.
+
+    Args:
+        pipeline: with a quantized denoiser.
+        folder: where to.
+        report: kept beside the pipeline as ``report.json``.
 
     Raises:
         ValueError: when ``folder`` exists and is not empty.
@@ -91,7 +141,9 @@ def save_pipeline(pipeline: Any, folder: str | Path) -> None:
                 component.save_pretrained(partial / other)
         index = {key: value for key, value in pipeline.config.items() if key != "_name_or_path"}
         index |= {"_class_name": type(pipeline).__name__, name: ["diffusers", type(denoiser.skeleton).__name__]}
-        (partial / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if report is not None:
+            (partial / REPORT).write_text(json.dumps(json_ready(report), indent=2, allow_nan=False) + "\n")
         if folder.exists():
             folder.rmdir()
         os.replace(partial, folder)
@@ -104,21 +156,44 @@ def check_free(folder: Path) -> None:
 
 
 def sample(
-    pipeline: Any, seeds: Sequence[int], *, steps: int = 20, prompt: str | None = None, batch_size: int = 8
+    pipeline: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int = 20,
+    prompt: str | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
 ) -> Tensor:
     """Run a pipeline once per seed, each with a generator of its own, so that a seed means the same in any batch.
 
     Returns:
         Images [seeds, C, H, W] float32 in 0..1.
+
+    Raises:
+        ValueError: when the pipeline wants a prompt and there is none, or the other way round.
     """
+    check_prompt(pipeline, prompt)
     images = []
-    for start in range(0, len(seeds), batch_size):
-        chunk = seeds[start : start + batch_size]
-        generators = [torch.Generator().manual_seed(seed) for seed in chunk]
-        inputs: dict[str, Any] = {"batch_size": len(chunk)} if prompt is None else {"prompt": [prompt] * len(chunk)}
-        result = pipeline(**inputs, generator=generators, num_inference_steps=steps, output_type="np")
-        images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
+    with tqdm(total=len(seeds), disable=not progress, unit="image", desc="sample") as bar:
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            generators = [torch.Generator().manual_seed(seed) for seed in chunk]
+            inputs: dict[str, Any] = (
+                {"batch_size": len(chunk)} if prompt is None else {"prompt": [prompt] * len(chunk)}
+            )
+            result = pipeline(**inputs, generator=generators, num_inference_steps=steps, output_type="np")
+            images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
+            bar.update(len(chunk))
     return torch.cat(images).contiguous()
+
+
+def check_prompt(pipeline: Any, prompt: str | None) -> None:
+    """Raise ``ValueError`` when a pipeline wants a prompt and there is none, or the other way round."""
+    taken = inspect.signature(pipeline.__call__).parameters
+    if prompt is None and "batch_size" not in taken and "prompt" in taken:
+        raise ValueError(f"{type(pipeline).__name__} draws from a prompt; give one (prompt=, or --prompt)")
+    if prompt is not None and "prompt" not in taken:
+        raise ValueError(f"{type(pipeline).__name__} takes no prompt; leave it out")
 
 
 def record_pipeline(
@@ -130,6 +205,7 @@ def record_pipeline(
     prompt: str | None = None,
     batch_size: int = 8,
     trajectories: int | None = None,
+    progress: bool = False,
 ) -> CalibrationSet:
     """Record calibration samples from a pipeline's own sampling loop.
 
@@ -142,6 +218,7 @@ def record_pipeline(
         batch_size: trajectories at a time.
         trajectories: how many to run; by default enough to give every kept row a trajectory of its own at each
             timestep.
+        progress: show a progress bar.
 
     Raises:
         TypeError: when the denoiser is already quantized.
@@ -151,5 +228,6 @@ def record_pipeline(
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
     count = trajectories or max(2, -(-num_samples // steps))
     with record(denoiser, num_samples=num_samples, seed=seed) as recorder:
-        sample(pipeline, range(seed, seed + count), steps=steps, prompt=prompt, batch_size=batch_size)
+        seeds = range(seed, seed + count)
+        sample(pipeline, seeds, steps=steps, prompt=prompt, batch_size=batch_size, progress=progress)
     return recorder.calibration_set()

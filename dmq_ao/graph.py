@@ -11,11 +11,8 @@ import copy
 import dataclasses
 import inspect
 import operator
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,13 +20,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
+from dmq_ao.patch_embed import any_size
+
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 SAMPLE_NAMES = ("sample", "hidden_states", "x")
 META = "dmq_ao"
 LAYER = "dmq_ao.layer"
 ROLES = "dmq_ao.roles"
 _PREFIX = "denoiser."
-_PATCH_EMBED = "diffusers.models.embeddings.PatchEmbed"
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -301,52 +299,13 @@ def _two_rows(tensors: Mapping[str, Tensor], batch: str) -> dict[str, Tensor]:
 
 def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> GraphModule:
     shapes = {name: dict.fromkeys(range(x.dim()), Dim.AUTO) for name, x in tensors.items()}
-    with _any_size(module):
+    with any_size(module):
         program = torch.export.export(
             module, tuple(tensors.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
         )
     exported = program.module()
     assert isinstance(exported, GraphModule)
     return exported
-
-
-@contextmanager
-def _any_size(module: nn.Module) -> Iterator[None]:
-    """For the time of an export, let diffusers' ``PatchEmbed`` work out its positions from the size it is given.
-
-    It compares that size with its native one, then reads a table or computes one in a way that only squares export:
-    the graph would serve one size.
-    """
-    found = [m for m in module.modules() if f"{type(m).__module__}.{type(m).__name__}" == _PATCH_EMBED]
-    chosen = [m for m in found if m.pos_embed is not None and not m.pos_embed_max_size and "forward" not in vars(m)]
-    try:
-        for table in chosen:
-            table.forward = partial(_embed_patches, table)
-        yield
-    finally:
-        for table in chosen:
-            vars(table).pop("forward", None)
-
-
-def _embed_patches(table: Any, latent: Tensor) -> Tensor:
-    """What ``PatchEmbed.forward`` computes: patches [B, C, H, W] as tokens, plus sines of their column and row."""
-    height, width = (size // table.patch_size for size in latent.shape[-2:])
-    tokens = table.proj(latent).flatten(2).transpose(1, 2)
-    if table.layer_norm:
-        tokens = table.norm(tokens)
-    sines = sys.modules[type(table).__module__].get_1d_sincos_pos_embed_from_grid
-    columns, rows = (
-        sines(
-            table.pos_embed.shape[-1] // 2,
-            torch.arange(count, device=latent.device, dtype=torch.float32)
-            / (count / table.base_size)
-            / table.interpolation_scale,
-        )
-        for count in (width, height)
-    )
-    grid = torch.cat([columns.expand(height, -1, -1), rows.unsqueeze(1).expand(-1, width, -1)], dim=-1)
-    positions = grid.reshape(1, height * width, -1).to(table.pos_embed.dtype)
-    return (tokens + positions).to(tokens.dtype)
 
 
 def _return_type(

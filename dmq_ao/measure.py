@@ -6,7 +6,9 @@ the same seeds; latency is taken interleaved, compiled against compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,9 @@ from dmq_ao.quantize import denoiser_name
 STATES_PER_TIMESTEP = 8
 
 
-def held_out_states(pipeline: Any, *, steps: int, seed: int, prompt: str | None = None, timesteps: int = 20) -> CalibrationSet:
+def held_out_states(
+    pipeline: Any, *, steps: int, seed: int, prompt: str | None = None, timesteps: int = 20
+) -> CalibrationSet:
     """States of float trajectories with seeds of their own, for one-step errors: up to ``timesteps`` spread steps."""
     states = record_pipeline(
         pipeline,
@@ -32,7 +36,8 @@ def held_out_states(pipeline: Any, *, steps: int, seed: int, prompt: str | None 
         prompt=prompt,
         trajectories=STATES_PER_TIMESTEP,
     )
-    spread = torch.linspace(0, len(states.timesteps) - 1, min(timesteps, len(states.timesteps))).round().long().unique()
+    count = min(timesteps, len(states.timesteps))
+    spread = torch.linspace(0, len(states.timesteps) - 1, count).round().long().unique()
     return states.select(torch.nonzero(torch.isin(states.step, spread))[:, 0])
 
 
@@ -43,7 +48,9 @@ def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, An
         yield float(chosen.timestep[0]), next(iter(chosen.batches(len(chosen))))
 
 
-def images_of(pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: str | None = None) -> Tensor:
+def images_of(
+    pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: str | None = None
+) -> Tensor:
     """Images [seeds, C, H, W] in 0..1 with ``denoiser`` in the pipeline's place; the pipeline is left as it was."""
     name = denoiser_name(pipeline)
     before = getattr(pipeline, name)
@@ -66,22 +73,19 @@ def variant_report(
 ) -> dict[str, Any]:
     """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report."""
     errors = one_step_error(teacher, quantized, by_timestep(states))
-    kernels: dict[str, int] = {}
-    for kernel in quantized.kernels.values():
-        kernels[kernel.name] = kernels.get(kernel.name, 0) + 1
     rows = quantized.layer_reports()
     size = None if folder is None else folder_bytes(folder)
     return {
         "name": name,
         "file_bytes": size,
-        "size_ratio": None if size is None or float_bytes is None else size / float_bytes,
+        "size_ratio": None if size is None or float_bytes is None else float_bytes / size,
         "mean_bits": quantized.mean_bits,
         "one_step_error": errors.mean,
         "errors_by_timestep": errors.to_dict(),
         **image_fidelity(images, expected, data_range=1.0),
         "latency_ms": None,
         "speedup": None,
-        "kernels": kernels,
+        "kernels": quantized.kernel_counts,
         "layers": rows,
         "kept_float": [{"name": row["name"], "why": row["why"]} for row in rows if row["status"] == "float"],
     }
@@ -89,16 +93,32 @@ def variant_report(
 
 def float_bytes(denoiser: nn.Module) -> int:
     """Bytes of a denoiser's tensors in float32."""
-    return 4 * sum(tensor.numel() for tensor in denoiser.state_dict().values())
+    return sum(4 * int(tensor.numel()) for tensor in denoiser.state_dict().values())
+
+
+def compiled_calls(
+    denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
+    """Compile denoisers for ``inputs``: calls without arguments by name, and the seconds that the first each took."""
+    torch._dynamo.reset()
+    calls: dict[str, Callable[[], object]] = {}
+    seconds = {}
+    for name, denoiser in denoisers.items():
+        calls[name] = partial(torch.no_grad()(torch.compile(denoiser)), **inputs)
+        started = time.perf_counter()
+        calls[name]()
+        seconds[name] = time.perf_counter() - started
+    return calls, seconds
 
 
 def compiled_latency(
-    float_denoiser: nn.Module, quantized: nn.Module, inputs: Mapping[str, Any], *, repeats: int = 15, progress: bool = False
+    float_denoiser: nn.Module,
+    quantized: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    repeats: int = 15,
+    progress: bool = False,
 ) -> dict[str, Latency]:
     """Median times of ``torch.compile``d float and quantized denoisers, called in turns on the same inputs."""
-    torch._dynamo.reset()
-    calls = {"float": torch.compile(float_denoiser), "quantized": torch.compile(quantized)}
-    with torch.no_grad():
-        return latency(
-            {name: lambda call=call: call(**inputs) for name, call in calls.items()}, repeats=repeats, progress=progress
-        )
+    calls, _ = compiled_calls({"float": float_denoiser, "quantized": quantized}, inputs)
+    return latency(calls, repeats=repeats, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -73,6 +74,11 @@ class QuantizedDenoiser(nn.Module):
         }
 
     @property
+    def kernel_counts(self) -> dict[str, int]:
+        """How many quantized layers each kernel runs, most first."""
+        return dict(Counter(kernel.name for kernel in self.kernels.values()).most_common())
+
+    @property
     def float_bits(self) -> int:
         """Bits of the original model's numbers."""
         return self.dtype.itemsize * 8
@@ -82,7 +88,7 @@ class QuantizedDenoiser(nn.Module):
         """Stored bits per original parameter: codes, scales, zero points, exponents, and all that stayed in float."""
         stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.float_tensors.values())
         stored += sum(record.stored_bits for record in self.records.values())
-        return stored / sum(tensor.numel() for tensor in self.skeleton.state_dict().values())
+        return float(stored / sum(tensor.numel() for tensor in self.skeleton.state_dict().values()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,9 +129,10 @@ class QuantizedDenoiser(nn.Module):
         """Denoise; arguments as for the original model.
 
         Raises:
-            TypeError: for a missing or unknown argument, one of another dtype, or one that was constant in the exported
-                graph and differs.
-            ValueError: for shapes that the exported graph does not take.
+            TypeError: for a missing or unknown argument, one of another dtype, or one that was constant in the
+                exported graph and differs.
+            ValueError: for shapes that the exported graph does not take, or a fractional timestep where it takes
+                whole ones.
         """
         tensors = self._tensors(args, kwargs)
         # Under torch.compile the graph's own guards speak, uncaught: a handler here would break the graph.
@@ -179,7 +186,9 @@ class QuantizedDenoiser(nn.Module):
         if value.dim() != len(shape):
             raise ValueError(f"argument {name!r} must have {len(shape)} dimensions, got shape {tuple(value.shape)}")
         if value.is_floating_point() and value.dtype != dtype:
-            raise TypeError(f"argument {name!r} must be {dtype}, got {value.dtype}; cast it, or prepare with that dtype")
+            raise TypeError(
+                f"argument {name!r} must be {dtype}, got {value.dtype}; cast it, or prepare with that dtype"
+            )
         return value
 
     def _timestep(self, value: Any, later: dict[str, Any], earlier: list[Any]) -> Tensor:
@@ -191,7 +200,12 @@ class QuantizedDenoiser(nn.Module):
         dtype = signature.example[str(signature.timestep)][1]
         timestep = torch.as_tensor(value, device=batch.device)
         if not timestep.is_floating_point() or not dtype.is_floating_point:
-            timestep = timestep.to(dtype)
+            given, timestep = timestep, timestep.to(dtype)
+            if given.is_floating_point() and not torch.compiler.is_compiling() and bool((given != timestep).any()):
+                raise ValueError(
+                    f"argument {signature.timestep!r} must be whole, as in the example inputs, got {given.tolist()};"
+                    " prepare again with samples of a sampler whose timesteps are fractions"
+                )
         if signature.timestep_per_row and timestep.dim() == 0 or signature.timestep_per_row and timestep.shape[0] == 1:
             timestep = timestep.expand(batch.shape[0])
         return timestep

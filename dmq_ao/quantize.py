@@ -100,7 +100,8 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
     records = _records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
-    quantized = convert_pt2e(copy.deepcopy(prepared, dict(shared)), fold_quantize=False)
+    with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
+        quantized = convert_pt2e(copy.deepcopy(prepared, dict(shared)), fold_quantize=False)
     quantized.meta.update(meta)
     float_tensors = _float_tensors(quantized)
     lowered, kernels = chosen.lower(quantized, records)
@@ -217,7 +218,7 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
     skeleton, signature = quantized.skeleton, quantized.signature
-    config = dict(getattr(skeleton, "config", None) or {})
+    config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}  # type: ignore[arg-type]
     stored = serialization.Stored(
         recipe=quantized.recipe,
         records=quantized.records,
@@ -250,7 +251,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "
     if model is not None:
         # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
         denoiser = copy.deepcopy(denoiser)
-    denoiser.load_state_dict(dict(stored.float_tensors), strict=False)
+    _set_float_tensors(denoiser, stored)
     example = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored.example.items()}
     inputs = graph.unflatten_inputs({**stored.constants, **example})
     prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
@@ -286,11 +287,19 @@ def _float_model(stored: serialization.Stored, model: nn.Module | None, folder: 
     model_class = getattr(diffusers, class_name, None)
     if model_class is None:
         raise InvalidFile(
-            f"{folder}: this diffusers {diffusers.__version__} has no {class_name}; install one that has"
+            f"{folder}: this diffusers {diffusers.__version__} has no {class_name}; install one that has, or give the"
+            f" float module: load({str(folder)!r}, model=...)"
         )
     built: nn.Module = model_class.from_config(dict(stored.model_config))
-    dtype = next(d for _, d in stored.example.values() if d.is_floating_point)
-    return built.to(dtype)
+    return built
+
+
+def _set_float_tensors(denoiser: nn.Module, stored: serialization.Stored) -> None:
+    """Give a float model the stored tensors, each in its own dtype: some models keep a part of them in float32."""
+    denoiser.to(next(d for _, d in stored.example.values() if d.is_floating_point))
+    own = denoiser.state_dict(keep_vars=True)
+    for name, tensor in stored.float_tensors.items():
+        own[name].data = tensor.to(own[name].device)
 
 
 def _check_identity(stored: serialization.Stored, model: nn.Module, folder: str | Path) -> None:

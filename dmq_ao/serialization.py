@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -77,7 +79,10 @@ def write(stored: Stored, folder: str | Path) -> None:
         tensors = {name: value.contiguous() for name, value in _tensors(stored).items()}
         save_file(tensors, Path(partial) / TENSORS, {"format": "pt"})
         checksum = _sha256(Path(partial) / TENSORS)
-        (Path(partial) / CONFIG).write_text(json.dumps(_config(stored, checksum), indent=2, sort_keys=True) + "\n")
+        config = json.dumps(_config(stored, checksum), indent=2, sort_keys=True, allow_nan=False)
+        (Path(partial) / CONFIG).write_text(config + "\n")
+        # safetensors makes its file private; a model folder has the permissions of any other file.
+        shutil.copymode(Path(partial) / CONFIG, Path(partial) / TENSORS)
         # The config names the checksum of the tensors, so a kill between the two renames is noticed on loading.
         for name in (TENSORS, CONFIG):
             os.replace(Path(partial) / name, folder / name)
@@ -96,7 +101,7 @@ def read(folder: str | Path) -> Stored:
     file = folder / TENSORS
     if not file.exists():
         raise InvalidFile(f"{file} is missing; {folder} must hold {CONFIG} and {TENSORS} as dmq_ao.save wrote them")
-    if _sha256(file) != mine["sha256"]:
+    if _sha256(file) != mine.get("sha256"):
         raise InvalidFile(
             f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy both again"
         )
@@ -106,7 +111,7 @@ def read(folder: str | Path) -> Stored:
         raise InvalidFile(f"{file}: not a safetensors file ({error}); copy or save it again") from error
     try:
         return _from_parts(config, tensors)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise InvalidFile(f"{folder}: {error}; the folder is damaged or was edited, save it again") from error
 
 
@@ -149,13 +154,15 @@ def _config(stored: Stored, checksum: str) -> dict[str, Any]:
         "sha256": checksum,
         "recipe": stored.recipe.to_dict(),
         "layers": layers,
+        "float_tensors": sorted(stored.float_tensors),
         "parameters": {name: list(shape) for name, shape in stored.parameters.items()},
         "example": {
             n: {"shape": list(s), "dtype": str(d).removeprefix("torch.")} for n, (s, d) in stored.example.items()
         },
         "constants": dict(stored.constants),
         "timestep_arg": stored.timestep_arg,
-        "sqnr_db": dict(stored.sqnr_db),
+        # A layer without noise has infinitely many dB, which JSON does not know.
+        "sqnr_db": {name: db if math.isfinite(db) else str(db) for name, db in stored.sqnr_db.items()},
     }
     return {**stored.model_config, KEY: mine}
 
@@ -190,17 +197,30 @@ def _from_parts(config: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
     mine = config[KEY]
     left = dict(tensors)
     records = {name: _record(name, layer, left) for name, layer in mine["layers"].items()}
+    parameters = {name: tuple(shape) for name, shape in mine["parameters"].items()}
+    _check_float_tensors(left, mine["float_tensors"], parameters)
     return Stored(
         recipe=Recipe.from_dict(mine["recipe"]),
         records=records,
         float_tensors=left,
         model_config={key: value for key, value in config.items() if key != KEY},
-        parameters={name: tuple(shape) for name, shape in mine["parameters"].items()},
+        parameters=parameters,
         example={n: (tuple(e["shape"]), getattr(torch, e["dtype"])) for n, e in mine["example"].items()},
         constants=mine["constants"],
         timestep_arg=mine["timestep_arg"],
-        sqnr_db=mine["sqnr_db"],
+        sqnr_db={name: float(db) for name, db in mine["sqnr_db"].items()},
     )
+
+
+def _check_float_tensors(
+    tensors: Mapping[str, Tensor], expected: list[str], parameters: Mapping[str, tuple[int, ...]]
+) -> None:
+    missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or extra:
+        raise ValueError(f"tensors missing {missing}, unexpected {extra}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != parameters[name]:
+            raise ValueError(f"{name} must be {parameters[name]}, got {tuple(tensor.shape)}")
 
 
 def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:

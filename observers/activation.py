@@ -57,11 +57,22 @@ class ActivationObserver(ObserverBase):
         """Observe ``x`` [B, ...] at ``timestep`` [B]; returns ``x`` itself.
 
         Raises:
-            ValueError: when ``x`` holds NaN or infinity, naming the layer.
+            ValueError: when ``x`` holds NaN or infinity, or ranges per step get no timestep or too few; it names the
+                layer.
         """
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
                 f"{self.layer}: its input holds NaN or infinity; check the samples and the float denoiser"
+            )
+        if self.config.ranges is Ranges.PER_STEP and timestep is None:
+            raise ValueError(
+                f"{self.layer}: per_step ranges need the timestep, which dmq_ao.prepare passes and prepare_pt2e alone"
+                " does not; use dmq_ao.prepare, or static ranges"
+            )
+        if self.config.ranges is Ranges.PER_STEP and timestep is not None and timestep.numel() not in (1, len(x)):
+            raise ValueError(
+                f"{self.layer}: its input has {len(x)} rows and there are {timestep.numel()} timesteps; per_step"
+                " ranges need one a row, use static or dynamic ranges for this layer"
             )
         if self.vote is not None and self.decided is not None:
             scale, zero_point = self._rows(x, timestep, self.decided)

@@ -20,6 +20,8 @@ def split_concat(gm: GraphModule, names: list[str]) -> GraphModule:
         source = graph.concat_source(layer.node, layer.ch_axis)
         if source is not None:
             _split(gm, layer, source)
+    for layer in graph.find_layers(gm):
+        layer.node.meta[graph.LAYER] = layer.name
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -44,7 +46,7 @@ def _split(gm: GraphModule, layer: graph.Layer, source: Node) -> None:
             bias = layer.node.args[2] if index == 0 and len(layer.node.args) > 2 else None
             args = (part, piece_node, bias, *layer.node.args[3:])
             output = gm.graph.call_function(layer.node.target, args)  # type: ignore[arg-type]
-            output.meta = {**layer.node.meta, graph.LAYER: f"{layer.name}.part{index}", graph.ROLES: ("@concat",)}
+            output.meta = {**layer.node.meta, graph.ROLES: ("@concat",)}
             if total is not None:
                 val = output.meta["val"]
                 output = gm.graph.call_function(graph.aten.add.Tensor, (total, output))

@@ -126,7 +126,7 @@ def capture_once() -> Callable[..., GraphModule]:
     def copy_of(denoiser: nn.Module, example_inputs: Any, timestep_arg: str | None = None) -> GraphModule:
         flat = graph.flatten_inputs(graph.bind(denoiser, example_inputs))
         like = {name: (x.shape, x.dtype) if isinstance(x, Tensor) else x for name, x in flat.items()}
-        key = f"{id(denoiser)} {like} {timestep_arg}"
+        key = f"{id(denoiser)} {like} {graph.find_timestep(list(flat), timestep_arg)}"
         if key not in kept:
             kept[key] = denoiser, capture(denoiser, example_inputs, timestep_arg)
         gm = kept[key][1]

@@ -10,15 +10,17 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed as dmq_ao.<name>
 
 FLOORS = (
-    "config numerics",
+    "config numerics patch_embed",
     "ops layer graph",
     "observers passes objectives calibration evaluation",
-    "annotate reconstruct distill recipes serialization backends module",
+    "annotate reconstruct distill recipes serialization backends module doctor",
     "calibrate",
     "quantize",
     "diffusers_adapter",
     "measure",
-    "demo benchmark",
+    "demo benchmark compare gallery ptq",
+    "terminal cli_output",
+    "commands",
     "cli",
     "__init__ __main__",
 )

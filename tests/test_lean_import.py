@@ -14,7 +14,10 @@ import torch
 import torchao.quantization.pt2e
 before = set(sys.modules)
 import dmq_ao
-print(json.dumps({"added": sorted(set(sys.modules) - before), "cuda": torch.cuda.is_initialized()}))
+loaded_by_name = "dmq_ao.quantize" not in sys.modules
+assert [getattr(dmq_ao, name) for name in dmq_ao.__all__]
+print(json.dumps({"added": sorted(set(sys.modules) - before), "cuda": torch.cuda.is_initialized(),
+    "by_name": loaded_by_name}))
 """
 
 
@@ -41,5 +44,17 @@ def test_import_does_not_initialise_cuda(probe: dict[str, object]) -> None:
     assert probe["cuda"] is False
 
 
-def test_import_brings_the_library(probe: dict[str, object]) -> None:
-    assert "dmq_ao" in probe["added"]
+def test_public_names_bring_the_library_when_they_are_used(probe: dict[str, object]) -> None:
+    assert probe["by_name"] is True
+    assert "dmq_ao.quantize" in probe["added"]
+
+
+def test_a_verb_stays_one_when_its_file_is_imported() -> None:
+    import dmq_ao.calibrate
+    import dmq_ao.quantize
+
+    assert dmq_ao.quantize is sys.modules["dmq_ao.quantize"].quantize
+    assert dmq_ao.calibrate is sys.modules["dmq_ao.calibrate"].calibrate
+    assert {"quantize", "recipes"} <= set(dir(dmq_ao))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = dmq_ao.nonsense

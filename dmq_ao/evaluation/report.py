@@ -54,7 +54,7 @@ def write_report(
     """
     entries = entries_of(report)
     files = {
-        "report.json": json.dumps(_plain(report), indent=2, ensure_ascii=False, allow_nan=False).encode(),
+        "report.json": json.dumps(json_ready(report), indent=2, ensure_ascii=False, allow_nan=False).encode(),
         "report.html": render_html(report, images).encode(),
     }
     if images:
@@ -68,12 +68,12 @@ def write_report(
     return {name: _write(target / name, content) for name, content in files.items()}
 
 
-def _plain(value: Any) -> Any:
-    """The same value with strings for the numbers that JSON does not know."""
+def json_ready(value: Any) -> Any:
+    """The same value with strings for the numbers that JSON does not know: infinities and NaN."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: json_ready(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [json_ready(inner) for inner in value]
     return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
 
 

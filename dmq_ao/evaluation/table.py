@@ -42,7 +42,7 @@ def cells(entry: Mapping[str, Any]) -> list[str]:
     """One row of the table: a text for each of ``COLUMNS``."""
     return [
         str(entry["name"]),
-        _size(entry.get("file_bytes")),
+        size_text(entry.get("file_bytes")),
         number(entry.get("size_ratio"), ".2f", "×"),
         number(entry.get("mean_bits"), ".2f"),
         number(entry.get("one_step_error"), ".3g"),
@@ -61,7 +61,7 @@ def number(value: float | str | None, form: str, unit: str = "") -> str:
     return format(float(value), form) + unit
 
 
-def _size(count: float | None) -> str:
+def size_text(count: float | None) -> str:
     """Bytes in decimal units, as disks and downloads count them."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count is not None and count >= size:

@@ -45,7 +45,8 @@ class Exact(Interpreter):
         result = total.float() * along(scale, 0, total.dim())
         result = result * along(weight_scale[:, 0] * finest, out_axis, total.dim())
         bias = self.env[node.args[2]] if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[index]
-        return result if bias is None else result + along(bias, out_axis, total.dim())
+        result = result if bias is None else result + along(bias, out_axis, total.dim())
+        return result.to(node.meta["val"].dtype)
 
     def _arguments(self, node: Any) -> tuple[Any, ...]:
         return tuple(self.env[arg] if isinstance(arg, Node) else arg for arg in node.args)

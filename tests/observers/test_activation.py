@@ -150,6 +150,14 @@ def test_an_input_that_is_not_finite_names_the_layer(ranges: Ranges, value: floa
         make(ranges)(x, timestep)
 
 
+def test_rows_without_a_timestep_of_their_own_name_the_layer() -> None:
+    x, timestep = batch()
+    with pytest.raises(ValueError, match=f"{LAYER}: its input has 6 rows and there are 3 timesteps; per_step ranges"):
+        make(Ranges.PER_STEP)(x, timestep[:3])
+    with pytest.raises(ValueError, match=f"{LAYER}: per_step ranges need the timestep"):
+        make(Ranges.PER_STEP)(x)
+
+
 @pytest.mark.parametrize("ranges", [Ranges.STATIC, Ranges.PER_STEP])
 def test_missing_statistics_name_the_layer(ranges: Ranges) -> None:
     words = f"{LAYER}: its input was never observed; run calibrate"
@@ -185,8 +193,10 @@ def test_without_a_vote_the_second_pass_changes_nothing() -> None:
     observer(x, timestep)
     before = observer.record()
     observer.start_votes()
+    state = observer.state()
     observer(x * 10, timestep)
     assert equal(observer.record(), before)
+    assert all(torch.equal(value, observer.state()[key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize("ranges", list(Ranges))
@@ -239,7 +249,7 @@ def test_goes_on_from_a_state_taken_anywhere(ranges: Ranges, name: str, votes: P
         event(whole)
     for event in list(events())[:cut]:
         event(first)
-    resumed(batch(seed=9)[0] * 100, batch()[1])  # a state replaces what was there
+    calibrated(resumed, batch(seed=9)[0] * 100, batch()[1])  # a state replaces what was there
     resumed.load_state({key: value.clone() for key, value in first.state().items()})
     for event in list(events())[cut:]:
         event(resumed)

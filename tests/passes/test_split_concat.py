@@ -39,6 +39,21 @@ class Pair(nn.Module):
         return self.first(joined) * self.second(joined)
 
 
+class Twice(nn.Module):
+    """A layer that reads two concatenations, one after the other, or the first alone."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.layer, self.both = nn.Linear(6, 6), both
+        self.gain = nn.Parameter(torch.rand(3))
+
+    def forward(self, a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        a, b = a * self.gain, b * self.gain
+        first = self.layer(torch.cat([a, b], -1)).relu()
+        second: Tensor = self.layer(torch.cat([first[..., :3], b], -1) if self.both else first)
+        return second
+
+
 class Unsized(nn.Module):
     """A concatenation of inputs, of which only the sum of channels is known."""
 
@@ -176,6 +191,7 @@ def test_other_concatenations_are_not_split(
 ) -> None:
     gm, _ = captured(Reader(layer, axis, detour), torch.randn(shape), torch.randn(shape))
     code = gm.code
+    assert graph.roles(gm, graph.find_layers(gm))["layer"].isdisjoint({"@concat"})
     split_all(gm)
     split_concat(gm, ["layer"])  # asked for by name, it still has no seam
     assert names(gm) == ["layer"]
@@ -202,6 +218,18 @@ def test_only_the_layers_named_are_split() -> None:
     split_concat(gm, ["first"])
     assert names(gm) == ["first.part0", "first.part1", "second.part0", "second.part1"]
     assert not any(node.target == aten.cat.default for node in gm.graph.nodes)
+    with torch.no_grad():
+        assert torch.allclose(gm(*inputs), model(*inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_a_layer_used_twice_keeps_its_uses_apart(both: bool) -> None:
+    model = Twice(both)
+    gm, inputs = captured(model, torch.randn(2, 6, 3), torch.randn(2, 6, 3))
+    assert split_all(gm) == ["layer", "layer#2"]
+    parts = ["layer.part0", "layer.part1"]
+    assert names(gm) == parts + (["layer.part0#2", "layer.part1#2"] if both else ["layer"])
+    assert list(graph.layer_nodes(gm)) == names(gm)
     with torch.no_grad():
         assert torch.allclose(gm(*inputs), model(*inputs), atol=1e-5)
 

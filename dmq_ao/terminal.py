@@ -1,0 +1,100 @@
+"""How a command speaks: its result to stdout, all else to stderr; errors in one line, other libraries kept quiet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any
+
+import typer
+import typer.core
+
+from dmq_ao.config import UnsupportedByBackend
+
+_DEBUG = "dmq_ao.debug"
+FAILURE, INTERRUPTED = 1, 130
+
+
+class Format(str, Enum):
+    """What goes to stdout."""
+
+    HUMAN = "human"
+    JSON = "json"
+
+
+def say(text: str) -> None:
+    """A line of progress, to stderr."""
+    typer.echo(text, err=True)
+
+
+def emit(document: Mapping[str, Any], render: Callable[[], str], form: Format) -> None:
+    """The result, to stdout: one JSON document, or the text that ``render`` makes of it."""
+    from dmq_ao.evaluation.report import json_ready
+
+    if form is Format.JSON:
+        typer.echo(json.dumps(json_ready(document), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        typer.echo(render())
+
+
+def debug(ctx: typer.Context, wanted: bool) -> bool:
+    """Callback of ``--debug``: tracebacks, and the warnings of all libraries."""
+    if wanted:
+        ctx.meta[_DEBUG] = True
+        logging.disable(logging.NOTSET)
+        warnings.simplefilter("default")
+    return wanted
+
+
+class Commands(typer.core.TyperGroup):
+    """A group whose commands fail with one line on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; exit with 1 when it fails, 130 when it is interrupted."""
+        with _quiet():
+            try:
+                return super().invoke(ctx)
+            except BrokenPipeError:
+                raise
+            except (ValueError, TypeError, OSError, ImportError) as error:
+                if ctx.meta.get(_DEBUG):
+                    raise
+                say(f"error: {_line(error)}")
+                raise typer.Exit(FAILURE) from error
+            except KeyboardInterrupt:
+                say("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
+
+
+def _line(error: Exception) -> str:
+    """The message; of other libraries' errors in one line, and with the type where there are no words."""
+    text = str(error) if isinstance(error, UnsupportedByBackend) else " ".join(str(error).split())
+    return text or type(error).__name__
+
+
+@contextmanager
+def option_values(hint: str | None = None) -> Iterator[None]:
+    """What is wrong in here is wrong with the options: usage errors, exit code 2. Typed errors pass."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise typer.BadParameter(str(error), param_hint=hint) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, neither logged nor raised, while a command runs; ``--debug`` lifts it."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

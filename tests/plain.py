@@ -1,0 +1,90 @@
+"""A denoiser of no library, samples for it, and the whole flow in one call: what several test files share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dmq_ao
+from dmq_ao.config import Recipe
+
+STEPS = (900, 600, 300, 0)
+
+
+class Plain(nn.Module):
+    """A denoiser of no library: a concatenation, tokens, a timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 16)
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.tokens = nn.Linear(16, 16)
+        self.merge = nn.Conv2d(32, 16, 1)
+        self.last = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        skip = self.first(x)
+        vector = self.time(t.to(x.dtype)[:, None] / 1000)
+        h = nn.functional.silu(self.conv(nn.functional.silu(skip) + vector[:, :, None, None]))
+        h = self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(skip.shape)
+        return self.last(nn.functional.silu(self.merge(torch.cat([h, skip], 1))))
+
+
+def seeded(kind: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().eval()
+
+
+def record(model: nn.Module, call: Callable[[int], None], num_samples: int = 16) -> dmq_ao.CalibrationSet:
+    with dmq_ao.record(model, num_samples=num_samples) as recorder, torch.no_grad():
+        for step in STEPS:
+            call(step)
+    return recorder.calibration_set()
+
+
+def plain_samples(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> dmq_ao.CalibrationSet:
+    """Inputs that grow as the noise goes, so that ranges per step differ."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def call(step: int) -> None:
+        x = torch.randn(4, 3, 8, 8, generator=generator) * (2 - step / 900)
+        model(x.to(dtype), torch.full((4,), step))
+
+    return record(model, call)
+
+
+def flow(
+    model: nn.Module, recipe: Recipe, samples: dmq_ao.CalibrationSet, backend: str = "reference", **given: Any
+) -> tuple[dmq_ao.QuantizedDenoiser, dmq_ao.CalibrationReport]:
+    prepared = dmq_ao.prepare(model, recipe, samples.example(), backend=backend, **given)
+    report = dmq_ao.calibrate(prepared, samples, progress=False)
+    return dmq_ao.convert(prepared, backend), report
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm())
+
+
+def assert_same_records(left: dmq_ao.QuantizedDenoiser, right: dmq_ao.QuantizedDenoiser) -> None:
+    assert left.records.keys() == right.records.keys()
+    for name in left.records:
+        assert_same(left.records[name], right.records[name], name)
+
+
+def assert_same(left: Any, right: Any, where: str) -> None:
+    """Two values, tensors bit for bit, records field by field."""
+    assert type(left) is type(right), where
+    if isinstance(left, Tensor):
+        assert left.dtype == right.dtype, where
+        assert torch.equal(left, right), where
+    elif dataclasses.is_dataclass(left):
+        for field in dataclasses.fields(left):
+            assert_same(getattr(left, field.name), getattr(right, field.name), f"{where}.{field.name}")
+    else:
+        assert left == right, where

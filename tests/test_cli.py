@@ -1,0 +1,326 @@
+"""The command line: every command on the bundled denoiser, what it prints where, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+
+from typer.testing import CliRunner, Result
+
+from dmq_ao import cli_output, commands, demo, doctor, ptq, recipes
+from dmq_ao.backends import ALL_BACKENDS
+from dmq_ao.benchmark import named_denoiser
+from dmq_ao.commands import app
+from dmq_ao.config import InvalidFile
+from dmq_ao.diffusers_adapter import demo_folder
+from dmq_ao.observers import ALL_OBSERVERS
+
+COMMANDS = ("quantize", "sample", "compare", "inspect", "benchmark", "doctor", "demo")
+QUICK = ("--steps", "4", "--samples", "8")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def document(*arguments: object) -> Any:
+    """The one JSON document on stdout."""
+    result = run(*arguments, "--format", "json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def failure(code: int, *arguments: object) -> str:
+    """Stderr of a command that fails: nothing on stdout, no traceback."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert "Traceback" not in result.stderr
+    return " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A quantized demo pipeline and the report of the command that made it."""
+    out = tmp_path_factory.mktemp("made") / "w4a8"
+    return out, document("quantize", "demo", "-o", out, *QUICK, "--power-of-two", "--keep-float", "mid_block.*to_q")
+
+
+def test_quantize_reports_what_it_did(made: tuple[Path, dict[str, Any]]) -> None:
+    out, report = made
+    kept = {layer["name"]: layer["why"] for layer in report["layers"] if layer["status"] == "float"}
+    assert kept["mid_block.attentions.0.to_q"] == "keep_float 'mid_block.*to_q'"
+    assert report["kept_layers"] == len(kept)
+    assert report["quantized_layers"] + len(kept) == len(report["layers"])
+    assert 4 < report["mean_bits"] < 8
+    assert report["file_bytes"] == sum(file.stat().st_size for file in (out / "unet").iterdir())
+    assert report["recipe"]["num_samples"] == 8
+    assert report["calibration"]["samples"] == 8
+
+
+def test_quantize_writes_a_pipeline_with_its_report(made: tuple[Path, dict[str, Any]]) -> None:
+    out, report = made
+    assert {path.name for path in out.iterdir()} == {"model_index.json", "report.json", "scheduler", "unet"}
+    written = json.loads((out / "report.json").read_text())
+    assert written["layers"] == report["layers"]
+    assert written["calibration"]["votes"]
+
+
+def test_dry_run_predicts_bits_and_writes_nothing(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    options = ("--power-of-two", "--keep-float", "mid_block.*to_q", "--dry-run")
+    predicted = document("quantize", "demo", "-o", tmp_path / "out", *QUICK, *options)
+    assert list(tmp_path.iterdir()) == []
+    assert predicted["mean_bits"] == pytest.approx(made[1]["mean_bits"], rel=1e-3)
+    assert predicted["file_bytes"] < made[1]["file_bytes"]
+    plan = [{key: layer[key] for key in ("name", "status", "weight_bits", "why")} for layer in made[1]["layers"]]
+    assert [{key: layer[key] for key in plan[0]} for layer in predicted["layers"]] == plan
+
+
+def test_inspect_shows_every_layer(made: tuple[Path, dict[str, Any]]) -> None:
+    out, report = made
+    found = document("inspect", out / "unet")
+    assert found["layers"] == report["layers"]
+    assert {key: found[key] for key in ("mean_bits", "kernels", "file_bytes", "float_bytes")} == {
+        key: report[key] for key in ("mean_bits", "kernels", "file_bytes", "float_bytes")
+    }
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_inspect_prints_a_table(
+    made: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, everything: bool
+) -> None:
+    out, report = made
+    monkeypatch.setattr(ptq, "describe_folder", lambda folder, backend: report)
+    result = run("inspect", out, *(["--all"] if everything else []))
+    assert (result.exit_code, result.stderr) == (0, "")
+    table, totals = result.stdout.split("\n\n")
+    shown = [line.split()[0] for line in table.splitlines()[1:]]
+    names = [layer["name"] for layer in report["layers"]]
+    if everything:
+        assert shown == names
+    else:
+        assert len(shown) - 1 == report["kept_layers"] + 10  # the noisiest, and a line that says how many are hidden
+        assert f"({len(names) - len(shown) + 1} layers more" in table
+    assert f"{report['quantized_layers']} of {len(names)} quantized (minmax w4a8, power-of-two)" in totals
+
+
+def test_sample_draws_a_grid_from_a_quantized_folder(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    grid = tmp_path / "new" / "grid.png"
+    found = document("sample", made[0], "-o", grid, "--num", 9, "--steps", 2, "--seed", 5)
+    assert found["files"] == [str(grid)]
+    assert found["seeds"] == list(range(5, 14))
+    assert grid.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sample_writes_a_picture_a_seed(tmp_path: Path) -> None:
+    result = run("sample", "demo", "-o", tmp_path / "pictures", "--num", 2, "--steps", 2, "--seed", 3)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"2 pictures in {tmp_path / 'pictures'}\n"
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["seed_3.png", "seed_4.png"]
+
+
+def test_compare_measures_and_writes_a_page(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, report = made
+    result = run("compare", "demo", out, "-o", tmp_path / "report", "--images", 2, "--steps", 4)
+    assert result.exit_code == 0, result.stderr
+    assert "float" in result.stdout
+    assert out.name in result.stdout
+    assert {"report.json", "report.html", "grid.png"} <= {path.name for path in (tmp_path / "report").iterdir()}
+    (row,) = json.loads((tmp_path / "report" / "report.json").read_text())["variants"]
+    assert 0 < row["one_step_error"] < 0.5
+    assert 10 < row["psnr_db"] < 60
+    assert row["size_ratio"] == pytest.approx(report["float_bytes"] / report["file_bytes"])
+    assert len(row["errors_by_timestep"]["timesteps"]) == 4
+
+
+def test_doctor_finds_this_machine_in_order() -> None:
+    result = run("doctor")
+    assert result.exit_code == 0, result.stdout
+    assert torch.__version__ in result.stdout
+    found = document("doctor")
+    assert found["healthy"]
+    assert {row["subject"] for row in found["findings"]} >= {"python", "torch", "torchao", "diffusers", "cpu", "cuda"}
+
+
+def test_doctor_fails_on_what_is_broken_and_not_on_what_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "has_kernels", lambda: False)
+    slow = run("doctor")
+    assert slow.exit_code == 0
+    assert "no oneDNN int8 operators" in slow.stdout
+    monkeypatch.setitem(doctor.TESTED, "no-such-package", ((1, 0), None))
+    broken = run("doctor")
+    assert broken.exit_code == 1
+    assert "FAIL  no-such-package  not installed" in broken.stdout
+
+
+def test_doctor_says_when_a_version_is_outside_of_the_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doctor.TESTED, "torch", ((3, 0), (3, 2)))
+    (found,) = [row for row in doctor.examine()["findings"] if row["subject"] == "torch"]
+    assert found["level"] == "note"
+    assert "outside of the tested 3.0 to 3.1" in found["text"]
+
+
+@pytest.mark.skipif(not (doctor.has_kernels() and doctor.has_vnni()), reason="no exact int8 kernels on this machine")
+def test_doctor_notices_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = doctor._int8_convolution
+    monkeypatch.setattr(doctor, "_int8_convolution", lambda *args, **kwargs: right(*args, **kwargs) + 1)
+    assert not doctor.examine()["healthy"]
+
+
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run_demo(folder: Path, **options: Any) -> dict[str, Any]:
+        options.pop("say")("working")
+        assert options == {"backend": "reference", "images": 3, "with_latency": False}
+        return {"title": "demo", "variants": [{"name": "W4A8"}]}
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    result = run("demo", "-o", tmp_path, "--backend", "reference", "--images", 3, "--no-latency")
+    assert result.exit_code == 0, result.stderr
+    assert "W4A8" in result.stdout
+    assert str(tmp_path / "report.html") in result.stdout
+    assert result.stderr == "working\n"
+
+
+@pytest.mark.slow
+def test_demo_writes_its_report(tmp_path: Path) -> None:
+    assert len(document("demo", "-o", tmp_path, "--images", 2, "--no-latency")["variants"]) == 6
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "quantized"])
+def test_benchmark_times_both(made: tuple[Path, dict[str, Any]], quantized: bool) -> None:
+    model = made[0] if quantized else "demo"
+    found = document("benchmark", model, "--repeats", 2, "--batch-size", 2, "--threads", 1)
+    assert found["speedup"] > 0
+    assert found["latency_ms"].keys() == found["compile_seconds"].keys() == {"float", "quantized"}
+    assert found["machine"]["threads"] == 1
+    assert f"is {found['speedup']:.2f}x as fast as float32" in cli_output.benchmark_text(found)
+
+
+def test_the_named_denoiser_is_that_of_cifar() -> None:
+    denoiser, samples = named_denoiser("cifar-unet")
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == pytest.approx(35.7e6, rel=0.01)
+    assert samples.inputs["sample"].shape[1:] == (3, 32, 32)
+    assert torch.equal(samples.inputs["sample"], named_denoiser("cifar-unet")[1].inputs["sample"])
+    with pytest.raises(ValueError, match="no denoiser is called 'x'"):
+        named_denoiser("x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        pytest.param(("--bits", "w9a8"), "bits must look like 'w4a8'", id="bits"),
+        pytest.param(("--backend", "cuda"), "'cuda' is not one of 'auto', 'onednn', 'reference'", id="backend"),
+        pytest.param(("--recipe", "magic"), "the recipes are ['minmax']", id="recipe"),
+        pytest.param(("--prompt", "a fox"), "takes no prompt", id="prompt"),
+        pytest.param(("--steps", "0"), "--steps", id="steps"),
+        pytest.param((*QUICK, "--keep-float", "nothing*"), "'nothing*' matches no layer", id="pattern"),
+    ],
+)
+def test_wrong_options_are_usage_errors(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    assert words in failure(2, "quantize", "demo", "-o", tmp_path / "out", *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_is_wanted() -> None:
+    assert "only --dry-run does without" in failure(2, "quantize", "demo")
+
+
+def test_a_recipe_keeps_what_it_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipes.ALL_RECIPES, "fixed", lambda bits: recipes.minmax(bits))
+    words = failure(2, "quantize", "demo", "--dry-run", "--recipe", "fixed", "--ranges", "dynamic")
+    assert "the recipe 'fixed' decides ranges itself" in words
+
+
+def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "_pipeline", lambda *args: pytest.fail("loaded the pipeline"))
+    (tmp_path / "mine.txt").write_text("mine")
+    error = failure(1, "quantize", "demo", "-o", tmp_path)
+    assert error == f"error: {tmp_path} exists and is not an empty folder; give another one, or remove it first"
+
+
+@pytest.mark.parametrize("command", ["quantize", "sample", "benchmark", "compare"])
+@pytest.mark.parametrize("model", ["no/such/folder", "nosuch"])
+def test_an_unknown_model_is_one_line(tmp_path: Path, command: str, model: str) -> None:
+    more = {"compare": (tmp_path,), "benchmark": ()}.get(command, ("-o", tmp_path / "out"))
+    error = failure(1, command, model, *more)
+    assert error == f"error: {model}: no such folder; give a diffusers pipeline folder, a Hub id or 'demo'"
+
+
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        pytest.param({}, "config.json is missing", id="empty"),
+        pytest.param({"config.json": "{}"}, "no quantization_config of dmq_ao in it", id="float"),
+        pytest.param({"config.json": "{"}, "not JSON", id="truncated"),
+        pytest.param({"model_index.json": "{}"}, "a pipeline without unet or transformer", id="no denoiser"),
+    ],
+)
+def test_a_foreign_folder_is_one_line(tmp_path: Path, command: str, files: dict[str, str], words: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    error = failure(1, command, *(["demo"] if command == "compare" else []), tmp_path)
+    assert error.startswith("error: ")
+    assert str(tmp_path) in error
+    assert words in error
+
+
+def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path: Path) -> None:
+    assert "holds no model_index.json" in failure(1, "sample", tmp_path, "-o", tmp_path / "x.png")
+
+
+def test_a_float_denoiser_cannot_be_inspected() -> None:
+    assert "this is a float model" in failure(1, "inspect", demo_folder())
+
+
+def test_debug_shows_where_it_failed(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path, "--debug")
+    assert isinstance(result.exception, InvalidFile)
+
+
+def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupted)
+    assert failure(130, "doctor") == "interrupted"
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert {item.value for item in commands.Backend} == {"auto", *ALL_BACKENDS}
+    assert {item.value for item in commands.Observer} == set(ALL_OBSERVERS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_describes_and_shows_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0
+    assert f"\n  Examples:\n    dmq-ao {command}" in result.stdout
+    assert "--format" in result.stdout
+
+
+def test_help_names_every_command_and_loads_no_torch() -> None:
+    code = "import sys; from dmq_ao.cli import main; sys.argv = ['dmq-ao', '--help']\ntry: main()\nfinally:"
+    done = python(f"{code} assert 'torch' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert all(f"\n  {command} " in done.stdout for command in COMMANDS)
+
+
+def test_without_typer_it_says_what_to_install() -> None:
+    done = python("import sys; sys.modules['typer'] = None; from dmq_ao.cli import main; main()")
+    assert done.returncode == 1
+    assert done.stderr == 'error: the command line needs typer; install it with: pip install "dmq_ao[cli]"\n'
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

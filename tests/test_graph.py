@@ -1,0 +1,810 @@
+"""Capture is exact: real denoisers as graphs, at sizes they were not captured at, with names, roles and blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.fx import GraphModule
+
+from dmq_ao import graph
+
+Inputs = dict[str, Any]
+
+
+class Plain(nn.Module):
+    """A denoiser of no library, called by position: every kind of layer, one of them used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time = nn.Linear(1, 8)
+        self.labels = nn.Embedding(5, 8)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.shared = nn.Conv2d(8, 8, 3, padding=1)
+        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
+        self.word = nn.Conv2d(8, 8, 3, padding="same")
+        self.tokens = nn.Linear(8, 8)
+        self.merge = nn.Conv2d(16, 8, 1)
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor, gain: float = 1.0) -> Tensor:
+        skip = self.first(x)
+        vector = self.time(t.float()[:, None] / 1000) + self.labels(label)
+        h = self.shared(self.shared(skip + vector[:, :, None, None]).sigmoid())
+        h = self.word(nn.functional.avg_pool2d(self.up(h), 2))
+        h = self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(skip.shape)
+        return self.last(self.merge(torch.cat([h * gain, skip], 1)).sigmoid())
+
+
+def plain_inputs(batch: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(batch, 3, 4 * size, 6 * size), torch.arange(batch) * 100 + 1, torch.arange(batch)
+
+
+class Case:
+    """A model, the inputs of any batch and size it takes, and those it was captured with."""
+
+    def __init__(self, model: nn.Module, inputs: Callable[[int, int], Inputs], example: Inputs) -> None:
+        self.model, self.inputs, self.example = model, inputs, example
+
+
+def _latents(batch: int, channels: int, size: int) -> Tensor:
+    """Not square from size 3 on."""
+    return torch.randn(batch, channels, 4 * size, 4 * size if size < 3 else 8 * size - 8)
+
+
+def _text(batch: int, size: int, channels: int) -> Tensor:
+    return torch.randn(batch, 5 + size, channels)
+
+
+def _times(batch: int) -> Tensor:
+    return torch.arange(batch) * 100 + 10
+
+
+def _unet2d(model: nn.Module) -> Case:
+    def inputs(batch: int, size: int) -> Inputs:
+        return {"sample": _latents(batch, 3, 2 * size), "timestep": _times(batch)}
+
+    return Case(model, inputs, inputs(2, 2))
+
+
+def _stable_diffusion(model: nn.Module) -> Case:
+    def inputs(batch: int, size: int) -> Inputs:
+        return {
+            "sample": _latents(batch, 4, 2 * size),
+            "timestep": _times(batch),
+            "encoder_hidden_states": _text(batch, size, 24),
+        }
+
+    return Case(model, inputs, inputs(2, 2))
+
+
+def _dit(model: nn.Module) -> Case:
+    def inputs(batch: int, size: int) -> Inputs:
+        del size  # its code turns the number of tokens into a Python number: it has the size it was captured at
+        return {
+            "hidden_states": torch.randn(batch, 4, 8, 8),
+            "timestep": _times(batch),
+            "class_labels": torch.arange(batch),
+        }
+
+    return Case(model, inputs, inputs(2, 2))
+
+
+def _sdxl() -> Case:
+    """Captured with a batch of one and a timestep without axes."""
+    import diffusers
+
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        attention_head_dim=4,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        added = {"text_embeds": torch.randn(batch, 12), "time_ids": torch.rand(batch, 6)}
+        return {
+            "sample": _latents(batch, 4, size),
+            "timestep": _times(batch),
+            "encoder_hidden_states": _text(batch, size, 24),
+            "added_cond_kwargs": added,
+        }
+
+    return Case(model, inputs, inputs(1, 2) | {"timestep": torch.tensor(10)})
+
+
+def _unet3d() -> Case:
+    """Captured with a batch of one and a Python number as timestep."""
+    import diffusers
+
+    model = diffusers.UNet3DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock3D",),
+        up_block_types=("UpBlock3D",),
+        attention_head_dim=4,
+        cross_attention_dim=16,
+        norm_num_groups=4,
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        frames = _latents(batch * (size + 1), 4, size)
+        return {
+            "sample": frames.unflatten(0, (batch, size + 1)).transpose(1, 2),
+            "timestep": _times(batch),
+            "encoder_hidden_states": _text(batch, size, 16),
+        }
+
+    return Case(model, inputs, inputs(1, 2) | {"timestep": 10})
+
+
+def _pixart() -> Case:
+    """Positions of any size, the native one among them; a mask over tokens; conditions that are None."""
+    import diffusers
+
+    model = diffusers.PixArtTransformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=12,
+        use_additional_conditions=False,
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        return {
+            "hidden_states": _latents(batch, 4, size),
+            "encoder_hidden_states": _text(batch, size, 12),
+            "timestep": _times(batch),
+            "encoder_attention_mask": (torch.arange(5 + size) < torch.arange(3, 3 + batch)[:, None]).float(),
+            "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        }
+
+    return Case(model, inputs, inputs(2, 2))
+
+
+def _sd3() -> Case:
+    import diffusers
+
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=10,
+        pos_embed_max_size=12,
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        return {
+            "hidden_states": _latents(batch, 4, size),
+            "encoder_hidden_states": _text(batch, size, 12),
+            "pooled_projections": torch.randn(batch, 10),
+            "timestep": _times(batch),
+        }
+
+    return Case(model, inputs, inputs(2, 2))
+
+
+def _flux() -> Case:
+    """Captured with a batch of one; ids of image and text without a batch axis; timestep and guidance in 0..1."""
+    import diffusers
+
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        return {
+            "hidden_states": torch.randn(batch, 8 * size, 4),
+            "encoder_hidden_states": _text(batch, size, 12),
+            "pooled_projections": torch.randn(batch, 10),
+            "timestep": torch.rand(batch),
+            "img_ids": torch.randn(8 * size, 3),
+            "txt_ids": torch.zeros(5 + size, 3),
+            "guidance": torch.rand(batch),
+        }
+
+    return Case(model, inputs, inputs(1, 2))
+
+
+def _sana() -> Case:
+    import diffusers
+
+    model = diffusers.SanaTransformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        return {
+            "hidden_states": _latents(batch, 4, size),
+            "encoder_hidden_states": _text(batch, size, 8),
+            "timestep": _times(batch),
+        }
+
+    return Case(model, inputs, inputs(1, 2))
+
+
+def _wan() -> Case:
+    import diffusers
+
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=16,
+        rope_max_seq_len=32,
+    )
+
+    def inputs(batch: int, size: int) -> Inputs:
+        frames = _latents(batch * (size + 1), 4, size)
+        return {
+            "hidden_states": frames.unflatten(0, (batch, size + 1)).transpose(1, 2),
+            "timestep": _times(batch),
+            "encoder_hidden_states": _text(batch, size, 8),
+        }
+
+    return Case(model, inputs, inputs(1, 2))
+
+
+TINY = {"tiny_unet2d": _unet2d, "tiny_unet2d_condition": _stable_diffusion, "tiny_dit": _dit}
+OWN = {
+    "sdxl": _sdxl,
+    "unet3d": _unet3d,
+    "pixart": _pixart,
+    "sd3": _sd3,
+    "flux": _flux,
+    "sana": _sana,
+    "wan": _wan,
+}
+
+
+@pytest.fixture(scope="module")
+def case_of(request: pytest.FixtureRequest) -> Callable[[str], Case]:
+    """Cases by name, each model built once, with no parameter at zero: a zeroed layer would hide what it is fed."""
+    built: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in built:
+            pytest.importorskip("diffusers")
+            torch.manual_seed(0)
+            if name in TINY:
+                built[name] = TINY[name](request.getfixturevalue(name)[0])
+            else:
+                built[name] = OWN[name]()
+                built[name].model.eval()
+                for parameter in built[name].model.parameters():
+                    nn.init.normal_(parameter, std=0.1)
+        return built[name]
+
+    return case
+
+
+@pytest.fixture(scope="module", params=[*TINY, *OWN])
+def captured(
+    request: pytest.FixtureRequest, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> tuple[Case, GraphModule]:
+    case = case_of(request.param)
+    return case, capture_once(case.model, case.example)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Plain, GraphModule]:
+    torch.manual_seed(0)
+    model = Plain().eval()
+    return model, graph.capture(model, plain_inputs(2, 2))
+
+
+def run(gm: GraphModule, inputs: Inputs) -> Tensor:
+    flat = graph.flatten_inputs(inputs)
+    with torch.no_grad():
+        return gm(*[flat[name] for name in graph.signature_of(gm).names])
+
+
+def eager(model: nn.Module, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+# --- the same numbers --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [(2, 2), (1, 2), (3, 2), (2, 3), (1, 1)],
+    ids=["the example's size", "batch 1", "batch 3", "larger and not square", "smaller, batch 1"],
+)
+def test_the_graph_computes_what_the_model_computes(captured: tuple[Case, GraphModule], batch: int, size: int) -> None:
+    case, gm = captured
+    inputs = case.inputs(batch, size)
+    expected = eager(case.model, inputs)
+    assert expected.isfinite().all()
+    assert expected.std() > 0
+    assert torch.equal(run(gm, inputs), expected)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(2, 2), (1, 2), (3, 2), (2, 3), (1, 1)])
+def test_a_plain_module_called_by_position(plain: tuple[Plain, GraphModule], batch: int, size: int) -> None:
+    model, gm = plain
+    inputs = plain_inputs(batch, size)
+    with torch.no_grad():
+        assert torch.equal(gm(*inputs), model(*inputs))
+
+
+def test_every_input_reaches_the_output(captured: tuple[Case, GraphModule]) -> None:
+    case, gm = captured
+    inputs = graph.flatten_inputs(case.inputs(2, 2))
+    names = graph.signature_of(gm).names
+    expected = run(gm, inputs)
+    for name in names:
+        value = inputs[name]
+        other = 1 - value if "mask" in name else value + 1
+        moved = {**inputs, name: other}
+        if name != "txt_ids":  # rotary angles of the text: equal shifts cancel
+            assert not torch.equal(run(gm, moved), expected), name
+
+
+def test_the_model_is_left_as_it_was(captured: tuple[Case, GraphModule]) -> None:
+    case, _ = captured
+    assert not any("forward" in vars(module) for module in case.model.modules())
+    assert all(tensor.device.type == "cpu" for tensor in case.model.state_dict().values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_positions_are_those_of_the_table_in_half_precision(
+    dtype: torch.dtype, case_of: Callable[[str], Case]
+) -> None:
+    case = case_of("pixart")
+    table = copy.deepcopy(case.model.pos_embed).to(dtype)
+    latent = _latents(2, 4, 2).to(dtype)
+    assert torch.equal(graph._embed_patches(table, latent), table(latent))
+
+
+# --- what the signature says -------------------------------------------------
+
+
+def test_a_batch_of_one_is_doubled_and_ids_without_a_batch_are_not(
+    case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> None:
+    case = case_of("flux")
+    example = graph.signature_of(capture_once(case.model, case.example)).example
+    assert {name: shape for name, (shape, _) in example.items()} == {
+        "hidden_states": (2, 16, 4),
+        "encoder_hidden_states": (2, 7, 12),
+        "pooled_projections": (2, 10),
+        "timestep": (2,),
+        "img_ids": (16, 3),
+        "txt_ids": (7, 3),
+        "guidance": (2,),
+    }
+
+
+@pytest.mark.parametrize("name", ["tiny_dit", "sdxl", "unet3d"])
+def test_every_form_of_timestep_becomes_one_a_row(
+    name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> None:
+    case = case_of(name)
+    signature = graph.signature_of(capture_once(case.model, case.example))
+    assert (signature.timestep, signature.timestep_per_row) == ("timestep", True)
+    assert signature.example["timestep"] == ((2,), torch.int64)
+
+
+def test_return_types_and_constants(
+    case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule], plain: tuple[Plain, GraphModule]
+) -> None:
+    pixart = case_of("pixart")
+    signature = graph.signature_of(capture_once(pixart.model, pixart.example))
+    assert signature.return_type is not None
+    assert signature.return_type.__name__ == "Transformer2DModelOutput"
+    assert signature.constants == {"added_cond_kwargs.resolution": None, "added_cond_kwargs.aspect_ratio": None}
+    assert signature.batch == "hidden_states"
+    signature = graph.signature_of(plain[1])
+    assert (signature.return_type, signature.returns_tuple) == (None, False)
+    assert (signature.names, signature.batch) == (("x", "t", "label"), "x")
+
+
+class Small(nn.Module):
+    """One linear; what it is given and what it returns is up to the test."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.given = forward
+
+
+class TupleOut(Small):
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x), t + 1
+
+
+class Scalar(Small):
+    """Takes one timestep for the whole batch, and no other."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.linear(x) * t.view(1, 1)
+
+
+class Sigma(Small):
+    def forward(self, x: Tensor, sigma: Tensor, **conditions: Tensor) -> Tensor:
+        return self.linear(x) * sigma[:, None] + conditions["shift"]
+
+
+class Timeless(Small):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return self.linear(x) * factor
+
+
+def small(kind: type[Small]) -> Small:
+    return kind(lambda: None).eval()
+
+
+def test_a_tuple_comes_back_as_a_tuple() -> None:
+    model = small(TupleOut)
+    gm = graph.capture(model, (torch.randn(2, 4), torch.tensor([1, 2])))
+    x, t = torch.randn(5, 4), torch.arange(5)
+    first, second = gm(x, t)
+    assert graph.signature_of(gm).returns_tuple
+    assert torch.equal(first, model.linear(x))
+    assert torch.equal(second, t + 1)
+
+
+@pytest.mark.parametrize("timestep", [3, torch.tensor(3), 0.5])
+def test_a_model_that_takes_only_one_timestep_gets_one(timestep: Any) -> None:
+    model = small(Scalar)
+    gm = graph.capture(model, {"x": torch.randn(1, 4), "t": timestep})
+    signature = graph.signature_of(gm)
+    assert not signature.timestep_per_row
+    assert signature.example["t"][0] == ()
+    x = torch.randn(3, 4)
+    assert torch.equal(gm(x, torch.as_tensor(timestep)), model(x, torch.as_tensor(timestep)))
+
+
+def test_the_timestep_may_be_named_and_keywords_may_be_free() -> None:
+    model = small(Sigma)
+    inputs = {"x": torch.randn(2, 4), "sigma": torch.rand(2), "shift": torch.randn(2, 4)}
+    assert graph.signature_of(graph.capture(model, inputs)).timestep is None
+    gm = graph.capture(model, inputs, timestep_arg="sigma")
+    assert graph.signature_of(gm).timestep == "sigma"
+    assert torch.equal(run(gm, inputs), model(**inputs))
+
+
+def test_a_model_without_timestep_and_with_a_constant() -> None:
+    gm = graph.capture(small(Timeless), {"x": torch.randn(2, 4), "factor": 2.5})
+    signature = graph.signature_of(gm)
+    assert (signature.timestep, signature.names, signature.constants) == (None, ("x",), {"factor": 2.5})
+
+
+class Integers(Small):
+    def forward(self, y: Tensor, t: Tensor) -> Tensor:
+        return self.linear(y.float())
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "timestep_arg", "error", "message"),
+    [
+        (Scalar, {"x": 1}, None, TypeError, r"do not fit Scalar.forward\(x: .*argument: 't'. Give a dict of its key"),
+        (Scalar, (1, 2, 3), None, TypeError, "do not fit Scalar.forward.*too many positional arguments"),
+        (Scalar, {"x": 1, "t": 2, "z": 3}, None, TypeError, "unexpected keyword argument 'z'"),
+        (
+            Scalar,
+            {"x": torch.randn(2, 4), "t": 1},
+            "sigma",
+            ValueError,
+            r"timestep_arg='sigma' is not an argument of the denoiser; it takes \['x', 't'\]",
+        ),
+        (
+            Integers,
+            {"y": torch.ones(2, 4, dtype=torch.int64), "t": 1},
+            None,
+            TypeError,
+            r"no floating tensor with a batch axis besides the timestep; got \[\('y', \(2, 4\), 'torch.int64'\)",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_says_why(
+    kind: type[Small], inputs: Any, timestep_arg: str | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        graph.capture(small(kind), inputs, timestep_arg)
+
+
+def test_training_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Scalar is in training mode; call \.eval\(\) on it first"):
+        graph.capture(small(Scalar).train(), (torch.randn(2, 4), 1))
+
+
+def test_a_model_that_does_not_export_raises_its_own_error() -> None:
+    class Branches(Small):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.linear(x) if t.sum() > 3 else x
+
+    with pytest.raises(Exception, match="data-dependent"):
+        graph.capture(small(Branches), (torch.randn(2, 4), torch.tensor([1, 2])))
+
+
+# --- nested inputs -----------------------------------------------------------
+
+
+def test_nested_inputs_flatten_and_come_back() -> None:
+    nested = {"a": 1, "b": {"c": 2, "d": [3, {"e": 4}]}, "f": (5, 6)}
+    flat = {"a": 1, "b.c": 2, "b.d.0": 3, "b.d.1.e": 4, "f.0": 5, "f.1": 6}
+    assert graph.flatten_inputs(nested) == flat
+    assert graph.unflatten_inputs(flat) == {**nested, "f": [5, 6]}
+    assert graph.flatten_inputs({"empty": {}, "none": None}) == {"none": None}
+
+
+# --- names -------------------------------------------------------------------
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.Linear, nn.Embedding)
+
+
+def test_layers_are_the_weighted_modules_of_the_model(captured: tuple[Case, GraphModule]) -> None:
+    case, gm = captured
+    modules = dict(case.model.named_modules())
+    layers = graph.find_layers(gm)
+    names = {layer.name.partition("#")[0] for layer in layers}
+    assert names == {name for name, module in modules.items() if isinstance(module, WEIGHTED)}
+    assert len({layer.name for layer in layers}) == len(layers)
+    for layer in layers:
+        module = modules[layer.name.partition("#")[0]]
+        [source] = [
+            node for node in layer.node.all_input_nodes if node.op == "get_attr" and "weight" in str(node.target)
+        ]
+        assert graph.attribute(gm, source).data_ptr() == module.weight.data_ptr()
+        assert layer.numel == module.weight.numel()
+        kind = type(module).__name__.lower()
+        assert layer.kind == ("embedding table" if kind == "embedding" else kind)
+    assert set(graph.layer_nodes(gm)) == {layer.name for layer in layers}
+
+
+def test_a_module_used_twice_is_two_layers(
+    plain: tuple[Plain, GraphModule], case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> None:
+    names = [layer.name for layer in graph.find_layers(plain[1])]
+    assert [name for name in names if "#" in name] == ["shared#2"]
+    dit = case_of("tiny_dit")
+    twice = [
+        layer.name for layer in graph.find_layers(capture_once(dit.model, dit.example)) if layer.name.endswith("#2")
+    ]
+    embedder = "transformer_blocks.0.norm1.emb"
+    assert twice == [
+        f"{embedder}.timestep_embedder.linear_1#2",
+        f"{embedder}.timestep_embedder.linear_2#2",
+        f"{embedder}.class_embedder.embedding_table#2",
+    ]
+
+
+def test_kinds_and_channel_axes(plain: tuple[Plain, GraphModule]) -> None:
+    found = {
+        layer.name: (layer.kind, layer.ch_axis, layer.quantizable, layer.numel)
+        for layer in graph.find_layers(plain[1])
+    }
+    assert found == {
+        "first": ("conv2d", 1, True, 216),
+        "time": ("linear", 1, True, 8),
+        "labels": ("embedding table", 1, False, 40),
+        "shared": ("conv2d", 1, True, 576),
+        "shared#2": ("conv2d", 1, True, 576),
+        "up": ("transposed convolution", 1, False, 256),
+        "word": ("convolution with padding given as a word", 1, False, 576),
+        "tokens": ("linear", 2, True, 64),
+        "merge": ("conv2d", 1, True, 128),
+        "last": ("conv2d", 1, True, 216),
+    }
+
+
+# --- roles -------------------------------------------------------------------
+
+
+def roles_of(gm: GraphModule) -> dict[str, set[str]]:
+    """Layers by role, for those that have one."""
+    found: dict[str, set[str]] = {}
+    for name, roles in graph.roles(gm, graph.find_layers(gm)).items():
+        for role in roles:
+            found.setdefault(role, set()).add(name)
+    return found
+
+
+def of_kind(model: nn.Module, suffix: str) -> set[str]:
+    return {name for name, _ in model.named_modules() if name.endswith(suffix)}
+
+
+@pytest.mark.parametrize("name", ["tiny_unet2d", "tiny_unet2d_condition"])
+def test_roles_of_a_unet(name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]) -> None:
+    case = case_of(name)
+    shortcuts = {name for name in of_kind(case.model, "conv_shortcut") if name.startswith("up_blocks")}
+    assert len(shortcuts) >= 3
+    assert roles_of(capture_once(case.model, case.example)) == {
+        "@input": {"conv_in"},
+        "@output": {"conv_out"},
+        "@embedding": {"time_embedding.linear_1", "time_embedding.linear_2"} | of_kind(case.model, "time_emb_proj"),
+        "@concat": shortcuts,
+    }
+
+
+def test_roles_of_a_dit(case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]) -> None:
+    case = case_of("tiny_dit")
+    embedders = of_kind(case.model, "timestep_embedder.linear_1") | of_kind(case.model, "timestep_embedder.linear_2")
+    twice = {f"{name}#2" for name in embedders if name.startswith("transformer_blocks.0.")}
+    assert roles_of(capture_once(case.model, case.example)) == {
+        "@input": {"pos_embed.proj"},
+        "@output": {"proj_out_2"},
+        "@embedding": embedders | twice | of_kind(case.model, "norm1.linear") | {"proj_out_1"},
+    }
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_modulated_text_stream_is_no_embedding(
+    name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> None:
+    case = case_of(name)
+    embeddings = roles_of(capture_once(case.model, case.example))["@embedding"]
+    vectors = {path for path in embeddings if path.startswith("time_text_embed.")}
+    modulations = {path for path in embeddings if path.endswith((".norm1.linear", ".norm1_context.linear"))}
+    rest = {"norm_out.linear"} | ({"single_transformer_blocks.0.norm.linear"} if name == "flux" else set())
+    assert embeddings == vectors | modulations | rest
+    assert len(vectors) == (6 if name == "flux" else 4)
+    assert modulations
+
+
+def test_roles_of_a_plain_module(plain: tuple[Plain, GraphModule]) -> None:
+    assert roles_of(plain[1]) == {
+        "@input": {"first"},
+        "@output": {"last"},
+        "@embedding": {"time"},
+        "@concat": {"merge"},
+    }
+
+
+# --- blocks ------------------------------------------------------------------
+
+
+def block_nodes(gm: GraphModule, path: str) -> list[int]:
+    """Places in the graph of what runs inside a module, by ``nn_module_stack``."""
+    inside = f"denoiser.{path}"
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    return [
+        place
+        for place, node in enumerate(calls)
+        if any(
+            name == inside or name.startswith(inside + ".")
+            for name, _ in node.meta.get("nn_module_stack", {}).values()
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ["tiny_unet2d", "tiny_unet2d_condition", "tiny_dit"])
+def test_blocks_partition_the_layers_and_follow_the_module_tree(
+    name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> None:
+    case = case_of(name)
+    gm = capture_once(case.model, case.example)
+    names = [layer.name for layer in graph.find_layers(gm)]
+    blocks = graph.blocks(case.model, names)
+    assert sorted(layer for layers in blocks.values() for layer in layers) == sorted(names)
+    assert all(layers == [name for name in names if name in layers] for layers in blocks.values())
+    whole = {
+        path
+        for path, module in case.model.named_modules()
+        if type(module).__name__ in ("ResnetBlock2D", "BasicTransformerBlock", "Downsample2D", "Upsample2D")
+    }
+    assert len(whole) == {"tiny_unet2d": 10, "tiny_unet2d_condition": 14, "tiny_dit": 2}[name]
+    for path in whole:
+        inside = [layer for layer in names if layer.startswith(path + ".")]
+        assert inside in blocks.values(), path
+
+
+@pytest.mark.parametrize("name", ["tiny_unet2d", "tiny_unet2d_condition"])
+def test_the_nodes_of_a_block_stand_together(
+    name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
+) -> None:
+    case = case_of(name)
+    gm = capture_once(case.model, case.example)
+    blocks = graph.blocks(case.model, [layer.name for layer in graph.find_layers(gm)])
+    for path in blocks:
+        places = block_nodes(gm, path)
+        assert places, path
+        assert places == list(range(places[0], places[-1] + 1)), path
+
+
+# --- graphs of one's own, and tools ------------------------------------------
+
+
+def test_a_graph_that_capture_did_not_make_gets_a_signature(plain: tuple[Plain, GraphModule]) -> None:
+    shapes = tuple({0: Dim.AUTO} for _ in range(3))
+    gm = torch.export.export(plain[0], plain_inputs(2, 2), dynamic_shapes=shapes, strict=False).module()
+    assert isinstance(gm, GraphModule)
+    graph.ensure_signature(gm)
+    signature = graph.signature_of(gm)
+    assert (signature.names, signature.timestep, signature.batch) == (("x", "t", "label"), "t", "x")
+    assert set(graph.layer_nodes(gm)) == set(graph.layer_nodes(plain[1]))
+    assert roles_of(gm) == roles_of(plain[1])
+
+
+def test_ensure_signature_keeps_the_one_that_is_there(plain: tuple[Plain, GraphModule]) -> None:
+    before = graph.signature_of(plain[1])
+    graph.ensure_signature(plain[1])
+    assert graph.signature_of(plain[1]) is before
+
+
+def test_a_skeleton_has_the_names_and_shapes_and_no_bytes(plain: tuple[Plain, GraphModule]) -> None:
+    model = plain[0]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    bare = graph.skeleton(model)
+    assert {name: tensor.shape for name, tensor in bare.state_dict().items()} == {
+        name: tensor.shape for name, tensor in before.items()
+    }
+    assert {tensor.device.type for tensor in [*bare.parameters(), *bare.buffers()]} == {"meta"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.fixture
+def gm(plain: tuple[Plain, GraphModule]) -> Iterator[GraphModule]:
+    return copy.deepcopy(plain[1])
+
+
+def test_added_tensors_get_free_names(gm: GraphModule) -> None:
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        nodes = [graph.add_tensor(gm, "shared#2.scale", torch.tensor(float(i))) for i in range(3)]
+    assert [node.target for node in nodes] == ["shared_2_scale", "shared_2_scale_1", "shared_2_scale_2"]
+    assert [float(graph.attribute(gm, node)) for node in nodes] == [0.0, 1.0, 2.0]
+    assert not any("scale" in name for name in gm.state_dict())
+
+
+def test_parameters_are_set_and_deleted_at_any_depth(gm: GraphModule) -> None:
+    graph.set_parameter(gm, "denoiser.merge.part0.weight", torch.ones(2))
+    assert gm.get_parameter("denoiser.merge.part0.weight").sum() == 2
+    graph.delete_parameter(gm, "denoiser.merge.part0.weight")
+    with pytest.raises(AttributeError):
+        gm.get_parameter("denoiser.merge.part0.weight")
