@@ -112,13 +112,8 @@ def compiled_calls(
 
 
 def compiled_latency(
-    float_denoiser: nn.Module,
-    quantized: nn.Module,
-    inputs: Mapping[str, Any],
-    *,
-    repeats: int = 15,
-    progress: bool = False,
+    denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any], *, repeats: int = 15, progress: bool = False
 ) -> dict[str, Latency]:
-    """Median times of ``torch.compile``d float and quantized denoisers, called in turns on the same inputs."""
-    calls, _ = compiled_calls({"float": float_denoiser, "quantized": quantized}, inputs)
+    """Median times of ``torch.compile``d denoisers, float and quantized, called in turns on the same inputs."""
+    calls, _ = compiled_calls(denoisers, inputs)
     return latency(calls, repeats=repeats, progress=progress)

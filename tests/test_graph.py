@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from dmq_ao import graph
+from dmq_ao import graph, patch_embed
 
 Inputs = dict[str, Any]
 
@@ -408,7 +408,7 @@ def test_positions_are_those_of_the_table_in_half_precision(
     case = case_of("pixart")
     table = copy.deepcopy(case.model.pos_embed).to(dtype)
     latent = _latents(2, 4, 2).to(dtype)
-    assert torch.equal(graph._embed_patches(table, latent), table(latent))
+    assert torch.equal(patch_embed._embed_patches(table, latent), table(latent))
 
 
 # --- what the signature says -------------------------------------------------
