@@ -218,7 +218,7 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
     skeleton, signature = quantized.skeleton, quantized.signature
-    config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}  # type: ignore[arg-type]
+    config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}
     stored = serialization.Stored(
         recipe=quantized.recipe,
         records=quantized.records,
