@@ -46,7 +46,9 @@ class Exact(Interpreter):
         result = result * along(weight_scale[:, 0] * finest, out_axis, total.dim())
         bias = self.env[node.args[2]] if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[index]
         result = result if bias is None else result + along(bias, out_axis, total.dim())
-        return result.to(node.meta["val"].dtype)
+        result = result.to(node.meta["val"].dtype)
+        # The kernels' layout: norms that read it round as they do behind the kernels.
+        return result.contiguous(memory_format=torch.channels_last) if result.dim() == 4 else result
 
     def _arguments(self, node: Any) -> tuple[Any, ...]:
         return tuple(self.env[arg] if isinstance(arg, Node) else arg for arg in node.args)
