@@ -22,6 +22,9 @@ from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, RangeEstimator, 
 from dmq_ao.passes import split_concat
 
 PLAN = "dmq_ao.plan"
+RECIPE = "dmq_ao.recipe"
+SCALED = "dmq_ao.scaled"
+TUNED = "dmq_ao.tuned"
 ROLES = ("@input", "@output", "@embedding", "@concat")
 _WHY = {
     "@input": "input projection (role @input)",
@@ -64,6 +67,17 @@ def _plan_layer(layer: graph.Layer, roles: set[str], config: QuantConfig) -> Lay
     return LayerPlan(layer.name, layer.kind, layer.numel, weight, activation, votes, "")
 
 
+def _scaled(gm: GraphModule, recipe: Recipe) -> set[str]:
+    """Names of the layers whose input gets learned channel scales."""
+    if recipe.scaling is None:
+        return set()
+    layers = graph.find_layers(gm)
+    roles = graph.roles(gm, layers)
+    for pattern in recipe.scaling.layers:
+        _check_pattern("scaling", pattern, roles)
+    return {name for name, found in roles.items() if any(matches(p, name, found) for p in recipe.scaling.layers)}
+
+
 def _reason(pattern: str) -> str:
     return _WHY.get(pattern, f"keep_float {pattern!r}")
 
@@ -87,17 +101,21 @@ def _patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
 
 def _check_patterns(config: QuantConfig, roles: dict[str, set[str]]) -> None:
     for field, pattern in _patterns(config):
-        if pattern.startswith("@"):
-            if pattern not in ROLES:
-                raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
-        elif not any(matches(pattern, name, found) for name, found in roles.items()):
-            names = list(roles)
-            shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-            raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {shown}")
+        _check_pattern(field, pattern, roles)
     tensors = [config.weight, config.activation]
     tensors += [t for o in config.overrides for t in (o.weight, o.activation) if t is not None]
     for tensor in tensors:
         estimator(tensor.observer)
+
+
+def _check_pattern(field: str, pattern: str, roles: dict[str, set[str]]) -> None:
+    if pattern.startswith("@"):
+        if pattern not in ROLES:
+            raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
+    elif not any(matches(pattern, name, found) for name, found in roles.items()):
+        names = list(roles)
+        shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+        raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {shown}")
 
 
 def estimator(name: str) -> type[RangeEstimator]:
@@ -138,6 +156,7 @@ class DiffusionQuantizer(Quantizer):
     def annotate(self, model: GraphModule) -> GraphModule:
         """Write the plan and the torchao annotations."""
         plan = make_plan(model, self.recipe.config)
+        model.meta[SCALED] = _scaled(model, self.recipe)
         nodes = graph.layer_nodes(model)
         first: dict[tuple[Node, TensorConfig, PowerOfTwo | None, int], Node] = {}
         axes = {layer.name: layer.ch_axis for layer in graph.find_layers(model)}
@@ -160,7 +179,7 @@ class DiffusionQuantizer(Quantizer):
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=specs, allow_implicit_sharing=False, _annotated=True
             )
-        model.meta[PLAN] = plan
+        model.meta.update({PLAN: plan, RECIPE: self.recipe})
         return model
 
     def validate(self, model: GraphModule) -> None:

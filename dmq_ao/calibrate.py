@@ -1,7 +1,7 @@
-"""Run the samples through a prepared graph: ranges, then votes, then what the integers cost each layer.
+"""Decide every range, exponent, scale and code of a prepared denoiser, by what its recipe asks for.
 
-Memory is one batch of activations plus the statistics. With a ``state_dir`` the statistics are saved as the run goes,
-and the same call resumes from them and ends in the same bytes.
+A recipe that learns goes layer by layer, each seeing the layers before it quantized (``reconstruct``); one that does
+not watches the float network (``observe``). Both save progress in ``state_dir`` and resume to the same bytes.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import PLAN, observers
+from dmq_ao.annotate import PLAN, RECIPE, TUNED, observers
 from dmq_ao.calibration import CalibrationSet
-from dmq_ao.config import InvalidFile, Ranges
+from dmq_ao.config import Recipe
+from dmq_ao.distill import DistillationReport, distill
+from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.layer import LayerPlan
-from dmq_ao.observers import ActivationObserver
+from dmq_ao.observe import observe, passes_of
+from dmq_ao.reconstruct import LayerLearning, Reconstruction, units_of
 
 SQNR = "dmq_ao.sqnr_db"
 MEASURED_ROWS = 8
-SAVE_EVERY_SECONDS = 20.0
+MAX_MEMORY = 3 << 29
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class CalibrationReport:
         resumed: whether it went on from saved state.
         sqnr_db: per layer, signal-to-noise ratio of its output on float inputs, integers against float.
         votes: per layer that voted.
+        layers: per layer of a recipe that learns.
+        distillation: of a recipe that ends with it.
+        peak_bytes: largest memory of the process so far, where the system tells.
     """
 
     samples: int
@@ -61,6 +64,9 @@ class CalibrationReport:
     resumed: bool
     sqnr_db: dict[str, float] = field(default_factory=dict)
     votes: dict[str, VoteReport] = field(default_factory=dict)
+    layers: dict[str, LayerLearning] = field(default_factory=dict)
+    distillation: DistillationReport | None = None
+    peak_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -74,6 +80,9 @@ class CalibrationReport:
             "resumed": self.resumed,
             "sqnr_db": self.sqnr_db,
             "votes": votes,
+            "layers": {name: asdict(one) for name, one in self.layers.items()},
+            "distillation": None if self.distillation is None else asdict(self.distillation),
+            "peak_bytes": self.peak_bytes,
         }
 
 
@@ -85,6 +94,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     batch_size: int = 8,
+    max_memory: int | None = None,
 ) -> CalibrationReport:
     """Decide every range, exponent and code of a prepared denoiser. Every call starts clean.
 
@@ -92,9 +102,11 @@ def calibrate(
         prepared: from ``dmq_ao.prepare``.
         samples: from ``dmq_ao.record``.
         state_dir: folder to save progress in, so that an interrupted call resumes.
-        seed: chooses the samples on which the layers' noise is measured.
+        seed: of all that is drawn: batches and positions to learn from, samples held out and measured.
         progress: show a progress bar.
         batch_size: rows per forward pass; bounds the memory.
+        max_memory: bytes of intermediate values a learning recipe may hold, 1.5 GiB by default; the rest goes to
+            disk. One layer's own work comes on top.
 
     Raises:
         TypeError: when ``prepared`` is not prepared, or ``samples`` are no calibration set.
@@ -112,48 +124,68 @@ def calibrate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     started = time.monotonic()
-    watchers = _unique_watchers(prepared)
-    for watcher in watchers.values():
-        watcher.start_ranges()
-    for weight_observer, _ in observers(prepared).values():
-        weight_observer.start()
-    passes: list[tuple[str, Callable[[ActivationObserver], None]]] = []
-    if any(w.config.ranges is not Ranges.DYNAMIC for w in watchers.values()):
-        passes.append(("ranges", ActivationObserver.start_ranges))
-    if any(w.power_of_two for w in watchers.values()):
-        passes.append(("votes", ActivationObserver.start_votes))
-    state = _State(state_dir, _digest(prepared, samples, batch_size), watchers)
-    resumed = state.load()
-    batches = math.ceil(len(samples) / batch_size)
-    with tqdm(total=batches * len(passes), disable=not progress, unit="batch", desc="calibrate") as bar:
-        for index, (name, start) in enumerate(passes):
-            if index < state.index:
-                bar.update(batches)
-                continue
-            if state.batch == 0:
-                for watcher in watchers.values():
-                    start(watcher)
-            bar.set_postfix(watching=name)
-            bar.update(state.batch)
-            _run(prepared, samples, batch_size, bar, state)
-            state.finish_pass()
+    prepared.meta.pop(TUNED, None)
+    distilled: DistillationReport | None = None
+    recipe: Recipe = prepared.meta[RECIPE]
+    folder = None if state_dir is None else Path(state_dir)
+    for weight, activation in observers(prepared).values():
+        weight.start()
+        if activation is not None:
+            activation.channel_scale = None
+            activation.start_ranges()
+
+    def batches() -> Iterator[list[Tensor]]:
+        return (graph_arguments(prepared, inputs) for inputs in samples.batches(batch_size))
+
+    digest = _digest(prepared, samples, batch_size, seed if recipe.learns else 0)
+    if recipe.learns:
+        units = len(units_of(prepared))
+        with tqdm(total=units, disable=not progress, unit="unit", desc="calibrate") as bar:
+            learning = Reconstruction(
+                prepared,
+                recipe,
+                given := list(batches()),
+                samples.step,
+                seed=seed,
+                max_memory=MAX_MEMORY if max_memory is None else max_memory,
+                state_dir=folder,
+                digest=digest,
+                bar=bar,
+            )
+            learning.run()
+        if recipe.distillation is not None:
+            with tqdm(total=recipe.distillation.steps, disable=not progress, unit="step", desc="distill") as bar:
+                distilled = distill(
+                    prepared,
+                    given,
+                    recipe.distillation,
+                    learning.held,
+                    seed=seed,
+                    state_dir=folder,
+                    digest=digest,
+                    bar=bar,
+                )
+        resumed, learned = bool(learning.restored), learning.learned
+        votes = {
+            name: VoteReport({int(e): n for e, n in vote["channels"].items()}, vote["refused"], vote["mean_agreement"])
+            for name, vote in learning.votes.items()
+        }
+    else:
+        count = math.ceil(len(samples) / batch_size)
+        with tqdm(total=count * len(passes_of(prepared)), disable=not progress, unit="batch", desc="calibrate") as bar:
+            resumed, learned = observe(prepared, batches, count, digest, folder, bar), {}
+        votes = {}
     sqnr = prepared.meta[SQNR] = _decide_and_measure(prepared, samples, seed)
-    return CalibrationReport(len(samples), time.monotonic() - started, resumed, sqnr, _votes(prepared))
-
-
-def _unique_watchers(prepared: GraphModule) -> dict[str, ActivationObserver]:
-    found = [activation for _, activation in observers(prepared).values() if activation is not None]
-    return {watcher.layer: watcher for watcher in found}
-
-
-def _run(prepared: GraphModule, samples: CalibrationSet, batch_size: int, bar: tqdm[Any], state: _State) -> None:
-    with torch.no_grad():
-        for index, inputs in enumerate(samples.batches(batch_size)):
-            if index < state.batch:
-                continue
-            prepared(*graph_arguments(prepared, inputs))
-            bar.update(1)
-            state.advance()
+    return CalibrationReport(
+        samples=len(samples),
+        seconds=time.monotonic() - started,
+        resumed=resumed,
+        sqnr_db=sqnr,
+        votes=votes or _votes(prepared),
+        layers=learned,
+        distillation=distilled,
+        peak_bytes=peak_rss_bytes(),
+    )
 
 
 def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -198,7 +230,8 @@ class _Measure(Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             x = args[0] if activation is None else activation.simulate(args[0], self.timestep)
             codes = weight.record(args[1]).dequantize().to(args[1].dtype)
-            actual = n.target(x, codes, *args[2:])  # type: ignore[operator]
+            bias = (args[2] if len(args) > 2 else None) if weight.bias is None else weight.bias.to(codes.dtype)
+            actual = n.target(x, codes, bias, *args[3:])  # type: ignore[operator]
             self.sqnr[name] = numerics.sqnr(actual, expected)
         return expected
 
@@ -208,7 +241,8 @@ def _decide_and_measure(prepared: GraphModule, samples: CalibrationSet, seed: in
     for name, (weight, activation) in observers(prepared).items():
         source = graph.layer_nodes(prepared)[name].args[1]
         assert isinstance(source, Node)
-        weight.restore(weight.record(graph.attribute(prepared, source.args[0])))  # type: ignore[arg-type]
+        decided = weight.record(graph.attribute(prepared, source.args[0]))  # type: ignore[arg-type]
+        weight.restore(decided, weight.bias)
         if activation is not None:
             activation.restore(activation.record())
     rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MEASURED_ROWS]
@@ -229,65 +263,14 @@ def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
     return found
 
 
-def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int) -> str:
+def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int) -> str:
     plan: dict[str, LayerPlan] = prepared.meta[PLAN]
-    text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()]])
+    recipe: Recipe = prepared.meta[RECIPE]
+    learning = [
+        str(part) for part in (recipe.scaling, recipe.rounding, recipe.bias_correction, recipe.distillation, seed)
+    ]
+    text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning])
     digest = hashlib.sha256(text.encode())
     for _, parameter in sorted(prepared.named_parameters()):
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-class _State:
-    """Where a calibration stands: pass, batch and the observers' statistics, in one safetensors file."""
-
-    def __init__(self, folder: str | Path | None, digest: str, watchers: Mapping[str, ActivationObserver]) -> None:
-        self.file = None if folder is None else Path(folder) / "calibration.safetensors"
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)  # now, not when there is something to lose
-        self.digest, self.watchers = digest, watchers
-        self.index = self.batch = 0
-        self.saved = time.monotonic()
-
-    def load(self) -> bool:
-        """Take up a saved run; False when there is none."""
-        if self.file is None or not self.file.exists():
-            return False
-        try:
-            with safe_open(self.file, "pt") as opened:
-                meta = opened.metadata() or {}
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InvalidFile(f"{self.file}: not a calibration state ({error}); delete it to start again") from error
-        if meta.get("digest") != self.digest:
-            raise ValueError(
-                f"{self.file} belongs to another run: model, recipe, samples and batch_size must all be the same;"
-                " delete it to start again, or give another state_dir"
-            )
-        self.index, self.batch = int(meta["pass"]), int(meta["batch"])
-        for name, watcher in self.watchers.items():
-            prefix = f"{name}|"
-            watcher.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-        return True
-
-    def advance(self) -> None:
-        """One batch done; save now and then."""
-        self.batch += 1
-        if time.monotonic() - self.saved > SAVE_EVERY_SECONDS:
-            self._save()
-
-    def finish_pass(self) -> None:
-        """A pass done; always saved."""
-        self.index, self.batch = self.index + 1, 0
-        self._save()
-
-    def _save(self) -> None:
-        if self.file is None:
-            return
-        tensors = {
-            f"{name}|{k}": v.contiguous().clone() for name, w in self.watchers.items() for k, v in w.state().items()
-        }
-        partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial, {"digest": self.digest, "pass": str(self.index), "batch": str(self.batch)})
-        os.replace(partial, self.file)
-        self.saved = time.monotonic()

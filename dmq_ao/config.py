@@ -62,6 +62,40 @@ class Ties(str, Enum):
     FINE = "fine"
 
 
+class Weighting(str, Enum):
+    """How much a sample's loss counts, by its step: alike, more where little of the loss is, falling, or by table."""
+
+    UNIFORM = "uniform"
+    FOCAL = "focal"
+    LINEAR = "linear"
+    TABLE = "table"
+
+
+class Reduce(str, Enum):
+    """How the losses of one step become the step's share: their mean, or the sum of the published code."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class Init(str, Enum):
+    """Where learned channel scales start: at one, or at a closed form that evens out inputs and weights."""
+
+    ONES = "ones"
+    CLOSED_FORM = "closed_form"
+
+
+class RoundingMethod(str, Enum):
+    """How weights are rounded when the nearest code is not good enough.
+
+    ``FEEDBACK``: column by column, the error fed back (GPTQ, arXiv 2210.17323). ``ADAROUND``: learned
+    (arXiv 2004.10568).
+    """
+
+    FEEDBACK = "feedback"
+    ADAROUND = "adaround"
+
+
 @dataclass(frozen=True)
 class TensorConfig:
     """How one tensor becomes integers.
@@ -161,6 +195,146 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
+class StepWeights:
+    """Weight of a sample by its step on the sampler's list (DMQ, arXiv 2507.12933, adaptive timestep weighting).
+
+    Attributes:
+        kind: of weighting.
+        gamma: focusing exponent of ``FOCAL``, ``(1 - share of the loss) ** gamma``; slope of ``LINEAR``,
+            ``1 + gamma * (1 - step / steps)``.
+        momentum: of the running loss of each step.
+        reduce: mean over a step's samples, right for uneven counts; or their sum, as published.
+        table: one weight a step, noisiest first, for ``TABLE``.
+    """
+
+    kind: Weighting = Weighting.FOCAL
+    gamma: float = 20.0
+    momentum: float = 0.95
+    reduce: Reduce = Reduce.MEAN
+    table: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.kind is Weighting.TABLE) != bool(self.table):
+            raise ValueError(f"table= goes with kind=TABLE, got {self.kind.value} and {len(self.table)} weights")
+        if any(not weight >= 0 for weight in self.table) or (self.table and not any(self.table)):
+            raise ValueError(f"weights must be 0 or more and not all 0, got {self.table}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
+
+
+@dataclass(frozen=True)
+class ChannelScaling:
+    """Learned equivalent scaling: a factor per input channel, divided out of the input, multiplied into the weight.
+
+    Attributes:
+        layers: patterns or roles of layers that learn; the others stay at one.
+        steps: gradient steps of Adam; 0 leaves the closed form.
+        lr: of Adam on the logarithm, falling to 0 as a cosine.
+        batch_size: samples a step.
+        positions: output positions taken from each sample.
+        init: where the factors start.
+        migration: exponent of the closed form, 0 evens out weights only, 1 inputs only (SmoothQuant's alpha).
+        limit: factors stay within ``1 / limit`` and ``limit``.
+        patience: stop after this many checks, one each 20 steps, without gain on held-out samples.
+        step_weights: weight of each sample's loss.
+    """
+
+    layers: tuple[str, ...] = ("*",)
+    steps: int = 200
+    lr: float = 2e-2
+    batch_size: int = 16
+    positions: int = 32
+    init: Init = Init.CLOSED_FORM
+    migration: float = 0.5
+    limit: float = 32.0
+    patience: int = 4
+    step_weights: StepWeights = StepWeights()
+
+    def __post_init__(self) -> None:
+        _at_least(self, steps=0, batch_size=1, positions=1, patience=1)
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.migration <= 1:
+            raise ValueError(f"migration must be 0 to 1, got {self.migration}")
+        if self.limit <= 1:
+            raise ValueError(f"limit must be above 1, got {self.limit}")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights are rounded with the layer's inputs in view.
+
+    Attributes:
+        method: closed form or learned.
+        propagate_error: inputs come from the network as quantized so far; else from the float network.
+        compensate: the rounding also makes up for the error that the inputs bring; else only for its own.
+        positions: output positions taken from each sample; more are taken when the layer has many inputs.
+        step_weights: weight of each sample.
+        damping: ``FEEDBACK``: share of the mean second moment added to all.
+        steps: ``ADAROUND``: gradient steps, and so are the rest.
+        lr: of Adam on the rounding logits.
+        batch_size: samples a step.
+        regularizer: weight of the term that drives roundings to 0 or 1.
+        warmup: share of the steps without that term.
+    """
+
+    method: RoundingMethod = RoundingMethod.FEEDBACK
+    propagate_error: bool = True
+    compensate: bool = False
+    positions: int = 256
+    step_weights: StepWeights = StepWeights(Weighting.UNIFORM)
+    damping: float = 0.01
+    steps: int = 500
+    lr: float = 1e-2
+    batch_size: int = 16
+    regularizer: float = 0.01
+    warmup: float = 0.2
+
+    def __post_init__(self) -> None:
+        _at_least(self, positions=1, steps=1, batch_size=1)
+        if self.damping <= 0 or self.lr <= 0:
+            raise ValueError(f"damping and lr must be positive, got {self.damping} and {self.lr}")
+        if not 0 <= self.warmup < 1 or self.regularizer < 0:
+            raise ValueError(
+                f"warmup must be in [0, 1) and regularizer 0 or more, got {self.warmup}, {self.regularizer}"
+            )
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """A last stage over the whole denoiser, codes fixed: what stays in float learns to make up for the codes.
+
+    It learns the weights' scales, the biases, norms, embeddings and the layers kept in float, each by steps in
+    proportion to its own size, so that the denoiser's output comes close to the teacher's, every timestep relative to
+    its own output.
+
+    Attributes:
+        steps: gradient steps.
+        lr: of Adam, as a share of each tensor's root mean square; falls to 0 as a cosine.
+        batch_size: samples a step.
+        checks: times that the held-out samples are looked at; the best state is kept.
+    """
+
+    steps: int = 150
+    lr: float = 1e-3
+    batch_size: int = 4
+    checks: int = 6
+
+    def __post_init__(self) -> None:
+        _at_least(self, steps=1, batch_size=1, checks=1)
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+
+
+def _at_least(config: object, **limits: int) -> None:
+    for name, limit in limits.items():
+        if getattr(config, name) < limit:
+            raise ValueError(f"{name} must be {limit} or more, got {getattr(config, name)}")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a quantized model, besides the model and its samples.
 
@@ -169,12 +343,26 @@ class Recipe:
         config: widths and ranges.
         split_concat: give each part of a concatenated input its own range.
         num_samples: calibration samples that ``dmq_ao.quantize`` and the command line record.
+        scaling: learned channel scales; None for none.
+        rounding: None rounds to nearest.
+        bias_correction: take the mean error of each layer's output out of its bias.
+        distillation: a last stage over the whole denoiser; None for none.
     """
 
     name: str
     config: QuantConfig
     split_concat: bool = True
     num_samples: int = 256
+    scaling: ChannelScaling | None = None
+    rounding: Rounding | None = None
+    bias_correction: bool = False
+    distillation: Distillation | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether calibration goes layer by layer, each seeing the layers before it quantized."""
+        stages = (self.scaling, self.rounding, self.distillation)
+        return self.bias_correction or any(stage is not None for stage in stages)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

@@ -338,7 +338,12 @@ def parameter_name(node: Node) -> str:
 
 def attribute(gm: GraphModule, node: Node) -> Tensor:
     """The tensor that a ``get_attr`` node reads."""
-    tensor: Tensor = operator.attrgetter(str(node.target))(gm)
+    return attribute_at(gm, str(node.target))
+
+
+def attribute_at(gm: GraphModule, target: str) -> Tensor:
+    """The tensor at a dotted path of the graph module."""
+    tensor: Tensor = operator.attrgetter(target)(gm)
     return tensor
 
 

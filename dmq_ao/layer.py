@@ -64,6 +64,8 @@ class ActivationRecord:
         zero_point: [rows] int32, inside the code range.
         timesteps: [rows] float32 for ``per_step``, else None.
         exponents: [channels] int8, step ``scale * 2**-exponent``; None without power-of-two scaling.
+        channel_scale: [channels] float32, learned factor that the input is divided by and the weight's codes hold;
+            None without learned scaling.
     """
 
     bits: int
@@ -73,6 +75,7 @@ class ActivationRecord:
     zero_point: Tensor
     timesteps: Tensor | None = None
     exponents: Tensor | None = None
+    channel_scale: Tensor | None = None
 
     @property
     def channel_step(self) -> Tensor | None:
@@ -80,6 +83,16 @@ class ActivationRecord:
         if self.exponents is None or not bool(self.exponents.any()):
             return None
         return torch.exp2(-self.exponents.float())
+
+    @property
+    def quantize_step(self) -> Tensor | None:
+        """[channels] float32, what the quantize step multiplies ``scale`` by: ``channel_scale * 2**-exponent``.
+
+        Dequantizing goes by ``channel_step``: the learned factor is in the weight's codes.
+        """
+        if self.channel_scale is None or self.channel_step is None:
+            return self.channel_step if self.channel_scale is None else self.channel_scale
+        return self.channel_scale * self.channel_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,12 +129,14 @@ class LayerRecord:
         kind: ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``.
         weight: codes and scales.
         activation: None when the input stays in float.
+        bias: [out] float32 that replaces the layer's own; None to keep that.
     """
 
     name: str
     kind: str
     weight: WeightRecord
     activation: ActivationRecord | None
+    bias: Tensor | None = None
 
     @property
     def stored_bits(self) -> int:
@@ -129,10 +144,12 @@ class LayerRecord:
         weight, activation = self.weight, self.activation
         bits = -(-weight.codes.numel() // 8) * 8 * weight.bits + 32 * weight.scale.numel()
         bits += 0 if weight.symmetric else 8 * weight.zero_point.numel()
+        bits += 0 if self.bias is None else 32 * self.bias.numel()
         if activation is None:
             return bits
         bits += 40 * activation.scale.numel()
         bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
+        bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
 
 

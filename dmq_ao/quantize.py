@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, DiffusionQuantizer, make_plan, observers
+from dmq_ao.annotate import PLAN, RECIPE, TUNED, DiffusionQuantizer, make_plan, observers
 from dmq_ao.backends import choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
@@ -22,7 +22,6 @@ from dmq_ao.layer import LayerRecord
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.observers import ActivationObserver
 
-_RECIPE = "dmq_ao.recipe"
 _SKELETON = "dmq_ao.skeleton"
 DENOISER_NAMES = ("unet", "transformer")
 
@@ -56,7 +55,7 @@ def prepare(
     choose(backend, device, make_plan(captured, recipe.config))
     keep = dict(captured.meta)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
-    prepared.meta.update(keep, **{_RECIPE: recipe, _SKELETON: graph.skeleton(denoiser)})
+    prepared.meta.update(keep, **{_SKELETON: graph.skeleton(denoiser)})
     _pass_timestep(prepared)
     return graph.allow_train_eval(prepared)
 
@@ -92,7 +91,7 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
         MissingStatistics: for an input that was never observed, by layer.
         ValueError, UnsupportedByBackend: for a backend that is unknown or cannot run it.
     """
-    if not isinstance(prepared, GraphModule) or _RECIPE not in prepared.meta:
+    if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
@@ -101,7 +100,10 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
     with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
-        quantized = convert_pt2e(copy.deepcopy(prepared, dict(shared)), fold_quantize=False)
+        copied = copy.deepcopy(prepared, dict(shared))
+        for target, tensor in meta.get(TUNED, {}).items():
+            graph.set_parameter(copied, target, tensor)
+        quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
     quantized.meta.update(meta)
     float_tensors = _float_tensors(quantized)
     lowered, kernels = chosen.lower(quantized, records)
@@ -110,7 +112,7 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
         gm=graph.allow_train_eval(lowered),
         signature=graph.signature_of(prepared),
         skeleton=meta[_SKELETON],
-        recipe=meta[_RECIPE],
+        recipe=meta[RECIPE],
         plan=plan,
         records=records,
         kernels=kernels,
@@ -129,12 +131,25 @@ def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
         assert isinstance(source, Node)
         assert isinstance(source.args[0], Node)
         decided = weight.record(graph.attribute(prepared, source.args[0]))
-        weight.restore(decided)
+        weight.restore(decided, weight.bias)
         if activation is not None:
             activation.restore(activation.record())
         kind = prepared.meta[PLAN][name].kind
-        records[name] = LayerRecord(name, kind, decided, activation.record() if activation is not None else None)
+        inputs = activation.record() if activation is not None else None
+        records[name] = LayerRecord(name, kind, decided, inputs, weight.bias)
     return records
+
+
+def _with_biases(gm: GraphModule, records: Mapping[str, LayerRecord]) -> GraphModule:
+    """Give layers the biases of their records, in place."""
+    for name, node in graph.layer_nodes(gm).items():
+        bias = records[name].bias if name in records else None
+        if bias is not None:
+            with gm.graph.inserting_before(node):
+                read = graph.add_tensor(gm, f"{name}.corrected_bias", bias.to(node.meta["val"].dtype))
+            node.args = (*node.args[:2], read, *node.args[3:])
+    gm.recompile()
+    return gm
 
 
 def _float_tensors(gm: GraphModule) -> dict[str, Tensor]:
@@ -169,6 +184,7 @@ def quantize(
     seed: int = 0,
     progress: bool = True,
     batch_size: int = 8,
+    max_memory: int | None = None,
 ) -> CalibrationReport:
     """Quantize a pipeline's denoiser in place: prepare, calibrate, convert.
 
@@ -181,6 +197,7 @@ def quantize(
         seed: chooses the samples on which the layers' noise is measured.
         progress: show a progress bar.
         batch_size: rows per forward pass.
+        max_memory: as for ``calibrate``.
 
     Raises:
         TypeError: when ``target`` has no denoiser.
@@ -188,7 +205,15 @@ def quantize(
     name = denoiser_name(target)
     timestep_arg = samples.timestep_arg
     prepared = prepare(getattr(target, name), recipe, samples.example(), timestep_arg=timestep_arg, backend=backend)
-    report = calibrate(prepared, samples, state_dir=state_dir, seed=seed, progress=progress, batch_size=batch_size)
+    report = calibrate(
+        prepared,
+        samples,
+        state_dir=state_dir,
+        seed=seed,
+        progress=progress,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
     setattr(target, name, convert(prepared, backend))
     return report
 
@@ -263,7 +288,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "
         )
     for name, (weight, activation) in found.items():
         record = stored.records[name]
-        weight.restore(record.weight)
+        weight.restore(record.weight, record.bias)
         if activation is not None and record.activation is not None:
             activation.restore(record.activation)
     prepared.meta[SQNR] = dict(stored.sqnr_db)

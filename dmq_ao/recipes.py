@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from dmq_ao.config import (
     FLOAT_BITS,
     MAX_BITS,
+    ChannelScaling,
+    Distillation,
     Granularity,
     PowerOfTwo,
     QuantConfig,
     Ranges,
     Recipe,
+    Rounding,
+    RoundingMethod,
+    StepWeights,
     TensorConfig,
 )
 
@@ -69,4 +75,45 @@ def minmax(
     return Recipe(name="minmax", config=config)
 
 
-ALL_RECIPES = {"minmax": minmax}
+def dmq(
+    bits: str = "w4a8",
+    *,
+    rounding: RoundingMethod = RoundingMethod.ADAROUND,
+    step_weights: StepWeights | None = None,
+) -> Recipe:
+    """DMQ (arXiv 2507.12933), corrected: learned scales under focal step weights, rounding, ranges per step, PTS.
+
+    Args:
+        bits: ``"w4a8"`` and the like.
+        rounding: learned as published, or in closed form.
+        step_weights: of the scale learning; focal with exponent 20 as published when None.
+
+    Raises:
+        ValueError: for a scheme that is not of this form.
+    """
+    base = minmax(bits, ranges=Ranges.PER_STEP, power_of_two=True)
+    weight = dataclasses.replace(base.config.weight, observer="mse")
+    return dataclasses.replace(
+        base,
+        name="dmq",
+        config=dataclasses.replace(base.config, weight=weight),
+        scaling=ChannelScaling(step_weights=step_weights or StepWeights()),
+        rounding=Rounding(method=rounding),
+        bias_correction=True,
+    )
+
+
+def default(bits: str = "w4a8") -> Recipe:
+    """The best we know: DMQ's scales, ranges and votes, rounding in closed form, and a last distillation.
+
+    Args:
+        bits: ``"w4a8"`` and the like.
+
+    Raises:
+        ValueError: for a scheme that is not of this form.
+    """
+    base = dmq(bits, rounding=RoundingMethod.FEEDBACK)
+    return dataclasses.replace(base, name="default", distillation=Distillation())
+
+
+ALL_RECIPES = {"minmax": minmax, "dmq": dmq, "default": default}

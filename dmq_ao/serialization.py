@@ -137,23 +137,13 @@ def _read_config(file: Path) -> dict[str, Any]:
 
 def _config(stored: Stored, checksum: str) -> dict[str, Any]:
     producer = {name: importlib.metadata.version(name) for name in ("dmq_ao", "torch", "torchao")}
-    layers = {
-        name: {
-            "kind": record.kind,
-            "shape": list(record.weight.codes.shape),
-            "bits": record.weight.bits,
-            "symmetric": record.weight.symmetric,
-            "input": _input_config(record.activation),
-        }
-        for name, record in stored.records.items()
-    }
     mine = {
         "quant_method": "dmq_ao",
         "format_version": FORMAT_VERSION,
         "producer": producer,
         "sha256": checksum,
         "recipe": stored.recipe.to_dict(),
-        "layers": layers,
+        "layers": layer_configs(stored.records),
         "float_tensors": sorted(stored.float_tensors),
         "parameters": {name: list(shape) for name, shape in stored.parameters.items()},
         "example": {
@@ -167,6 +157,20 @@ def _config(stored: Stored, checksum: str) -> dict[str, Any]:
     return {**stored.model_config, KEY: mine}
 
 
+def layer_configs(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
+    """What of the records is no tensor, JSON-ready; with ``layer_tensors`` the input of ``layer_records``."""
+    return {
+        name: {
+            "kind": record.kind,
+            "shape": list(record.weight.codes.shape),
+            "bits": record.weight.bits,
+            "symmetric": record.weight.symmetric,
+            "input": _input_config(record.activation),
+        }
+        for name, record in records.items()
+    }
+
+
 def _input_config(activation: ActivationRecord | None) -> dict[str, Any] | None:
     if activation is None:
         return None
@@ -175,7 +179,13 @@ def _input_config(activation: ActivationRecord | None) -> dict[str, Any] | None:
 
 def _tensors(stored: Stored) -> dict[str, Tensor]:
     tensors = {name: value.detach().cpu() for name, value in stored.float_tensors.items()}
-    for name, record in stored.records.items():
+    return {name: value.clone() for name, value in tensors.items()} | layer_tensors(stored.records)
+
+
+def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
+    """The tensors of the records as a file holds them: codes packed, all on the CPU."""
+    tensors: dict[str, Tensor] = {}
+    for name, record in records.items():
         weight, activation = record.weight, record.activation
         offset = numerics.code_range(weight.bits, weight.symmetric)[0]
         tensors[f"{name}.weight"] = numerics.pack(weight.codes.cpu().to(torch.int16) - offset, weight.bits)
@@ -189,14 +199,27 @@ def _tensors(stored: Stored) -> dict[str, Tensor]:
             tensors[f"{name}.input_timesteps"] = activation.timesteps.cpu()
         if activation is not None and activation.exponents is not None:
             tensors[f"{name}.input_exponents"] = activation.exponents.cpu()
+        if activation is not None and activation.channel_scale is not None:
+            tensors[f"{name}.input_channel_scale"] = activation.channel_scale.cpu()
+        if record.bias is not None:
+            tensors[f"{name}.corrected_bias"] = record.bias.cpu()
     # safetensors refuses tensors that share storage, and siblings share their input's qparams.
     return {name: value.clone() for name, value in tensors.items()}
+
+
+def layer_records(layers: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LayerRecord]:
+    """The records back from configs and tensors; what belongs to them is taken out of ``tensors``.
+
+    Raises:
+        KeyError: for a tensor or key that is missing.
+    """
+    return {name: _record(name, layer, tensors) for name, layer in layers.items()}
 
 
 def _from_parts(config: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
     mine = config[KEY]
     left = dict(tensors)
-    records = {name: _record(name, layer, left) for name, layer in mine["layers"].items()}
+    records = layer_records(mine["layers"], left)
     parameters = {name: tuple(shape) for name, shape in mine["parameters"].items()}
     _check_float_tensors(left, mine["float_tensors"], parameters)
     return Stored(
@@ -237,7 +260,8 @@ def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> Lay
         scale,
         zero_point.to(torch.int32),
     )
-    return LayerRecord(name, layer["kind"], weight, _activation(name, layer["input"], left))
+    bias = left.pop(f"{name}.corrected_bias", None)
+    return LayerRecord(name, layer["kind"], weight, _activation(name, layer["input"], left), bias)
 
 
 def _activation(name: str, given: Mapping[str, Any] | None, left: dict[str, Tensor]) -> ActivationRecord | None:
@@ -253,6 +277,7 @@ def _activation(name: str, given: Mapping[str, Any] | None, left: dict[str, Tens
         zero_point=(torch.zeros(0) if dynamic else left.pop(f"{name}.input_zero_point")).to(torch.int32),
         timesteps=left.pop(f"{name}.input_timesteps") if ranges is Ranges.PER_STEP else None,
         exponents=left.pop(f"{name}.input_exponents", None),
+        channel_scale=left.pop(f"{name}.input_channel_scale", None),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from dmq_ao import graph, ops
+from dmq_ao import graph, numerics, ops
 from dmq_ao.config import MissingStatistics, PowerOfTwo, Ranges, TensorConfig
 from dmq_ao.layer import ActivationRecord
 from dmq_ao.observers.per_step import RangeEstimator, RangeTable
@@ -40,10 +40,11 @@ class ActivationObserver(ObserverBase):
         self.estimator, self.power_of_two = estimator, power_of_two
         self.decided: ActivationRecord | None = None
         self.election: Election | None = None
+        self.channel_scale: Tensor | None = None
         self.start_ranges()
 
     def start_ranges(self) -> None:
-        """Forget everything and watch ranges."""
+        """Forget what was observed and watch ranges; the channel scale stays."""
         self.ranges = RangeTable(self.estimator, self.config.ranges is Ranges.PER_STEP)
         self.vote: Vote | None = None
         self.decided = self.election = None
@@ -74,17 +75,18 @@ class ActivationObserver(ObserverBase):
                 f"{self.layer}: its input has {len(x)} rows and there are {timestep.numel()} timesteps; per_step"
                 " ranges need one a row, use static or dynamic ranges for this layer"
             )
+        observed = _divided(x, self.channel_scale, self.ch_axis)
         if self.vote is not None and self.decided is not None:
             scale, zero_point = self._rows(x, timestep, self.decided)
             limit = self.vote.config.max_exponent
-            self.vote.update(candidate_errors(x, scale, zero_point, self.config.bits, self.ch_axis, limit))
+            self.vote.update(candidate_errors(observed, scale, zero_point, self.config.bits, self.ch_axis, limit))
         elif self.decided is None and self.config.ranges is not Ranges.DYNAMIC:
-            self.ranges.update(x, timestep)
+            self.ranges.update(observed, timestep)
         return x
 
     def _rows(self, x: Tensor, timestep: Tensor | None, record: ActivationRecord) -> tuple[Tensor, Tensor]:
         if record.ranges is Ranges.DYNAMIC:
-            scale, zero_point = ops.dynamic_qparams(x, record.bits)
+            scale, zero_point = ops.dynamic_qparams(_divided(x, record.channel_scale, self.ch_axis), record.bits)
             return scale, zero_point
         scale, zero_point = record.scale.to(x.device), record.zero_point.to(x.device)
         if record.timesteps is None or timestep is None:
@@ -105,13 +107,26 @@ class ActivationObserver(ObserverBase):
         return ActivationRecord(**{**record.__dict__, "exponents": self.election.exponents})
 
     def simulate(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """What the codes of ``x`` [B, ...] stand for, in the dtype of ``x``."""
+        """What the codes of ``x`` [B, ...] stand for, in the dtype of ``x``: ``x / channel_scale``, rounded."""
         record = self.record()
         scale, zero_point = self._rows(x, timestep, record)
-        step = None if record.channel_step is None else record.channel_step.to(x.device)
-        codes = ops.quantize(x, scale, zero_point, step, record.ch_axis, 0, 2**record.bits - 1)
+        finer, step = (None if s is None else s.to(x.device) for s in (record.quantize_step, record.channel_step))
+        codes = ops.quantize(x, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
         values: Tensor = ops.dequantize(codes, scale, zero_point, step, record.ch_axis, x.dtype)
         return values
+
+    def straight_through(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
+        """``simulate`` with a gradient: that of ``x / channel_scale`` inside the range, none beyond it."""
+        record = self.record()
+        with torch.no_grad():
+            values = self.simulate(x, timestep)
+            scale, zero_point = (numerics.along(t, 0, x.dim()) for t in self._rows(x, timestep, record))
+            if record.channel_step is not None:
+                scale = scale * numerics.along(record.channel_step.to(x.device), record.ch_axis, x.dim())
+            low, high = -zero_point * scale, (2**record.bits - 1 - zero_point) * scale
+        inside = _divided(x, record.channel_scale, record.ch_axis)
+        inside = torch.maximum(torch.minimum(inside, high.to(x.dtype)), low.to(x.dtype))
+        return inside + (values - inside).detach()
 
     def state(self) -> dict[str, Tensor]:
         """Statistics of the pass under way and what earlier passes froze, as tensors."""
@@ -148,7 +163,13 @@ class ActivationObserver(ObserverBase):
         else:
             scale, zero_point = self.ranges.qparams(self.config.bits)
         return ActivationRecord(
-            self.config.bits, self.ch_axis, self.config.ranges, scale, zero_point, self.ranges.timesteps()
+            self.config.bits,
+            self.ch_axis,
+            self.config.ranges,
+            scale,
+            zero_point,
+            self.ranges.timesteps(),
+            channel_scale=self.channel_scale,
         )
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -163,24 +184,31 @@ class ActivationObserver(ObserverBase):
         assert isinstance(source, Node)
         with model.graph.inserting_before(node):
             scale, zero_point = self._emit_qparams(model, node, source, record)
-            step = record.channel_step
-            channel_scale = None if step is None else graph.add_tensor(model, f"{self.layer}.input_step", step)
+            finer = self._emit_step(model, "quantize_step", record.quantize_step)
+            step = finer
+            if record.channel_scale is not None:
+                step = self._emit_step(model, "dequantize_step", record.channel_step)
             limits = (0, 2**record.bits - 1)
             codes = model.graph.call_function(
-                ops.quantize, (source, scale, zero_point, channel_scale, record.ch_axis, *limits)
+                ops.quantize, (source, scale, zero_point, finer, record.ch_axis, *limits)
             )
             dtype = source.meta["val"].dtype
-            real = model.graph.call_function(
-                ops.dequantize, (codes, scale, zero_point, channel_scale, record.ch_axis, dtype)
-            )
+            real = model.graph.call_function(ops.dequantize, (codes, scale, zero_point, step, record.ch_axis, dtype))
         node.replace_all_uses_with(real)
         model.graph.erase_node(node)
+
+    def _emit_step(self, model: GraphModule, name: str, step: Tensor | None) -> Node | None:
+        return None if step is None else graph.add_tensor(model, f"{self.layer}.{name}", step)
 
     def _emit_qparams(
         self, model: GraphModule, node: Node, source: Node, record: ActivationRecord
     ) -> tuple[Node, Node]:
         call = model.graph.call_function
         if record.ranges is Ranges.DYNAMIC:
+            if record.channel_scale is not None:
+                divisor = numerics.along(record.channel_scale, record.ch_axis, source.meta["val"].dim())
+                divisor_node = graph.add_tensor(model, f"{self.layer}.channel_scale", divisor)
+                source = call(graph.aten.div.Tensor, (source, divisor_node))
             both = call(ops.dynamic_qparams, (source, record.bits))
             return call(operator.getitem, (both, 0)), call(operator.getitem, (both, 1))
         scale = graph.add_tensor(model, f"{self.layer}.input_scale", record.scale)
@@ -192,6 +220,10 @@ class ActivationObserver(ObserverBase):
         rows = _row_node(model, timestep, record.timesteps)
         select = torch.ops.aten.index_select.default
         return call(select, (scale, 0, rows)), call(select, (zero_point, 0, rows))
+
+
+def _divided(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
+    return x if channel_scale is None else x / numerics.along(channel_scale.to(x.device), ch_axis, x.dim())
 
 
 def _row_node(model: GraphModule, timestep: Node, timesteps: Tensor) -> Node:

@@ -52,11 +52,12 @@ class WeightObserver(ObserverBase):
         super().__init__(dtype=torch.int8 if config.symmetric else torch.uint8)
         del spec
         self.layer, self.config, self.estimator = layer, config, estimator
-        self.decided: WeightRecord | None = None
+        self.start()
 
     def start(self) -> None:
         """Forget what was decided."""
-        self.decided = None
+        self.decided: WeightRecord | None = None
+        self.bias: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight itself."""
@@ -77,9 +78,9 @@ class WeightObserver(ObserverBase):
         except ValueError as error:
             raise ValueError(f"{self.layer}: {error}") from error
 
-    def restore(self, record: WeightRecord) -> None:
-        """Take a record as decided, from a file or from ``record``."""
-        self.decided = record
+    def restore(self, record: WeightRecord, bias: Tensor | None = None) -> None:
+        """Take a record as decided, from a file or from ``record``, and a ``bias`` [out] in place of the layer's."""
+        self.decided, self.bias = record, bias
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """``scale`` and ``zero_point`` [out, groups] of the decided record."""

@@ -22,7 +22,7 @@ from dmq_ao import graph
 from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import InvalidFile, Ranges, Recipe
 
-module = importlib.import_module("dmq_ao.calibrate")  # the package's name for it is the function
+module = importlib.import_module("dmq_ao.observe")
 RECIPE = dmq_ao.recipes.minmax("w4a8", ranges=Ranges.PER_STEP, power_of_two=True, observer="mse")
 STATE = "calibration.safetensors"
 BATCH = 5  # of 16 samples: four batches a pass, the last one short

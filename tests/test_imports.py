@@ -12,8 +12,9 @@ SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed a
 FLOORS = (
     "config numerics patch_embed",
     "ops layer graph",
-    "observers passes objectives calibration evaluation",
-    "annotate reconstruct distill recipes serialization backends module doctor",
+    "observers passes objectives calibration evaluation moments stream",
+    "annotate learn recipes serialization backends module doctor",
+    "observe reconstruct distill",
     "calibrate",
     "quantize",
     "diffusers_adapter",

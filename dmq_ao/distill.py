@@ -1,0 +1,283 @@
+"""The last stage, over the whole denoiser: with all codes fixed, what stays in float learns to make up for them.
+
+Learned are the weights' scales, biases, norms, embeddings and layers kept in float: a few numbers, so a few samples
+are enough; the loss is the error of the denoiser's output, so errors that layers hand on to each other cancel. None of
+it costs anything at run time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from tqdm.auto import tqdm
+
+from dmq_ao import graph, numerics
+from dmq_ao.annotate import TUNED, observers
+from dmq_ao.config import Distillation, InvalidFile
+from dmq_ao.learn import fitted
+from dmq_ao.objectives import relative_error
+
+WARMUP_STEPS = 10
+SAVE_EVERY = 10
+CHECK_BATCH = 4
+# A tensor of zeros would never move by steps in proportion to its size.
+SMALLEST_SIZE = 1e-3
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """Held-out error of the denoiser's output, relative, before and after, and the gradient steps taken."""
+
+    before: float
+    after: float
+    steps: int
+
+
+class Student(Interpreter):
+    """The quantized denoiser with its float numbers as free parameters.
+
+    ``parameters`` holds ``<layer>|scale`` [out, groups], ``<layer>|bias`` [out], and ``float|<target>`` for tensors of
+    the graph itself, all float32.
+    """
+
+    def __init__(self, prepared: GraphModule) -> None:
+        """Parameters start where calibration left them."""
+        super().__init__(prepared)
+        self.watchers = observers(prepared)
+        self.names = {n: name for name, n in graph.layer_nodes(prepared).items() if name in self.watchers}
+        signature = graph.signature_of(prepared)
+        self.timestep = graph.placeholders(prepared).get(signature.timestep or "")
+        # The timestep is read by every per-step range, at any place in the graph.
+        self.garbage_collect_values = False
+        self.parameters: dict[str, Tensor] = {}
+        own = set()
+        for node, name in self.names.items():
+            weight, _ = self.watchers[name]
+            assert weight.decided is not None
+            self.parameters[f"{name}|scale"] = weight.decided.scale.clone()
+            bias = weight.bias
+            if bias is None and len(node.args) > 2 and isinstance(node.args[2], Node):
+                bias = graph.attribute(prepared, node.args[2]).detach()
+            if bias is not None:
+                self.parameters[f"{name}|bias"] = bias.float().clone()
+            own |= {arg for arg in node.all_input_nodes if arg.op == "get_attr"}
+            own |= {source for arg in node.all_input_nodes for source in arg.all_input_nodes if arg is node.args[1]}
+        for node in prepared.graph.nodes:
+            if node.op == "get_attr" and node not in own:
+                tensor = graph.attribute(prepared, node)
+                if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+                    self.parameters[f"float|{node.target}"] = tensor.detach().float().clone()
+        self.sizes = {k: max(float(p.square().mean().sqrt()), SMALLEST_SIZE) for k, p in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def run_node(self, n: Node) -> Any:
+        """One node; quantized layers and float parameters are ours."""
+        if n.op == "call_module":  # an observer
+            return self.env[n.args[0]]  # type: ignore[index]
+        if n.op == "get_attr" and f"float|{n.target}" in self.parameters:
+            return self.parameters[f"float|{n.target}"].to(graph.attribute(self.module, n).dtype)  # type: ignore[arg-type]
+        if n not in self.names:
+            return super().run_node(n)
+        name = self.names[n]
+        weight, activation = self.watchers[name]
+        record = weight.decided
+        assert record is not None
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x: Tensor = args[0]
+        if activation is not None:
+            x = activation.straight_through(x, None if self.timestep is None else self.env[self.timestep])
+        scale = self.parameters[f"{name}|scale"]
+        grouped = record.codes.reshape(len(record.codes), scale.shape[1], -1)
+        values = numerics.dequantize(grouped, scale.unsqueeze(-1), record.zero_point.unsqueeze(-1))
+        bias = self.parameters.get(f"{name}|bias")
+        return n.target(  # type: ignore[operator]
+            x, values.reshape(record.codes.shape).to(x.dtype), None if bias is None else bias.to(x.dtype), *args[3:]
+        )
+
+    def predict(self, arguments: list[Tensor]) -> Tensor:
+        """The denoiser's first output [B, ...]."""
+        result = self.run(*arguments)
+        self.env.clear()
+        return _first(result)
+
+    def settle(self, parameters: dict[str, Tensor]) -> None:
+        """Put parameters where ``convert`` finds them: records, and the graph's tuned tensors."""
+        tuned = {}
+        for key, parameter in parameters.items():
+            name, _, what = key.rpartition("|")
+            if name == "float":
+                tuned[what] = parameter.detach().to(graph.attribute_at(self.module, what).dtype)  # type: ignore[arg-type]
+            elif what == "scale":
+                weight, _ = self.watchers[name]
+                assert weight.decided is not None
+                bias = parameters.get(f"{name}|bias")
+                weight.restore(
+                    replace(weight.decided, scale=parameter.detach().clone()),
+                    None if bias is None else bias.detach().clone(),
+                )
+        self.module.meta[TUNED] = tuned  # type: ignore[union-attr]
+
+
+def _first(result: Any) -> Tensor:
+    while isinstance(result, (tuple, list)):
+        result = result[0]
+    assert isinstance(result, Tensor)
+    return result
+
+
+def distill(
+    prepared: GraphModule,
+    batches: list[list[Tensor]],
+    config: Distillation,
+    held: Tensor,
+    *,
+    seed: int,
+    state_dir: Path | None,
+    digest: str,
+    bar: tqdm[Any],
+) -> DistillationReport:
+    """Learn, keep the best state by held-out samples, and settle it; the start is kept when nothing is better.
+
+    Args:
+        prepared: calibrated; its records are changed in place.
+        batches: the graph's arguments, a list a batch.
+        config: of the stage.
+        held: [N] bool, samples that nothing is fitted to.
+        seed: of the order of samples.
+        state_dir: where the state is saved every few steps; None for nowhere.
+        digest: of everything the result depends on.
+        bar: one tick a step.
+    """
+    with torch.no_grad():
+        targets = torch.cat([_first(prepared(*arguments)).float() for arguments in batches])
+    arguments = [torch.cat(parts) if parts[0].dim() else parts[0] for parts in zip(*batches, strict=True)]
+    student = Student(prepared)
+    run = _Run(student, arguments, targets, config, held, seed)
+    file = None if state_dir is None else state_dir / "distillation.safetensors"
+    if file is not None and file.exists():
+        run.load(file, digest)
+        bar.update(run.step)
+    else:
+        run.best = run.before = run.check()
+    every = max(1, config.steps // config.checks)
+    while run.step < config.steps:
+        loss = run.advance()
+        if run.step % every == 0 or run.step == config.steps:
+            run.keep_if_better()
+        if file is not None and (run.step % SAVE_EVERY == 0 or run.step == config.steps):
+            run.save(file, digest)
+        bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{run.best:.4f}")
+        bar.update(1)
+    student.settle(run.kept)
+    return DistillationReport(run.before, run.best, run.step)
+
+
+class _Run:
+    """Parameters, optimizer and the best state so far."""
+
+    def __init__(
+        self,
+        student: Student,
+        arguments: list[Tensor],
+        targets: Tensor,
+        config: Distillation,
+        held: Tensor,
+        seed: int,
+    ) -> None:
+        self.student, self.arguments, self.targets = student, arguments, targets
+        self.config, self.seed = config, seed
+        self.held, self.fit = torch.nonzero(held)[:, 0], fitted(held)
+        parameters = student.parameters
+        groups = [{"params": [p], "lr": config.lr * student.sizes[name]} for name, p in parameters.items()]
+        self.optimizer = torch.optim.Adam(groups)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
+        self.kept = {name: p.detach().clone() for name, p in parameters.items()}
+        self.step, self.before, self.best = 0, math.inf, math.inf
+
+    def _rate(self) -> Callable[[int], float]:
+        steps = self.config.steps
+        return lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARMUP_STEPS)
+
+    def error(self, chosen: Tensor) -> Tensor:
+        """Relative error of the chosen samples' outputs."""
+        rows = [x[chosen] if x.dim() and len(x) == len(self.targets) else x for x in self.arguments]
+        return relative_error(self.student.predict(rows).float(), self.targets[chosen])
+
+    def check(self) -> float:
+        """Mean error of the held-out samples."""
+        with torch.no_grad():
+            return float(torch.cat([self.error(part) for part in self.held.split(CHECK_BATCH)]).mean())
+
+    def advance(self) -> float:
+        """One gradient step."""
+        loss = self.error(self._batch()).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def _batch(self) -> Tensor:
+        """Samples of this step: every epoch is a permutation drawn from the seed and the epoch's number alone."""
+        size = min(self.config.batch_size, len(self.fit))
+        per_epoch = len(self.fit) // size
+        epoch, place = divmod(self.step, per_epoch)
+        order = torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return self.fit[order[place * size : (place + 1) * size]]
+
+    def keep_if_better(self) -> None:
+        """Remember the parameters when held-out samples say so."""
+        error = self.check()
+        if error < self.best:
+            self.best = error
+            self.kept = {name: p.detach().clone() for name, p in self.student.parameters.items()}
+
+    def save(self, file: Path, digest: str) -> None:
+        """Everything the rest of the run depends on."""
+        tensors = {}
+        for name, parameter in self.student.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.kept[name]}
+            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        meta = {"digest": digest, "step": self.step, "before": self.before, "best": self.best}
+        partial = file.with_suffix(".partial")
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, {"run": json.dumps(meta)})
+        os.replace(partial, file)
+
+    def load(self, file: Path, digest: str) -> None:
+        """Go on from what ``save`` wrote."""
+        try:
+            with safe_open(file, "pt") as opened:
+                meta = json.loads((opened.metadata() or {})["run"])
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+            raise InvalidFile(f"{file}: not a state of distillation ({error}); delete it to start again") from error
+        if meta["digest"] != digest:
+            raise ValueError(
+                f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same;"
+                " delete it to start again, or give another state_dir"
+            )
+        self.before, self.best = meta["before"], meta["best"]
+        for name, parameter in self.student.parameters.items():
+            parameter.data = tensors[f"now/{name}"].to(parameter.device)
+            self.kept[name] = tensors[f"kept/{name}"].to(parameter.device)
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        for _ in range(meta["step"]):
+            self.schedule.step()
+        self.step = meta["step"]

@@ -1,0 +1,135 @@
+"""What a layer multiplies, as rows: patches of its input, their means and second moments, weighted by sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from dmq_ao.graph import LINEAR
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a convolution's windows lie; a linear layer has none.
+
+    Attributes:
+        kernel: window, one number a spatial axis; empty for a linear layer.
+        stride: likewise, and so are the rest.
+        padding: zeros on each side.
+        dilation: distance of the window's taps.
+        groups: of a grouped convolution.
+    """
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+
+def geometry(node: Node, weight: Tensor) -> Geometry:
+    """Geometry of a layer's ``node``, whose weight is ``weight`` [out, in / groups, ...]."""
+    if node.target == LINEAR:
+        return Geometry()
+    axes = weight.dim() - 2
+    defaults: list[object] = [None, None, None, [1], [0], [1], 1]
+    args = [*node.args, *defaults[len(node.args) :]]
+    stride, padding, dilation = (_each(value, axes) for value in args[3:6])
+    groups = args[6]
+    assert isinstance(groups, int)
+    return Geometry(tuple(weight.shape[2:]), stride, padding, dilation, groups)
+
+
+def _each(value: object, axes: int) -> tuple[int, ...]:
+    numbers = [value] if isinstance(value, int) else list(value)  # type: ignore[call-overload]
+    return tuple(numbers * axes if len(numbers) == 1 else numbers)
+
+
+def windows(x: Tensor, shape: Geometry) -> Tensor:
+    """The inputs of each output position: [B, positions, K], K in the order of the flattened weight rows.
+
+    Args:
+        x: [B, C, ...] of a convolution, [B, ..., C] of a linear layer.
+        shape: of the layer.
+
+    Returns:
+        A view where that is possible: [B, positions..., C, kernel...] for convolutions, [B, positions, C] for linears.
+    """
+    if not shape.kernel:
+        return x.reshape(len(x), -1, x.shape[-1])
+    pads = [pad for one in reversed(shape.padding) for pad in (one, one)]
+    x = torch.nn.functional.pad(x, pads)
+    axes = len(shape.kernel)
+    for axis, (size, stride, gap) in enumerate(zip(shape.kernel, shape.stride, shape.dilation, strict=True)):
+        x = x.unfold(2 + axis, gap * (size - 1) + 1, stride)[..., ::gap]
+    return x.permute(0, *range(2, 2 + axes), 1, *range(2 + axes, 2 + 2 * axes))
+
+
+def rows(x: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
+    """Rows [B * positions, groups, K / groups] that a layer multiplies with its weight.
+
+    Args:
+        x: as for ``windows``.
+        shape: of the layer.
+        keep: output positions to keep, counted in the flattened spatial axes; None for all.
+    """
+    view = windows(x, shape)
+    if not shape.kernel:
+        chosen = view if keep is None else view[:, keep]
+        return chosen.reshape(-1, 1, chosen.shape[-1])
+    axes = len(shape.kernel)
+    spatial = view.shape[1 : 1 + axes]
+    if keep is not None:
+        index = torch.unravel_index(keep, spatial)
+        view = view[(slice(None), *index)]
+    return view.reshape(view.shape[: -1 - axes].numel(), shape.groups, -1)
+
+
+def outputs(y: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
+    """A layer's output [B, ...] as rows [B * positions, out], in the order of ``rows``."""
+    flat = y.flatten(2).transpose(1, 2) if shape.kernel else y.reshape(len(y), -1, y.shape[-1])
+    flat = flat if keep is None else flat[:, keep]
+    return flat.reshape(-1, flat.shape[-1])
+
+
+class Moments:
+    """Weighted means and second moments of inputs ``x`` [n, K] and of residuals ``r`` [n, out]."""
+
+    def __init__(self, inputs: int, out: int, dtype: torch.dtype = torch.float32) -> None:
+        """All zero."""
+        self.weight = 0.0
+        self.sum_x, self.sum_r = torch.zeros(inputs, dtype=dtype), torch.zeros(out, dtype=dtype)
+        self.xx, self.rx = torch.zeros(inputs, inputs, dtype=dtype), torch.zeros(out, inputs, dtype=dtype)
+        self.rr = torch.zeros(out, dtype=dtype)
+
+    def update(self, x: Tensor, r: Tensor, weight: Tensor) -> None:
+        """Add rows with one ``weight`` [n] each."""
+        weight = weight.to(self.xx.dtype)
+        x, r = x.to(self.xx.dtype), r.to(self.xx.dtype)
+        weighted = x * weight[:, None]
+        self.weight += float(weight.sum())
+        self.sum_x += weighted.sum(0)
+        self.sum_r += weight @ r
+        self.xx.addmm_(weighted.T, x)
+        self.rx.addmm_(r.T, weighted)
+        self.rr += weight @ r.square()
+
+    def mean_x(self) -> Tensor:
+        """Mean of the inputs [K]."""
+        return self.sum_x / self.weight
+
+    def mean_r(self) -> Tensor:
+        """Mean of the residuals [out]."""
+        return self.sum_r / self.weight
+
+    def centred_xx(self) -> Tensor:
+        """Covariance of the inputs [K, K]."""
+        mean = self.mean_x()
+        return self.xx / self.weight - torch.outer(mean, mean)
+
+    def centred_rx(self) -> Tensor:
+        """Covariance of residuals and inputs [out, K]."""
+        return self.rx / self.weight - torch.outer(self.mean_r(), self.mean_x())

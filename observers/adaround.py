@@ -1,0 +1,37 @@
+"""Learned rounding: each weight chooses between the codes below and above it (AdaRound, arXiv 2004.10568)."""
+
+import torch
+from torch import Tensor
+
+from dmq_ao import numerics
+
+# The sigmoid is stretched beyond [0, 1] and clipped, so that 0 and 1 are reached (section 3.2 of the paper).
+STRETCH_LOW, STRETCH_HIGH = -0.1, 1.1
+
+
+def soft_round(logits: Tensor) -> Tensor:
+    """``h = clip(1.2 * sigmoid(logits) - 0.1, 0, 1)``, elementwise."""
+    return torch.clamp(torch.sigmoid(logits) * (STRETCH_HIGH - STRETCH_LOW) + STRETCH_LOW, 0, 1)
+
+
+def initial_logits(weight: Tensor, scale: Tensor) -> Tensor:
+    """Rounding logits at which ``soft_round`` is the fractional part of ``weight / scale``, so nothing changes yet."""
+    ratio = weight / scale
+    fraction = ratio - torch.floor(ratio)
+    return -torch.log((STRETCH_HIGH - STRETCH_LOW) / (fraction - STRETCH_LOW) - 1)
+
+
+def soft_codes(
+    weight: Tensor, logits: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool
+) -> Tensor:
+    """``clamp(floor(weight / scale) + soft_round(logits) + zero_point)``, differentiable in ``logits``."""
+    codes = torch.floor(weight / scale) + soft_round(logits) + zero_point
+    return torch.clamp(codes, *numerics.code_range(bits, symmetric))
+
+
+def hard_codes(
+    weight: Tensor, logits: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool
+) -> Tensor:
+    """The integers: up where the logit is 0 or more."""
+    codes = torch.floor(weight / scale) + (logits >= 0) + zero_point
+    return torch.clamp(codes, *numerics.code_range(bits, symmetric))

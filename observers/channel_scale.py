@@ -1,0 +1,58 @@
+"""Learned equivalent scaling: ``(x / scale) @ (weight * scale)`` is the same layer, only easier to quantize.
+
+While the scale is learned both sides are quantized with steps computed from the live tensors, and the gradient flows
+through the step as well as through the straight-through rounding (DMQ, arXiv 2507.12933, section on LES).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dmq_ao import numerics
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round; the gradient passes as if nothing had happened."""
+    return x + (torch.round(x) - x).detach()
+
+
+def fake_quantize_ste(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Fake quantization of ``x`` on the range ``[low, high]``, differentiable in all three.
+
+    The step is a function of the range; zero points are integers, hence constants; values beyond the range pass no
+    gradient of their own. Zero is in the range, as everywhere (``numerics.choose_qparams``).
+    """
+    quant_min, quant_max = numerics.code_range(bits, symmetric)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = (torch.maximum(-low, high) / quant_max).clamp_min(numerics.EPS)
+        zero_point = torch.zeros_like(scale)
+    else:
+        scale = ((high - low) / (quant_max - quant_min)).clamp_min(numerics.EPS)
+        zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max).detach()
+    codes = torch.clamp(round_ste(x / scale) + zero_point, quant_min, quant_max)
+    return (codes - zero_point) * scale
+
+
+def spread(channel_scale: Tensor, out: int, taps: int, groups: int = 1) -> Tensor:
+    """A scale per input channel [C] as factors of a weight's rows [out, C / groups * taps]."""
+    per_group = channel_scale.reshape(groups, -1).repeat_interleave(taps, 1)
+    return per_group.repeat_interleave(out // groups, 0)
+
+
+def closed_form(input_peak: Tensor, weight_peak: Tensor, migration: float, limit: float) -> Tensor:
+    """``input_peak**migration / weight_peak**(1 - migration)`` per channel, of geometric mean 1 (SmoothQuant, eq. 4).
+
+    Args:
+        input_peak: [C] largest absolute input of each channel.
+        weight_peak: [C] largest absolute weight of each channel.
+        migration: how much of the inputs' spread moves to the weights.
+        limit: results stay in ``[1 / limit, limit]``; a channel without input or weight gets 1.
+    """
+    alive = (input_peak > 0) & (weight_peak > 0)
+    ratio = input_peak.clamp_min(numerics.EPS).log() * migration
+    ratio = ratio - weight_peak.clamp_min(numerics.EPS).log() * (1 - migration)
+    centre = ratio[alive].mean() if bool(alive.any()) else ratio.new_zeros(())
+    bound = torch.log(torch.tensor(limit))
+    return torch.where(alive, (ratio - centre).clamp(-bound, bound).exp(), 1.0)
