@@ -234,6 +234,7 @@ class ChannelScaling:
         lr: of Adam on the logarithm, falling to 0 as a cosine.
         batch_size: samples a step.
         positions: output positions taken from each sample.
+        outputs: output channels looked at in a step, drawn anew each time.
         init: where the factors start.
         migration: exponent of the closed form, 0 evens out weights only, 1 inputs only (SmoothQuant's alpha).
         limit: factors stay within ``1 / limit`` and ``limit``.
@@ -246,6 +247,7 @@ class ChannelScaling:
     lr: float = 2e-2
     batch_size: int = 16
     positions: int = 32
+    outputs: int = 128
     init: Init = Init.CLOSED_FORM
     migration: float = 0.5
     limit: float = 32.0
@@ -253,7 +255,7 @@ class ChannelScaling:
     step_weights: StepWeights = StepWeights()
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=0, batch_size=1, positions=1, patience=1)
+        _at_least(self, steps=0, batch_size=1, positions=1, outputs=1, patience=1)
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.migration <= 1:

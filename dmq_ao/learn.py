@@ -22,7 +22,7 @@ from dmq_ao.objectives import StepWeighting, output_error, rounding_regularizer,
 from dmq_ao.observers import RangeEstimator, quantize_weight
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
 from dmq_ao.observers.channel_scale import closed_form, fake_quantize_ste, spread
-from dmq_ao.observers.error_feedback import damped, round_with_feedback, upper_factor
+from dmq_ao.observers.error_feedback import damped, round_with_feedback
 
 CHECK_EVERY = 20
 HELD_OUT_SHARE = 8
@@ -100,11 +100,14 @@ class ScaleOutcome:
     steps: int
 
 
-def scaled_error(inputs: Sequence[ScaledInput], logs: Sequence[Tensor], chosen: Tensor) -> Tensor:
+def scaled_error(
+    inputs: Sequence[ScaledInput], logs: Sequence[Tensor], chosen: Tensor, channels: dict[int, Tensor] | None = None
+) -> Tensor:
     """Error [len(chosen)] of a unit's outputs when inputs and weights are quantized after scaling by ``exp(logs)``.
 
     Ranges are those of each whole sample, min to max, and the weights' min to max per output channel; both follow the
-    scale, and the gradient goes through them (DMQ, LES). Parts of one split layer add to one output.
+    scale, and the gradient goes through them (DMQ, LES). Parts of one split layer add to one output. ``channels``
+    names the output channels to look at, by output; all where it does not.
     """
     results: dict[int, Tensor] = {}
     wanted: dict[int, Tensor] = {}
@@ -112,7 +115,9 @@ def scaled_error(inputs: Sequence[ScaledInput], logs: Sequence[Tensor], chosen: 
         scale = log.exp()
         low, high = (given.low[chosen] / scale).amin(1), (given.high[chosen] / scale).amax(1)
         for output, weight, config, rows in given.members:
-            x = rows.x[chosen]
+            x, target = rows.x[chosen], rows.y[chosen]
+            if channels is not None and output in channels:
+                weight, target = weight[channels[output]], target[..., channels[output]]
             groups, taps = x.shape[2], weight[0, 0].numel()
             divisor = scale.reshape(groups, -1).repeat_interleave(taps, 1)
             ends = (numerics.along(low, 0, 4), numerics.along(high, 0, 4))
@@ -121,7 +126,7 @@ def scaled_error(inputs: Sequence[ScaledInput], logs: Sequence[Tensor], chosen: 
             ends = (scaled.amin(1, keepdim=True), scaled.amax(1, keepdim=True))
             y = product(x, fake_quantize_ste(scaled, *ends, config.bits, config.symmetric))
             results[output] = results[output] + y if output in results else y
-            wanted[output] = wanted[output] + rows.y[chosen] if output in wanted else rows.y[chosen]
+            wanted[output] = wanted[output] + target if output in wanted else target
     errors = [output_error(results[output], wanted[output], -1) for output in results]
     return torch.stack(errors).sum(0)
 
@@ -146,19 +151,21 @@ def learn_scales(
     logs = [start.log().requires_grad_() for start in _starts(inputs, config)]
     neutral = [torch.zeros_like(log) for log in logs]
 
+    seen = _some_channels(inputs, config.outputs, generator)
+
     def check() -> float:
         # Relative to no scale, sample by sample: every held-out timestep counts alike.
-        return float((scaled_error(inputs, logs, held) / reference).mean())
+        return float((scaled_error(inputs, logs, held, seen) / reference).mean())
 
     with torch.no_grad():
-        reference = scaled_error(inputs, neutral, held).clamp_min(1e-20)
+        reference = scaled_error(inputs, neutral, held, seen).clamp_min(1e-20)
         best, kept = check(), [log.detach().clone() for log in logs]
     optimizer = torch.optim.Adam(logs, lr=config.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(config.steps, 1))
     bound, patience, taken = math.log(config.limit), config.patience, 0
     for taken in range(1, config.steps + 1):
         chosen = fit[torch.randperm(len(fit), generator=generator)[: config.batch_size]]
-        error = scaled_error(inputs, logs, chosen)
+        error = scaled_error(inputs, logs, chosen, _some_channels(inputs, config.outputs, generator))
         loss = (weighting(error, rows.step[chosen]) * error).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -177,6 +184,16 @@ def learn_scales(
     if not best < 1:
         return ScaleOutcome([None] * len(inputs), 1.0, 1.0, taken)
     return ScaleOutcome([log.exp() for log in kept], 1.0, best, taken)
+
+
+def _some_channels(inputs: Sequence[ScaledInput], count: int, generator: torch.Generator) -> dict[int, Tensor]:
+    """Output channels drawn for each output that has more than ``count``; grouped layers keep all."""
+    drawn: dict[int, Tensor] = {}
+    for given in inputs:
+        for output, weight, _, rows in given.members:
+            if output not in drawn and len(weight) > count and rows.x.shape[2] == 1:
+                drawn[output] = torch.randperm(len(weight), generator=generator)[:count]
+    return drawn
 
 
 def _starts(inputs: Sequence[ScaledInput], config: ChannelScaling) -> list[Tensor]:
@@ -234,16 +251,14 @@ def round_by_feedback(
         rounding: damping and the like.
     """
     parts = weight.flatten(1).chunk(len(moments))
-    moved, factors, covariances = [], [], []
+    moved, covariances = [], []
     for part, one in zip(parts, moments, strict=True):
         covariance = damped(one.centred_xx(), rounding.damping)
         if rounding.compensate:
-            factor = upper_factor(covariance)
-            part = part + one.centred_rx().to(part.dtype) @ factor.T @ factor
-            del factor
+            shift = torch.cholesky_solve(one.centred_rx().T, torch.linalg.cholesky(covariance))
+            part = part + shift.T.to(part.dtype)
         moved.append(part)
         covariances.append(covariance)
-    del factors
     target = torch.cat(moved)
     grid = quantize_weight(target.reshape(weight.shape), config, estimator)
     rows = [slice(i * len(parts[0]), (i + 1) * len(parts[0])) for i in range(len(parts))]

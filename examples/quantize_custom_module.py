@@ -67,30 +67,41 @@ def spread(states: CalibrationSet, timesteps: int) -> CalibrationSet:
     return states.select(torch.nonzero(torch.isin(states.step, steps))[:, 0])
 
 
+def load_module(file: Path) -> ModuleType:
+    """A Python file as a module."""
+    spec = importlib.util.spec_from_file_location("loaders", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def main() -> None:
     """Record, quantize, compare, save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loaders", type=Path, help="Python file with the model's function and sampler")
     parser.add_argument("model", choices=("ddpm64", "flowvit", "dit"))
     parser.add_argument("--bits", default="w4a8")
-    parser.add_argument("--power-of-two", action="store_true")
-    parser.add_argument("--ranges", choices=[r.value for r in dmq_ao.Ranges], default="static")
+    parser.add_argument("--recipe", choices=sorted(dmq_ao.recipes.ALL_RECIPES), default="minmax")
+    parser.add_argument("--power-of-two", action="store_true", help="for minmax")
+    parser.add_argument("--ranges", choices=[r.value for r in dmq_ao.Ranges], default="static", help="for minmax")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--samples", type=int, default=80, help="calibration samples")
+    parser.add_argument("--trajectories", type=int, default=8, help="trajectories they are taken from")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("loaders", args.loaders)
-    assert spec is not None
-    assert spec.loader is not None
-    loaders = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaders)
+    loaders = load_module(args.loaders)
     net, run = getattr(loaders, args.model)(), samplers(loaders)[args.model]
 
     started = time.monotonic()
-    samples = record(net, run, trajectories=8, num_samples=args.samples, seed=1000)
-    recipe = dmq_ao.recipes.minmax(args.bits, power_of_two=args.power_of_two, ranges=dmq_ao.Ranges(args.ranges))
+    samples = record(net, run, trajectories=args.trajectories, num_samples=args.samples, seed=1000)
+    if args.recipe == "minmax":
+        recipe = dmq_ao.recipes.minmax(args.bits, power_of_two=args.power_of_two, ranges=dmq_ao.Ranges(args.ranges))
+    else:
+        recipe = dmq_ao.recipes.ALL_RECIPES[args.recipe](args.bits)
     prepared = dmq_ao.prepare(net, recipe, samples.example(), backend=args.backend)
     calibration = dmq_ao.calibrate(prepared, samples, batch_size=args.batch_size)
     quantized = dmq_ao.convert(prepared, args.backend)

@@ -1,8 +1,9 @@
 """Rounding in closed form: the error of a rounded weight is fed back into the weights not rounded yet.
 
-For a weight row ``w`` and inputs with second moments ``H``, rounding column by column and moving the columns that are
-left by ``-(w_i - w_hat_i) / U_ii * U_i`` keeps ``(w - w_hat) H (w - w_hat)`` small (Optimal Brain Quantization; GPTQ,
-arXiv 2210.17323, section 3, with ``U`` the upper Cholesky factor of the inverse of ``H``).
+For a weight row ``w`` and inputs with second moments ``H = L L^T``, the error of the output is ``|(w - w_hat) L|^2``.
+Going from the last column to the first, each column is rounded where it best cancels what the columns after it left:
+``w_i + sum_{j > i} (w_j - w_hat_j) L_ji / L_ii``. This is GPTQ (arXiv 2210.17323, section 3) in opposite order of
+columns, and needs no inverse of ``H`` (arXiv 2507.18553).
 """
 
 import torch
@@ -18,15 +19,6 @@ def damped(moments: Tensor, damping: float) -> Tensor:
     diagonal = moments.diagonal()
     mean = diagonal.mean()
     return moments + torch.eye(len(moments), dtype=moments.dtype) * torch.where(mean > 0, damping * mean, 1.0)
-
-
-def upper_factor(moments: Tensor) -> Tensor:
-    """Upper triangular ``U`` [K, K] with ``U.T @ U`` the inverse of positive definite ``moments`` [K, K]."""
-    # inverse = L^-T L^-1; reversing rows and columns twice turns a lower factor of H into the upper one of its inverse
-    lower = torch.linalg.cholesky(moments.flip(0, 1))
-    identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
-    factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return factor
 
 
 def round_with_feedback(
@@ -46,23 +38,23 @@ def round_with_feedback(
         codes [out, K] int32.
     """
     low, high = numerics.code_range(bits, symmetric)
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    factor = upper_factor(moments[order][:, order])
-    group = torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1])
-    columns = group[order]
-    left = weight.to(moments.dtype)[:, order].clone()
-    codes = torch.empty_like(left, dtype=torch.int32)
-    for start in range(0, left.shape[1], BLOCK):
-        stop = min(start + BLOCK, left.shape[1])
-        block, errors = left[:, start:stop], torch.empty_like(left[:, start:stop])
-        for i in range(stop - start):
-            at = start + i
-            step, zero = scale[:, columns[at]], zero_point[:, columns[at]]
-            code = numerics.quantize(block[:, i], step, zero, low, high)
-            codes[:, at] = code.to(torch.int32)
-            errors[:, i] = (block[:, i] - numerics.dequantize(code, step, zero)) / factor[at, at]
-            block[:, i + 1 :] -= errors[:, i, None] * factor[at, at + 1 : stop]
-        left[:, stop:] -= errors @ factor[start:stop, stop:]
+    order = moments.diagonal().argsort(stable=True)  # the columns that count most are rounded first, from the end
+    lower = torch.linalg.cholesky(moments[order][:, order])
+    groups = (torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1]))[order]
+    ordered = weight.to(moments.dtype)[:, order]
+    codes = torch.empty_like(ordered, dtype=torch.int32)
+    owed = torch.zeros_like(ordered)
+    for stop in range(ordered.shape[1], 0, -BLOCK):
+        start = max(0, stop - BLOCK)
+        errors = torch.empty_like(ordered[:, start:stop])
+        for i in range(stop - 1, start - 1, -1):
+            step, zero = scale[:, groups[i]], zero_point[:, groups[i]]
+            code = numerics.quantize(ordered[:, i] + owed[:, i] / lower[i, i], step, zero, low, high)
+            codes[:, i] = code.to(torch.int32)
+            error = ordered[:, i] - numerics.dequantize(code, step, zero)
+            errors[:, i - start] = error
+            owed[:, start:i] += error[:, None] * lower[i, start:i]
+        owed[:, :start] += errors @ lower[start:stop, :start]
     unordered = torch.empty_like(codes)
     unordered[:, order] = codes
     return unordered

@@ -1,0 +1,250 @@
+"""What each ingredient of DMQ brings: one-step error and same-seed images, ingredient by ingredient.
+
+    python examples/ablation.py --models demo --bits w4a8 w4a6 -o build/ablation
+    python examples/ablation.py --loaders MODELS/loaders.py --models ddpm64 flowvit -o build/ablation
+
+Every result is a file of its own under the output folder: interrupted, the same command goes on where it stopped. At
+the end ``results.json``, ``table.md`` and ``errors.png`` hold all results found there. Errors are relative to the
+float denoiser's output, on states of float trajectories whose seeds calibration did not see, at ten timesteps spread
+over the schedule; images are drawn from the same seeds by both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from quantize_custom_module import load_module, record, samplers, spread
+from torch import Tensor, nn
+
+import dmq_ao
+from dmq_ao import recipes
+from dmq_ao.calibration import CalibrationSet
+from dmq_ao.config import ChannelScaling, Ranges, Recipe, RoundingMethod, StepWeights, Weighting
+from dmq_ao.diffusers_adapter import load_pipeline, record_pipeline
+from dmq_ao.evaluation import image_fidelity, machine, one_step_error, peak_rss_bytes
+from dmq_ao.measure import by_timestep, held_out_states, images_of
+
+UNIFORM = StepWeights(Weighting.UNIFORM)
+TIMESTEPS = 10
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A denoiser to measure with: calibration samples, held-out states, and a way to draw same-seed images."""
+
+    net: nn.Module
+    samples: CalibrationSet
+    states: CalibrationSet
+    images: Callable[[nn.Module], Tensor]
+
+
+def variants() -> dict[str, Callable[[str], Recipe]]:
+    """Recipes by name: DMQ built up, the default, and the default with one ingredient left out."""
+    return {
+        "min-max per step": _minmax,
+        "+ LES": lambda bits: _with(_minmax(bits), scaling=ChannelScaling(step_weights=UNIFORM)),
+        "+ step weights": lambda bits: _with(_minmax(bits), scaling=ChannelScaling()),
+        "+ PTS": lambda bits: _with(_minmax(bits, power_of_two=True), scaling=ChannelScaling()),
+        "+ AdaRound": lambda bits: _with(recipes.dmq(bits), bias_correction=False),
+        "+ bias correction = dmq": recipes.dmq,
+        "dmq, rounding in closed form": _feedback,
+        "default": recipes.default,
+        "default without LES": lambda bits: _with(recipes.default(bits), scaling=None),
+        "default without step weights": lambda bits: _with(
+            recipes.default(bits), scaling=ChannelScaling(step_weights=UNIFORM)
+        ),
+        "default without PTS": _without_votes,
+        "default without bias correction": lambda bits: _with(recipes.default(bits), bias_correction=False),
+        "default without good rounding": lambda bits: _with(recipes.default(bits), rounding=None),
+    }
+
+
+def _minmax(bits: str, *, power_of_two: bool = False) -> Recipe:
+    return recipes.minmax(bits, ranges=Ranges.PER_STEP, power_of_two=power_of_two)
+
+
+def _feedback(bits: str) -> Recipe:
+    return recipes.dmq(bits, rounding=RoundingMethod.FEEDBACK)
+
+
+def _without_votes(bits: str) -> Recipe:
+    recipe = recipes.default(bits)
+    return _with(recipe, config=dataclasses.replace(recipe.config, power_of_two=None))
+
+
+def _with(recipe: Recipe, **changes: Any) -> Recipe:
+    return dataclasses.replace(recipe, **changes)
+
+
+def custom(loaders: Path, model: str, samples: int, trajectories: int, images: int, folder: Path) -> Subject:
+    """A model of a loaders file, with its authors' sampler."""
+    module = load_module(loaders)
+    net, run = getattr(module, model)(), samplers(module)[model]
+    recorded = _recorded(
+        folder / f"{model}-{samples}-{trajectories}.safetensors", lambda: record(net, run, trajectories, samples, 1000)
+    )
+    states = _recorded(
+        folder / f"{model}-states.safetensors", lambda: spread(record(net, run, 8, 10_000, 2000), TIMESTEPS)
+    )
+
+    def draw(denoiser: nn.Module) -> Tensor:
+        return torch.cat([run(denoiser, 4, seed) for seed in range(0, images, 4)])
+
+    return Subject(net, recorded, states, draw)
+
+
+def demo(samples: int, trajectories: int, images: int) -> Subject:
+    """The bundled demo pipeline."""
+    pipeline = load_pipeline("demo")
+    recorded = record_pipeline(pipeline, num_samples=samples, steps=STEPS, seed=1000, trajectories=trajectories)
+    states = held_out_states(pipeline, steps=STEPS, seed=2000, timesteps=TIMESTEPS)
+    return Subject(pipeline.unet, recorded, states, lambda net: images_of(pipeline, net, range(images), steps=STEPS))
+
+
+def _recorded(file: Path, make: Callable[[], CalibrationSet]) -> CalibrationSet:
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        make().save(file)
+    return CalibrationSet.load(file)
+
+
+def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int) -> dict[str, Any]:
+    """Quantize and compare: both measures, time and memory."""
+    started = time.monotonic()
+    prepared = dmq_ao.prepare(subject.net, recipe, subject.samples.example())
+    report = dmq_ao.calibrate(prepared, subject.samples, batch_size=batch_size)
+    quantized = dmq_ao.convert(prepared)
+    seconds = time.monotonic() - started
+    errors = one_step_error(subject.net, quantized, by_timestep(subject.states))
+    return {
+        "one_step_error": errors.mean,
+        "errors_by_timestep": errors.to_dict(),
+        **image_fidelity(subject.images(quantized), expected, data_range=1.0),
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "mean_bits": quantized.mean_bits,
+        "samples": report.samples,
+        "recipe": recipe.to_dict(),
+    }
+
+
+def run(subject: Subject, folder: Path, widths: Iterable[str], chosen: Iterable[str], batch_size: int) -> None:
+    """Measure what is not in ``folder`` yet, one file a variant and width."""
+    expected: Tensor | None = None
+    for bits in widths:
+        for name in chosen:
+            file = folder / bits / f"{name.replace(' ', '_').replace(',', '')}.json"
+            if file.exists():
+                continue
+            if expected is None:
+                with torch.no_grad():
+                    expected = subject.images(subject.net)
+            result = {"model": folder.name, "bits": bits, "variant": name, "date": str(datetime.date.today())}
+            result |= {"machine": machine(), **measure(subject, variants()[name](bits), expected, batch_size)}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=2) + "\n")
+            os.replace(partial, file)
+            psnr = f"PSNR {result['psnr_db']:.2f} dB (std {result['psnr_std_db']:.2f})"
+            print(
+                f"{folder.name} {bits} {name}: one-step {result['one_step_error']:.4f}, {psnr},"
+                f" {result['seconds']:.0f} s",
+                flush=True,
+            )
+
+
+def collect(folder: Path) -> list[dict[str, Any]]:
+    """All results under a folder, by model, width and the order of the variants."""
+    order = list(variants())
+    found = [json.loads(file.read_text()) for file in folder.glob("*/*/*.json")]
+    return sorted(found, key=lambda r: (r["model"], -int(r["bits"][1]), r["bits"], order.index(r["variant"])))
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: a table for each model and width."""
+    lines = ["# What each ingredient brings", ""]
+    machines = sorted({f"{r['machine']['cpu']}, torch {r['machine']['torch']}, {r['date']}" for r in results})
+    lines += [f"Measured by `examples/ablation.py` on {'; '.join(machines)}.", ""]
+    for model, bits in dict.fromkeys((r["model"], r["bits"]) for r in results):
+        rows = [r for r in results if (r["model"], r["bits"]) == (model, bits)]
+        base = next((r["one_step_error"] for r in rows if r["variant"] == "min-max per step"), None)
+        lines += [f"## {model}, {bits.upper()}", ""]
+        lines += [
+            "| variant | one-step error | of min-max | PSNR dB (std) | s | peak GiB |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in rows:
+            share = "-" if base is None else f"{r['one_step_error'] / base:.2f}"
+            peak = "-" if r["peak_rss_bytes"] is None else f"{r['peak_rss_bytes'] / 2**30:.1f}"
+            psnr = f"{r['psnr_db']:.2f} ({r['psnr_std_db']:.2f})"
+            lines.append(
+                f"| {r['variant']} | {r['one_step_error']:.4f} | {share} | {psnr} | {r['seconds']:.0f} | {peak} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], file: Path) -> None:
+    """One-step error by timestep, a panel for each model and width."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys((r["model"], r["bits"]) for r in results))
+    columns = min(3, len(panels))
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(5 * columns, 3.6 * -(-len(panels) // columns)), squeeze=False
+    )
+    for axis, (model, bits) in zip(axes.flat, panels, strict=False):
+        for r in results:
+            if (r["model"], r["bits"]) == (model, bits) and not r["variant"].startswith("default "):
+                errors = r["errors_by_timestep"]
+                axis.plot(errors["timesteps"], errors["errors"], label=r["variant"], marker=".", linewidth=1)
+        axis.set(title=f"{model} {bits.upper()}", xlabel="timestep", ylabel="relative one-step error", yscale="log")
+        axis.legend(fontsize=6)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Measure what is missing, then write the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["demo"], choices=("demo", "ddpm64", "flowvit", "dit"))
+    parser.add_argument("--loaders", type=Path, help="Python file with the functions and samplers of other models")
+    parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a6"])
+    parser.add_argument("--variants", nargs="+", default=list(variants()), choices=list(variants()))
+    parser.add_argument("--samples", type=int, default=160, help="calibration samples")
+    parser.add_argument("--trajectories", type=int, default=32, help="trajectories they are taken from")
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    args = parser.parse_args()
+    if set(args.models) - {"demo"} and args.loaders is None:
+        parser.error("--loaders is needed for models other than demo")
+    for model in args.models:
+        count = (args.samples, args.trajectories, args.images)
+        subject = demo(*count) if model == "demo" else custom(args.loaders, model, *count, args.out / "recorded")
+        run(subject, args.out / model, args.bits, args.variants, args.batch_size)
+    results = collect(args.out)
+    (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "table.md").write_text(table(results) + "\n")
+    plot(results, args.out / "errors.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
