@@ -168,6 +168,11 @@ class OneDNN:
                 "this PyTorch build has no oneDNN quantized kernels (torch.ops.onednn); use backend='reference'"
             )
         for item in plan.values():
+            if item.power_of_two is not None and item.power_of_two.per_step:
+                reasons.append(
+                    f"{item.name}: exponents of each timestep cannot be folded into one stored weight; use"
+                    " backend='reference', or power_of_two with per_step=False"
+                )
             if (
                 item.weight is not None
                 and item.activation is not None

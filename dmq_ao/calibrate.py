@@ -29,6 +29,7 @@ from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.layer import LayerPlan
 from dmq_ao.observe import observe, passes_of
 from dmq_ao.reconstruct import LayerLearning, Reconstruction, units_of
+from dmq_ao.sensitivity import forget, protect
 
 SQNR = "dmq_ao.sqnr_db"
 MEASURED_ROWS = 8
@@ -125,9 +126,12 @@ def calibrate(
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     started = time.monotonic()
     prepared.meta.pop(TUNED, None)
+    forget(prepared)
     distilled: DistillationReport | None = None
     recipe: Recipe = prepared.meta[RECIPE]
     folder = None if state_dir is None else Path(state_dir)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     for weight, activation in observers(prepared).values():
         weight.start()
         if activation is not None:
@@ -137,14 +141,20 @@ def calibrate(
     def batches() -> Iterator[list[Tensor]]:
         return (graph_arguments(prepared, inputs) for inputs in samples.batches(batch_size))
 
+    given = list(batches()) if recipe.learns else []
     digest = _digest(prepared, samples, batch_size, seed if recipe.learns else 0)
+    if recipe.protection is not None:
+        rows = _spread(samples, recipe.protection.samples)
+        some = graph_arguments(prepared, next(iter(samples.select(rows).batches(len(rows)))))
+        with tqdm(total=len(observers(prepared)), disable=not progress, unit="layer", desc="sensitivity") as bar:
+            protect(prepared, some, folder, digest, bar)
     if recipe.learns:
         units = len(units_of(prepared))
         with tqdm(total=units, disable=not progress, unit="unit", desc="calibrate") as bar:
             learning = Reconstruction(
                 prepared,
                 recipe,
-                given := list(batches()),
+                given,
                 samples.step,
                 seed=seed,
                 max_memory=MAX_MEMORY if max_memory is None else max_memory,
@@ -160,6 +170,7 @@ def calibrate(
                     given,
                     recipe.distillation,
                     learning.held,
+                    shared=set(graph.flatten_inputs(samples.shared)),
                     seed=seed,
                     state_dir=folder,
                     digest=digest,
@@ -186,6 +197,13 @@ def calibrate(
         distillation=distilled,
         peak_bytes=peak_rss_bytes(),
     )
+
+
+def _spread(samples: CalibrationSet, count: int) -> Tensor:
+    """Indices of samples at steps spread over the schedule, from the first to the last."""
+    order = torch.argsort(samples.step, stable=True)
+    places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
+    return order[places]
 
 
 def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
@@ -272,5 +290,5 @@ def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, see
     text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning])
     digest = hashlib.sha256(text.encode())
     for _, parameter in sorted(prepared.named_parameters()):
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

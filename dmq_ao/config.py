@@ -135,6 +135,8 @@ class PowerOfTwo:
         max_exponent: finest step is ``scale * 2**-max_exponent``.
         guard: refuse a channel's vote when it raises that channel's summed squared error over the samples.
         ties: which candidate wins a tie.
+        per_step: a vote for each timestep, as published: shifts then cannot be folded into the weight, so only the
+            reference backend runs it. Needs per-step ranges.
     """
 
     layers: tuple[str, ...] = ("@concat",)
@@ -142,6 +144,7 @@ class PowerOfTwo:
     max_exponent: int = 3
     guard: bool = True
     ties: Ties = Ties.COARSE
+    per_step: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -192,6 +195,8 @@ class QuantConfig:
         for config in (self.activation, *(o.activation for o in self.overrides if o.activation)):
             if config.granularity is not Granularity.PER_TENSOR:
                 raise ValueError(f"activations are quantized per_tensor, got {config.granularity.value}")
+            if self.power_of_two and self.power_of_two.per_step and config.ranges is not Ranges.PER_STEP:
+                raise ValueError(f"power_of_two.per_step needs per_step ranges, got {config.ranges.value}")
 
 
 @dataclass(frozen=True)
@@ -240,6 +245,8 @@ class ChannelScaling:
         limit: factors stay within ``1 / limit`` and ``limit``.
         patience: stop after this many checks, one each 20 steps, without gain on held-out samples.
         step_weights: weight of each sample's loss.
+        logarithm: learn the factor's logarithm, so that it stays positive; the published code learns the factor.
+        batch_ranges: input ranges of a whole batch, as published, instead of each sample's own.
     """
 
     layers: tuple[str, ...] = ("*",)
@@ -253,6 +260,8 @@ class ChannelScaling:
     limit: float = 32.0
     patience: int = 4
     step_weights: StepWeights = StepWeights()
+    logarithm: bool = True
+    batch_ranges: bool = False
 
     def __post_init__(self) -> None:
         _at_least(self, steps=0, batch_size=1, positions=1, outputs=1, patience=1)
@@ -271,6 +280,7 @@ class Rounding:
     Attributes:
         method: closed form or learned.
         propagate_error: inputs come from the network as quantized so far; else from the float network.
+        quantize_inputs: inputs are what their codes stand for; else float, of a network with quantized weights.
         compensate: the rounding also makes up for the error that the inputs bring; else only for its own.
         positions: output positions taken from each sample; more are taken when the layer has many inputs.
         step_weights: weight of each sample.
@@ -284,6 +294,7 @@ class Rounding:
 
     method: RoundingMethod = RoundingMethod.FEEDBACK
     propagate_error: bool = True
+    quantize_inputs: bool = True
     compensate: bool = False
     positions: int = 256
     step_weights: StepWeights = StepWeights(Weighting.UNIFORM)
@@ -302,6 +313,28 @@ class Rounding:
             raise ValueError(
                 f"warmup must be in [0, 1) and regularizer 0 or more, got {self.warmup}, {self.regularizer}"
             )
+
+
+@dataclass(frozen=True)
+class Protection:
+    """More bits for the layers that the output is most sensitive to and that hold few weights.
+
+    Attributes:
+        share: of all weights that may get the bits.
+        bits: of those weights, then symmetric, and of their layers' inputs.
+        samples: on which the sensitivity is measured, one layer at a time.
+    """
+
+    share: float = 0.01
+    bits: int = 8
+    samples: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least(self, samples=1)
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share must be above 0, at most 1; got {self.share}")
+        if not 2 <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits must be 2 to {MAX_BITS}, got {self.bits}")
 
 
 @dataclass(frozen=True)
@@ -348,6 +381,7 @@ class Recipe:
         scaling: learned channel scales; None for none.
         rounding: None rounds to nearest.
         bias_correction: take the mean error of each layer's output out of its bias.
+        protection: more bits for the most sensitive layers; None for none. Calibration turns it into overrides.
         distillation: a last stage over the whole denoiser; None for none.
     """
 
@@ -358,12 +392,13 @@ class Recipe:
     scaling: ChannelScaling | None = None
     rounding: Rounding | None = None
     bias_correction: bool = False
+    protection: Protection | None = None
     distillation: Distillation | None = None
 
     @property
     def learns(self) -> bool:
         """Whether calibration goes layer by layer, each seeing the layers before it quantized."""
-        stages = (self.scaling, self.rounding, self.distillation)
+        stages = (self.scaling, self.rounding, self.protection, self.distillation)
         return self.bias_correction or any(stage is not None for stage in stages)
 
     def __post_init__(self) -> None:

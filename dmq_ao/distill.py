@@ -143,6 +143,7 @@ def distill(
     config: Distillation,
     held: Tensor,
     *,
+    shared: set[str],
     seed: int,
     state_dir: Path | None,
     digest: str,
@@ -155,6 +156,7 @@ def distill(
         batches: the graph's arguments, a list a batch.
         config: of the stage.
         held: [N] bool, samples that nothing is fitted to.
+        shared: names of arguments that all samples share.
         seed: of the order of samples.
         state_dir: where the state is saved every few steps; None for nowhere.
         digest: of everything the result depends on.
@@ -162,9 +164,12 @@ def distill(
     """
     with torch.no_grad():
         targets = torch.cat([_first(prepared(*arguments)).float() for arguments in batches])
-    arguments = [torch.cat(parts) if parts[0].dim() else parts[0] for parts in zip(*batches, strict=True)]
+    names = graph.signature_of(prepared).names
+    by_sample = [name not in shared and part.dim() > 0 for name, part in zip(names, batches[0], strict=True)]
+    columns = zip(by_sample, zip(*batches, strict=True), strict=True)
+    arguments = [torch.cat(parts) if own else parts[0] for own, parts in columns]
     student = Student(prepared)
-    run = _Run(student, arguments, targets, config, held, seed)
+    run = _Run(student, arguments, by_sample, targets, config, held, seed)
     file = None if state_dir is None else state_dir / "distillation.safetensors"
     if file is not None and file.exists():
         run.load(file, digest)
@@ -191,12 +196,14 @@ class _Run:
         self,
         student: Student,
         arguments: list[Tensor],
+        by_sample: list[bool],
         targets: Tensor,
         config: Distillation,
         held: Tensor,
         seed: int,
     ) -> None:
         self.student, self.arguments, self.targets = student, arguments, targets
+        self.by_sample = by_sample
         self.config, self.seed = config, seed
         self.held, self.fit = torch.nonzero(held)[:, 0], fitted(held)
         parameters = student.parameters
@@ -212,7 +219,7 @@ class _Run:
 
     def error(self, chosen: Tensor) -> Tensor:
         """Relative error of the chosen samples' outputs."""
-        rows = [x[chosen] if x.dim() and len(x) == len(self.targets) else x for x in self.arguments]
+        rows = [x[chosen] if own else x for own, x in zip(self.by_sample, self.arguments, strict=True)]
         return relative_error(self.student.predict(rows).float(), self.targets[chosen])
 
     def check(self) -> float:
@@ -278,6 +285,7 @@ class _Run:
                 key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
                 for key in ("exp_avg", "exp_avg_sq", "step")
             }
-        for _ in range(meta["step"]):
-            self.schedule.step()
+        self.schedule.load_state_dict({**self.schedule.state_dict(), "last_epoch": meta["step"]})
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = rate * self._rate()(meta["step"])
         self.step = meta["step"]

@@ -11,7 +11,8 @@ import copy
 import dataclasses
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -331,6 +332,11 @@ def skeleton(denoiser: nn.Module) -> nn.Module:
     return copy.deepcopy(denoiser, memo)
 
 
+def literal(name: str) -> str:
+    """An ``fnmatch`` pattern that matches ``name`` and nothing else."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
 def parameter_name(node: Node) -> str:
     """Original dotted name of the tensor that a ``get_attr`` node reads."""
     return str(node.target).removeprefix(_PREFIX)
@@ -413,11 +419,11 @@ def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     signature = signature_of(gm)
     sample, timestep = inputs[signature.batch], inputs.get(signature.timestep or "")
     targets = {layer.node for layer in layers if layer.kind != "embedding table"}
-    from_sample = _reach(gm, {sample}, stop=set())
-    before_layers = _reach(gm, {sample}, stop=targets)
-    from_time = _reach(gm, {timestep} if timestep else set(), stop=set())
+    from_sample = reach(gm, {sample})
+    before_layers = reach(gm, {sample}, stop=targets)
+    from_time = reach(gm, {timestep} if timestep else set())
     tokens = {node for node in inputs.values() if node not in (sample, timestep) and node.meta["val"].dim() > 2}
-    from_tokens = _reach(gm, tokens, stop=set())
+    from_tokens = reach(gm, tokens)
     found: dict[str, set[str]] = {}
     for layer in layers:
         node = layer.node
@@ -426,7 +432,7 @@ def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
         if node in from_sample:
             if source in before_layers:
                 roles_here.add("@input")
-            if not _reach(gm, {node}, stop=set()) & (targets - {node}):
+            if not reach(gm, {node}) & (targets - {node}):
                 roles_here.add("@output")
         elif (node in from_time and node not in from_tokens) or (layer.kind == "linear" and layer.ch_axis == 1):
             roles_here.add("@embedding")
@@ -436,7 +442,7 @@ def roles(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     return found
 
 
-def _reach(gm: GraphModule, start: set[Node], stop: set[Node]) -> set[Node]:
+def reach(gm: GraphModule, start: set[Node], stop: Collection[Node] = ()) -> set[Node]:
     """``start`` and every tensor downstream of it; nodes in ``stop`` are neither entered nor passed.
 
     Sizes carry no data: a path through a symbolic integer does not count.

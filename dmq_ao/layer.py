@@ -63,7 +63,8 @@ class ActivationRecord:
         scale: [rows] float32.
         zero_point: [rows] int32, inside the code range.
         timesteps: [rows] float32 for ``per_step``, else None.
-        exponents: [channels] int8, step ``scale * 2**-exponent``; None without power-of-two scaling.
+        exponents: [channels] int8, step ``scale * 2**-exponent``; [rows, channels] of votes per timestep; None
+            without power-of-two scaling.
         channel_scale: [channels] float32, learned factor that the input is divided by and the weight's codes hold;
             None without learned scaling.
     """
@@ -79,14 +80,14 @@ class ActivationRecord:
 
     @property
     def channel_step(self) -> Tensor | None:
-        """[channels] float32, ``2**-exponent``; None when every channel has the plain step."""
+        """``2**-exponent`` in float32, of the shape of ``exponents``; None when every channel has the plain step."""
         if self.exponents is None or not bool(self.exponents.any()):
             return None
         return torch.exp2(-self.exponents.float())
 
     @property
     def quantize_step(self) -> Tensor | None:
-        """[channels] float32, what the quantize step multiplies ``scale`` by: ``channel_scale * 2**-exponent``.
+        """Of the same shape, what the quantize step multiplies ``scale`` by: ``channel_scale * 2**-exponent``.
 
         Dequantizing goes by ``channel_step``: the learned factor is in the weight's codes.
         """

@@ -22,7 +22,7 @@ from dmq_ao.objectives import StepWeighting, output_error, rounding_regularizer,
 from dmq_ao.observers import RangeEstimator, quantize_weight
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
 from dmq_ao.observers.channel_scale import closed_form, fake_quantize_ste, spread
-from dmq_ao.observers.error_feedback import damped, round_with_feedback
+from dmq_ao.observers.error_feedback import damp, round_with_feedback
 
 CHECK_EVERY = 20
 HELD_OUT_SHARE = 8
@@ -101,19 +101,25 @@ class ScaleOutcome:
 
 
 def scaled_error(
-    inputs: Sequence[ScaledInput], logs: Sequence[Tensor], chosen: Tensor, channels: dict[int, Tensor] | None = None
+    inputs: Sequence[ScaledInput],
+    scales: Sequence[Tensor],
+    chosen: Tensor,
+    channels: dict[int, Tensor] | None = None,
+    *,
+    batch_ranges: bool = False,
 ) -> Tensor:
-    """Error [len(chosen)] of a unit's outputs when inputs and weights are quantized after scaling by ``exp(logs)``.
+    """Error [len(chosen)] of a unit's outputs when inputs and weights are quantized after scaling.
 
-    Ranges are those of each whole sample, min to max, and the weights' min to max per output channel; both follow the
-    scale, and the gradient goes through them (DMQ, LES). Parts of one split layer add to one output. ``channels``
-    names the output channels to look at, by output; all where it does not.
+    Ranges are those of each whole sample (or of all chosen ones), min to max, and the weights' min to max per output
+    channel; both follow the scale, and the gradient goes through them (DMQ, LES). Parts of one split layer add to one
+    output. ``channels`` names the output channels to look at, by output; all where it does not.
     """
     results: dict[int, Tensor] = {}
     wanted: dict[int, Tensor] = {}
-    for given, log in zip(inputs, logs, strict=True):
-        scale = log.exp()
+    for given, scale in zip(inputs, scales, strict=True):
         low, high = (given.low[chosen] / scale).amin(1), (given.high[chosen] / scale).amax(1)
+        if batch_ranges:
+            low, high = low.amin().expand(len(chosen)), high.amax().expand(len(chosen))
         for output, weight, config, rows in given.members:
             x, target = rows.x[chosen], rows.y[chosen]
             if channels is not None and output in channels:
@@ -148,42 +154,46 @@ def learn_scales(
     rows = inputs[0].members[0][3]
     held, fit = torch.nonzero(rows.held)[:, 0], fitted(rows.held)
     weighting = StepWeighting(config.step_weights, steps)
-    logs = [start.log().requires_grad_() for start in _starts(inputs, config)]
-    neutral = [torch.zeros_like(log) for log in logs]
-
+    starts = _starts(inputs, config)
+    learned = [(start.log() if config.logarithm else start).requires_grad_() for start in starts]
+    bound = math.log(config.limit)
     seen = _some_channels(inputs, config.outputs, generator)
+
+    def scales() -> list[Tensor]:
+        return [one.exp() if config.logarithm else one for one in learned]
 
     def check() -> float:
         # Relative to no scale, sample by sample: every held-out timestep counts alike.
-        return float((scaled_error(inputs, logs, held, seen) / reference).mean())
+        return float((scaled_error(inputs, scales(), held, seen) / reference).mean())
 
     with torch.no_grad():
-        reference = scaled_error(inputs, neutral, held, seen).clamp_min(1e-20)
-        best, kept = check(), [log.detach().clone() for log in logs]
-    optimizer = torch.optim.Adam(logs, lr=config.lr)
+        reference = scaled_error(inputs, [torch.ones_like(start) for start in starts], held, seen).clamp_min(1e-20)
+        best, kept = check(), [scale.detach().clone() for scale in scales()]
+    optimizer = torch.optim.Adam(learned, lr=config.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(config.steps, 1))
-    bound, patience, taken = math.log(config.limit), config.patience, 0
+    patience, taken = config.patience, 0
     for taken in range(1, config.steps + 1):
         chosen = fit[torch.randperm(len(fit), generator=generator)[: config.batch_size]]
-        error = scaled_error(inputs, logs, chosen, _some_channels(inputs, config.outputs, generator))
+        channels = _some_channels(inputs, config.outputs, generator)
+        error = scaled_error(inputs, scales(), chosen, channels, batch_ranges=config.batch_ranges)
         loss = (weighting(error, rows.step[chosen]) * error).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            for log in logs:
-                log.clamp_(-bound, bound)
+            for one in learned:
+                one.clamp_(*((-bound, bound) if config.logarithm else (1 / config.limit, config.limit)))
             if taken % CHECK_EVERY == 0 or taken == config.steps:
                 now = check()
                 patience = config.patience if now < best else patience - 1
                 if now < best:
-                    best, kept = now, [log.detach().clone() for log in logs]
+                    best, kept = now, [scale.detach().clone() for scale in scales()]
                 if patience == 0:
                     break
     if not best < 1:
         return ScaleOutcome([None] * len(inputs), 1.0, 1.0, taken)
-    return ScaleOutcome([log.exp() for log in kept], 1.0, best, taken)
+    return ScaleOutcome(list(kept), 1.0, best, taken)
 
 
 def _some_channels(inputs: Sequence[ScaledInput], count: int, generator: torch.Generator) -> dict[int, Tensor]:
@@ -253,7 +263,7 @@ def round_by_feedback(
     parts = weight.flatten(1).chunk(len(moments))
     moved, covariances = [], []
     for part, one in zip(parts, moments, strict=True):
-        covariance = damped(one.centred_xx(), rounding.damping)
+        covariance = damp(one.covariance(), rounding.damping)
         if rounding.compensate:
             shift = torch.cholesky_solve(one.centred_rx().T, torch.linalg.cholesky(covariance))
             part = part + shift.T.to(part.dtype)

@@ -100,13 +100,14 @@ class Moments:
 
     def __init__(self, inputs: int, out: int, dtype: torch.dtype = torch.float32) -> None:
         """All zero."""
-        self.weight = 0.0
+        self.weight, self.centred = 0.0, False
         self.sum_x, self.sum_r = torch.zeros(inputs, dtype=dtype), torch.zeros(out, dtype=dtype)
         self.xx, self.rx = torch.zeros(inputs, inputs, dtype=dtype), torch.zeros(out, inputs, dtype=dtype)
         self.rr = torch.zeros(out, dtype=dtype)
 
     def update(self, x: Tensor, r: Tensor, weight: Tensor) -> None:
         """Add rows with one ``weight`` [n] each."""
+        assert not self.centred, "the second moments were turned into a covariance"
         weight = weight.to(self.xx.dtype)
         x, r = x.to(self.xx.dtype), r.to(self.xx.dtype)
         weighted = x * weight[:, None]
@@ -125,10 +126,13 @@ class Moments:
         """Mean of the residuals [out]."""
         return self.sum_r / self.weight
 
-    def centred_xx(self) -> Tensor:
-        """Covariance of the inputs [K, K]."""
-        mean = self.mean_x()
-        return self.xx / self.weight - torch.outer(mean, mean)
+    def covariance(self) -> Tensor:
+        """Covariance of the inputs [K, K], in the memory of the second moments: nothing can be added any more."""
+        if not self.centred:
+            mean = self.mean_x()
+            self.xx.div_(self.weight).addr_(mean, mean, alpha=-1)
+            self.centred = True
+        return self.xx
 
     def centred_rx(self) -> Tensor:
         """Covariance of residuals and inputs [out, K]."""

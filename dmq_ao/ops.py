@@ -7,8 +7,8 @@ Canonical form (design, section 4), for row r and channel c of an activation::
 
     q = clamp(round(x / (scale_r * channel_scale_c)) + zero_point_r, quant_min, quant_max)
 
-``scale`` and ``zero_point`` have one entry, or one per row of axis 0; ``channel_scale`` is None or [C] along
-``ch_axis``.
+``scale`` and ``zero_point`` have one entry, or one per row of axis 0; ``channel_scale`` is None, [C] along
+``ch_axis``, or [B, C] with a factor for each row.
 """
 
 import torch
@@ -21,7 +21,16 @@ _library = torch.library.Library("dmq_ao", "DEF")
 
 def _step(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
     step = numerics.along(scale, 0, x.dim())
-    return step if channel_scale is None else step * numerics.along(channel_scale, ch_axis, x.dim())
+    return step if channel_scale is None else step * channel_factor(channel_scale, ch_axis, x.dim())
+
+
+def channel_factor(channel_scale: Tensor, ch_axis: int, ndim: int) -> Tensor:
+    """Factors [C], or [B, C] with axis 0, shaped to broadcast along ``ch_axis`` of a tensor with ``ndim`` axes."""
+    if channel_scale.dim() == 1:
+        return numerics.along(channel_scale, ch_axis, ndim)
+    shape = [1] * ndim
+    shape[0], shape[ch_axis] = channel_scale.shape
+    return channel_scale.reshape(shape)
 
 
 def _quantize(

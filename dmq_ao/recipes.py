@@ -11,14 +11,18 @@ from dmq_ao.config import (
     ChannelScaling,
     Distillation,
     Granularity,
+    Init,
     PowerOfTwo,
+    Protection,
     QuantConfig,
     Ranges,
     Recipe,
+    Reduce,
     Rounding,
     RoundingMethod,
     StepWeights,
     TensorConfig,
+    Ties,
 )
 
 # Up to here a symmetric grid wastes too much on one-sided channels, and asymmetric codes still shift into int8.
@@ -80,17 +84,27 @@ def dmq(
     *,
     rounding: RoundingMethod = RoundingMethod.ADAROUND,
     step_weights: StepWeights | None = None,
+    compat: str | None = None,
 ) -> Recipe:
-    """DMQ (arXiv 2507.12933), corrected: learned scales under focal step weights, rounding, ranges per step, PTS.
+    """DMQ (arXiv 2507.12933): learned scales under focal step weights, rounding, ranges per step, PTS.
 
     Args:
         bits: ``"w4a8"`` and the like.
         rounding: learned as published, or in closed form.
         step_weights: of the scale learning; focal with exponent 20 as published when None.
+        compat: ``"reference"`` computes as the published code does: sums instead of means in the step weights, scales
+            learned as they are and from one, ranges of whole batches and their moving average, a vote per timestep
+            with ties to the finest and no guard, no bias correction, and its numbers of steps, which take days on a
+            CPU. It runs on the reference backend only. Not reproduced: weight ranges that leave zero out, blocks (we
+            learn layer by layer), and its defects.
 
     Raises:
-        ValueError: for a scheme that is not of this form.
+        ValueError: for a scheme that is not of this form, or another ``compat``.
     """
+    if compat not in (None, "reference"):
+        raise ValueError(f"compat must be None or 'reference', got {compat!r}")
+    if compat == "reference":
+        return _published(bits, rounding, step_weights)
     base = minmax(bits, ranges=Ranges.PER_STEP, power_of_two=True)
     weight = dataclasses.replace(base.config.weight, observer="mse")
     return dataclasses.replace(
@@ -98,13 +112,41 @@ def dmq(
         name="dmq",
         config=dataclasses.replace(base.config, weight=weight),
         scaling=ChannelScaling(step_weights=step_weights or StepWeights()),
-        rounding=Rounding(method=rounding),
+        rounding=Rounding(method=rounding, compensate=rounding is RoundingMethod.ADAROUND),
         bias_correction=True,
+    )
+
+
+def _published(bits: str, rounding: RoundingMethod, step_weights: StepWeights | None) -> Recipe:
+    votes = PowerOfTwo(guard=False, ties=Ties.FINE, per_step=True)
+    base = minmax(bits, ranges=Ranges.PER_STEP, power_of_two=votes)
+    weight = dataclasses.replace(base.config.weight, observer="mse", symmetric=False)
+    activation = dataclasses.replace(base.config.activation, observer="ema")
+    return dataclasses.replace(
+        base,
+        name="dmq-reference",
+        config=dataclasses.replace(base.config, weight=weight, activation=activation),
+        num_samples=5120,
+        scaling=ChannelScaling(
+            steps=6000,
+            lr=1e-3,
+            batch_size=32,
+            init=Init.ONES,
+            patience=300,
+            step_weights=step_weights or StepWeights(reduce=Reduce.SUM),
+            logarithm=False,
+            batch_ranges=True,
+        ),
+        rounding=Rounding(
+            method=rounding, quantize_inputs=False, compensate=True, steps=20_000, lr=1e-3, batch_size=32
+        ),
     )
 
 
 def default(bits: str = "w4a8") -> Recipe:
     """The best we know: DMQ's scales, ranges and votes, rounding in closed form, and a last distillation.
+
+    The layers that the output is most sensitive to, up to one weight in a hundred, get 8 bits.
 
     Args:
         bits: ``"w4a8"`` and the like.
@@ -113,7 +155,12 @@ def default(bits: str = "w4a8") -> Recipe:
         ValueError: for a scheme that is not of this form.
     """
     base = dmq(bits, rounding=RoundingMethod.FEEDBACK)
-    return dataclasses.replace(base, name="default", distillation=Distillation())
+    if base.config.activation.bits < MAX_BITS:  # few levels: clipping rare extremes is worth more than reaching them
+        activation = dataclasses.replace(base.config.activation, observer="mse")
+        base = dataclasses.replace(base, config=dataclasses.replace(base.config, activation=activation))
+    if parse_bits(bits)[0] > LAST_ASYMMETRIC_BITS:  # wide codes do not shift into int8, and have the resolution
+        base = dataclasses.replace(base, config=dataclasses.replace(base.config, power_of_two=None))
+    return dataclasses.replace(base, name="default", protection=Protection(), distillation=Distillation())
 
 
 ALL_RECIPES = {"minmax": minmax, "dmq": dmq, "default": default}

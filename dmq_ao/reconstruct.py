@@ -356,11 +356,15 @@ class Reconstruction:
             )
 
     def _seen(self, name: str, rounding: Rounding, index: int) -> Tensor:
-        """What a layer multiplies on a batch: its quantized input, of the student or of the teacher."""
+        """What a layer multiplies on a batch: its input, of the student or of the teacher, quantized or not."""
         activation = self.watchers[name][1]
         values = self.stream.student_values if rounding.propagate_error else self.stream.teacher_values
         x: Tensor = values[self._source(name)][index]
-        return (x if activation is None else activation.simulate(x, self._timestep(index))).float()
+        if activation is None:
+            return x.float()
+        if not rounding.quantize_inputs:
+            return activation.scaled(x).float()
+        return activation.simulate(x, self._timestep(index)).float()
 
     def _student_rows(self, name: str, node: Node, shape: Geometry, rounding: Rounding) -> Rows:
         first = self._seen(name, rounding, 0)

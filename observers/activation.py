@@ -14,7 +14,7 @@ from dmq_ao import graph, numerics, ops
 from dmq_ao.config import MissingStatistics, PowerOfTwo, Ranges, TensorConfig
 from dmq_ao.layer import ActivationRecord
 from dmq_ao.observers.per_step import RangeEstimator, RangeTable
-from dmq_ao.observers.power_of_two import Election, Vote, candidate_errors
+from dmq_ao.observers.power_of_two import Election, Vote, VoteTable, candidate_errors
 
 
 class ActivationObserver(ObserverBase):
@@ -46,13 +46,14 @@ class ActivationObserver(ObserverBase):
     def start_ranges(self) -> None:
         """Forget what was observed and watch ranges; the channel scale stays."""
         self.ranges = RangeTable(self.estimator, self.config.ranges is Ranges.PER_STEP)
-        self.vote: Vote | None = None
+        self.vote: Vote | VoteTable | None = None
         self.decided = self.election = None
 
     def start_votes(self) -> None:
         """Freeze the ranges and hold the vote, if any was asked for, on what comes next."""
         self.decided = self._from_ranges()
-        self.vote = Vote(self.power_of_two) if self.power_of_two else None
+        config = self.power_of_two
+        self.vote = None if config is None else VoteTable(config) if config.per_step else Vote(config)
 
     def forward(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """Observe ``x`` [B, ...] at ``timestep`` [B]; returns ``x`` itself.
@@ -79,7 +80,8 @@ class ActivationObserver(ObserverBase):
         if self.vote is not None and self.decided is not None:
             scale, zero_point = self._rows(x, timestep, self.decided)
             limit = self.vote.config.max_exponent
-            self.vote.update(candidate_errors(observed, scale, zero_point, self.config.bits, self.ch_axis, limit))
+            errors = candidate_errors(observed, scale, zero_point, self.config.bits, self.ch_axis, limit)
+            self.vote.update(errors, timestep)
         elif self.decided is None and self.config.ranges is not Ranges.DYNAMIC:
             self.ranges.update(observed, timestep)
         return x
@@ -93,6 +95,17 @@ class ActivationObserver(ObserverBase):
             return scale, zero_point
         rows = ops.row(timestep, record.timesteps.to(x.device))
         return scale[rows], zero_point[rows]
+
+    def _steps(
+        self, step: Tensor | None, x: Tensor, timestep: Tensor | None, record: ActivationRecord
+    ) -> Tensor | None:
+        """Channel steps [C], or [B, C] out of a table [rows, C]."""
+        if step is None or step.dim() == 1:
+            return None if step is None else step.to(x.device)
+        assert record.timesteps is not None
+        assert timestep is not None
+        rows = ops.row(timestep, record.timesteps.to(x.device))
+        return step.to(x.device)[rows.expand(len(x))]
 
     def record(self) -> ActivationRecord:
         """Ranges and exponents as decided by the passes so far.
@@ -110,10 +123,14 @@ class ActivationObserver(ObserverBase):
         """What the codes of ``x`` [B, ...] stand for, in the dtype of ``x``: ``x / channel_scale``, rounded."""
         record = self.record()
         scale, zero_point = self._rows(x, timestep, record)
-        finer, step = (None if s is None else s.to(x.device) for s in (record.quantize_step, record.channel_step))
+        finer, step = (self._steps(s, x, timestep, record) for s in (record.quantize_step, record.channel_step))
         codes = ops.quantize(x, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
         values: Tensor = ops.dequantize(codes, scale, zero_point, step, record.ch_axis, x.dtype)
         return values
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """``x / channel_scale``, what is quantized."""
+        return _divided(x, self.record().channel_scale, self.ch_axis)
 
     def straight_through(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """``simulate`` with a gradient: that of ``x / channel_scale`` inside the range, none beyond it."""
@@ -121,8 +138,9 @@ class ActivationObserver(ObserverBase):
         with torch.no_grad():
             values = self.simulate(x, timestep)
             scale, zero_point = (numerics.along(t, 0, x.dim()) for t in self._rows(x, timestep, record))
-            if record.channel_step is not None:
-                scale = scale * numerics.along(record.channel_step.to(x.device), record.ch_axis, x.dim())
+            step = self._steps(record.channel_step, x, timestep, record)
+            if step is not None:
+                scale = scale * ops.channel_factor(step, record.ch_axis, x.dim())
             low, high = -zero_point * scale, (2**record.bits - 1 - zero_point) * scale
         inside = _divided(x, record.channel_scale, record.ch_axis)
         inside = torch.maximum(torch.minimum(inside, high.to(x.dtype)), low.to(x.dtype))
@@ -184,10 +202,10 @@ class ActivationObserver(ObserverBase):
         assert isinstance(source, Node)
         with model.graph.inserting_before(node):
             scale, zero_point = self._emit_qparams(model, node, source, record)
-            finer = self._emit_step(model, "quantize_step", record.quantize_step)
+            finer = self._emit_step(model, node, "quantize_step", record.quantize_step, record)
             step = finer
             if record.channel_scale is not None:
-                step = self._emit_step(model, "dequantize_step", record.channel_step)
+                step = self._emit_step(model, node, "dequantize_step", record.channel_step, record)
             limits = (0, 2**record.bits - 1)
             codes = model.graph.call_function(
                 ops.quantize, (source, scale, zero_point, finer, record.ch_axis, *limits)
@@ -197,8 +215,18 @@ class ActivationObserver(ObserverBase):
         node.replace_all_uses_with(real)
         model.graph.erase_node(node)
 
-    def _emit_step(self, model: GraphModule, name: str, step: Tensor | None) -> Node | None:
-        return None if step is None else graph.add_tensor(model, f"{self.layer}.{name}", step)
+    def _emit_step(
+        self, model: GraphModule, node: Node, name: str, step: Tensor | None, record: ActivationRecord
+    ) -> Node | None:
+        if step is None:
+            return None
+        read = graph.add_tensor(model, f"{self.layer}.{name}", step)
+        if step.dim() == 1:
+            return read
+        assert isinstance(node.args[1], Node)
+        assert record.timesteps is not None
+        rows = _row_node(model, node.args[1], record.timesteps)
+        return model.graph.call_function(graph.aten.index_select.default, (read, 0, rows))
 
     def _emit_qparams(
         self, model: GraphModule, node: Node, source: Node, record: ActivationRecord

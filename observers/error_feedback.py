@@ -14,11 +14,15 @@ from dmq_ao import numerics
 BLOCK = 128
 
 
-def damped(moments: Tensor, damping: float) -> Tensor:
-    """``moments`` [K, K] plus ``damping`` times their mean diagonal, so that columns never seen keep their weights."""
+def damp(moments: Tensor, damping: float) -> Tensor:
+    """Add ``damping`` times the mean diagonal to the diagonal of ``moments`` [K, K], in place.
+
+    Columns never seen then keep their weights, and all factors exist.
+    """
     diagonal = moments.diagonal()
     mean = diagonal.mean()
-    return moments + torch.eye(len(moments), dtype=moments.dtype) * torch.where(mean > 0, damping * mean, 1.0)
+    diagonal += torch.where(mean > 0, damping * mean, 1.0)
+    return moments
 
 
 def round_with_feedback(

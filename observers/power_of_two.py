@@ -80,8 +80,8 @@ class Election:
     """The outcome of a vote.
 
     Attributes:
-        exponents: [channels] int8.
-        agreement: [channels] float32, share of the samples behind the winner.
+        exponents: [channels] int8; [timesteps, channels] of a vote per timestep.
+        agreement: float32 of the same shape, share of the samples behind the winner.
         refused: channels whose vote the guard refused.
     """
 
@@ -99,8 +99,8 @@ class Vote:
         self.counts = torch.zeros(0, dtype=torch.int64)
         self.errors = torch.zeros(0, dtype=torch.float64)
 
-    def update(self, errors: Tensor) -> None:
-        """Count what ``candidate_errors`` returned for some samples."""
+    def update(self, errors: Tensor, timestep: Tensor | None = None) -> None:
+        """Count what ``candidate_errors`` returned for some samples, whatever their ``timestep``."""
         counts, total = ballots(errors, self.config.ties).cpu(), errors.double().sum(0).cpu()
         self.counts = counts if not len(self.counts) else self.counts + counts
         self.errors = total if not len(self.errors) else self.errors + total
@@ -122,3 +122,45 @@ class Vote:
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Go on from what ``state`` returned."""
         self.counts, self.errors = state["counts"], state["errors"]
+
+
+class VoteTable:
+    """A vote for each timestep, as the published code holds it."""
+
+    def __init__(self, config: PowerOfTwo) -> None:
+        """Start clean."""
+        self.config = config
+        self.rows: dict[float, Vote] = {}
+
+    @property
+    def counts(self) -> Tensor:
+        """Ballots of all timesteps, [timesteps * channels, exponents]; empty before the first."""
+        return torch.cat([vote.counts for vote in self.rows.values()]) if self.rows else torch.zeros(0)
+
+    def update(self, errors: Tensor, timestep: Tensor | None = None) -> None:
+        """Count errors [B, channels, exponents] at ``timestep`` [B]."""
+        assert timestep is not None
+        timestep = timestep.reshape(-1).expand(len(errors))
+        for value in timestep.unique():
+            self.rows.setdefault(float(value), Vote(self.config)).update(errors[timestep == value])
+
+    def elect(self) -> Election:
+        """Exponents [timesteps, channels], timesteps descending as in the table of ranges."""
+        elections = [self.rows[key].elect() for key in sorted(self.rows, reverse=True)]
+        return Election(
+            torch.stack([one.exponents for one in elections]),
+            torch.stack([one.agreement for one in elections]),
+            sum(one.refused for one in elections),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """What was counted, as tensors keyed by timestep."""
+        return {f"{key}/{name}": value for key, vote in self.rows.items() for name, value in vote.state().items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        self.rows = {}
+        for path, value in state.items():
+            key, _, name = path.partition("/")
+            vote = self.rows.setdefault(float(key), Vote(self.config))
+            vote.load_state({**vote.state(), name: value})

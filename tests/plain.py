@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,3 +89,20 @@ def assert_same(left: Any, right: Any, where: str) -> None:
             assert_same(getattr(left, field.name), getattr(right, field.name), f"{where}.{field.name}")
     else:
         assert left == right, where
+
+
+def small(recipe: Recipe, steps: int = 20) -> Recipe:
+    """The same recipe with few gradient steps on few positions."""
+    changes: dict[str, Any] = {}
+    if recipe.scaling is not None:
+        changes["scaling"] = dataclasses.replace(recipe.scaling, steps=steps, positions=8)
+    if recipe.rounding is not None:
+        changes["rounding"] = dataclasses.replace(recipe.rounding, steps=steps, positions=16)
+    if recipe.distillation is not None:
+        changes["distillation"] = dataclasses.replace(recipe.distillation, steps=steps, checks=4)
+    return dataclasses.replace(recipe, **changes)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -414,7 +414,10 @@ def test_the_report_is_plain_data(uninterrupted: Outcome) -> None:
         assert 0 <= vote.refused <= 16
         assert 0.25 <= vote.mean_agreement <= 1
     back = json.loads(json.dumps(report.to_dict()))
-    assert back.keys() == {"samples", "seconds", "resumed", "sqnr_db", "votes"}
+    measured = {"samples", "seconds", "resumed", "sqnr_db", "votes", "peak_bytes"}
+    assert back.keys() == measured | {"layers", "distillation"}
+    assert (back["layers"], back["distillation"]) == ({}, None)
+    assert back["peak_bytes"] is None or back["peak_bytes"] > 2**20
     assert back["votes"]["merge.part0"]["channels"] == {
         str(exponent): count for exponent, count in report.votes["merge.part0"].channels.items()
     }

@@ -14,7 +14,7 @@ FLOORS = (
     "ops layer graph",
     "observers passes objectives calibration evaluation moments stream",
     "annotate learn recipes serialization backends module doctor",
-    "observe reconstruct distill",
+    "observe reconstruct distill sensitivity",
     "calibrate",
     "quantize",
     "diffusers_adapter",

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import graph, serialization
-from dmq_ao.config import Granularity, InvalidFile, Override, Ranges, Recipe, TensorConfig
+from dmq_ao.config import ChannelScaling, Granularity, InvalidFile, Override, Ranges, Recipe, TensorConfig
 from dmq_ao.serialization import CONFIG, KEY, TENSORS
 
 minmax = dmq_ao.recipes.minmax
@@ -38,6 +38,12 @@ MIXED = dataclasses.replace(
         ),
     ),
 )
+
+
+def scaled(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, scaling=ChannelScaling(steps=2), bias_correction=True)
+
+
 RECIPES = {
     "w8a8": minmax("w8a8"),
     "w4a8 with votes": minmax("w4a8", power_of_two=True),
@@ -56,6 +62,8 @@ RECIPES = {
     "groups and activations": minmax("w8a8", group_size=16),
     "percentile": minmax("w8a8", observer="percentile"),
     "mixed": MIXED,
+    "scaled": scaled(minmax("w4a8", ranges=Ranges.PER_STEP, power_of_two=True)),
+    "scaled and dynamic": scaled(minmax("w8a8", ranges=Ranges.DYNAMIC)),
 }
 
 

@@ -19,7 +19,7 @@ def output_error(student: Tensor, teacher: Tensor, ch_axis: int) -> Tensor:
     """
     if student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
-    error: Tensor = (student - teacher.detach()).square().sum(ch_axis).flatten(1).mean(1)
+    error: Tensor = (student - teacher.detach()).square().sum(ch_axis).reshape(len(student), -1).mean(1)
     return error
 
 

@@ -1,0 +1,357 @@
+"""The last stage: better on samples it was not fitted to or as before, codes fixed, no interruption seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from plain import Plain, assert_same_records, contents, plain_samples, record, seeded, small
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+import dmq_ao
+from dmq_ao import graph
+from dmq_ao.annotate import TUNED, observers
+from dmq_ao.calibrate import graph_arguments
+from dmq_ao.config import Distillation, InvalidFile, Recipe
+from dmq_ao.distill import Student
+from dmq_ao.learn import held_out
+
+module = importlib.import_module("dmq_ao.distill")
+STATE = "distillation.safetensors"
+RECIPE = dataclasses.replace(
+    small(dmq_ao.recipes.default("w3a6"), steps=2), distillation=Distillation(steps=24, lr=1e-2, checks=4)
+)
+BEFORE = dataclasses.replace(RECIPE, distillation=None)
+
+
+class Normed(nn.Module):
+    """Norms, an embedding table, a layer without bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(10, 8)
+        self.first, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 3, padding=1)
+        self.group = nn.GroupNorm(2, 8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.layer = nn.LayerNorm(8)
+        self.tokens = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.group(self.first(x)) + self.table(t // 100)[:, :, None, None]
+        h = nn.functional.silu(self.conv(nn.functional.silu(h)))
+        h = self.tokens(self.layer(h.flatten(2).transpose(1, 2))).transpose(1, 2).reshape(h.shape)
+        return self.last(h)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "capture", capture_once)
+        yield
+
+
+BOTH = pytest.mark.parametrize("model", [Plain, Normed], indirect=True)
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    return seeded(getattr(request, "param", Plain))
+
+
+@pytest.fixture(scope="module")
+def samples(model: nn.Module) -> dmq_ao.CalibrationSet:
+    return plain_samples(model)
+
+
+@dataclasses.dataclass
+class Outcome:
+    prepared: GraphModule
+    denoiser: dmq_ao.QuantizedDenoiser
+    report: dmq_ao.CalibrationReport
+
+
+def calibrated(model: nn.Module, samples: dmq_ao.CalibrationSet, recipe: Recipe = RECIPE, **given: Any) -> Outcome:
+    prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
+    report = dmq_ao.calibrate(prepared, samples, progress=False, batch_size=5, **given)
+    return Outcome(prepared, dmq_ao.convert(prepared, "reference"), report)
+
+
+@pytest.fixture(scope="module")
+def distilled(model: nn.Module, samples: dmq_ao.CalibrationSet) -> Outcome:
+    return calibrated(model, samples)
+
+
+@pytest.fixture(scope="module")
+def before(model: nn.Module, samples: dmq_ao.CalibrationSet) -> Outcome:
+    return calibrated(model, samples, BEFORE)
+
+
+def assert_same_outcome(left: Outcome, right: Outcome) -> None:
+    assert_same_records(left.denoiser, right.denoiser)
+    assert left.report.distillation == right.report.distillation
+    tuned, other = left.prepared.meta[TUNED], right.prepared.meta[TUNED]
+    assert tuned.keys() == other.keys()
+    for name in tuned:
+        assert torch.equal(tuned[name], other[name]), name
+
+
+def error_on_held_out(denoiser: nn.Module, model: nn.Module, samples: dmq_ao.CalibrationSet) -> float:
+    held = held_out(len(samples), torch.Generator().manual_seed(0)).nonzero()[:, 0]
+    errors = []
+    with torch.no_grad():
+        for inputs in samples.select(held).batches(1):
+            actual, expected = denoiser(**inputs).double(), model(**inputs).double()
+            errors.append(float((actual - expected).norm() / expected.norm()))
+    return sum(errors) / len(errors)
+
+
+# --- what it is worth --------------------------------------------------------
+
+
+@BOTH
+def test_held_out_samples_are_closer_and_the_report_says_how_much(
+    distilled: Outcome, before: Outcome, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    report = distilled.report.distillation
+    assert report is not None
+    assert report.steps == 24
+    assert report.after < report.before
+    assert error_on_held_out(before.denoiser, model, samples) == pytest.approx(report.before, rel=1e-3)
+    assert error_on_held_out(distilled.denoiser, model, samples) == pytest.approx(report.after, rel=1e-3)
+
+
+@pytest.mark.parametrize("lr", [1.0, 1e3])
+def test_a_start_that_is_not_bettered_is_kept(
+    lr: float, before: Outcome, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    recipe = dataclasses.replace(RECIPE, distillation=Distillation(steps=4, lr=lr, checks=1))
+    kept = calibrated(model, samples, recipe)
+    report = kept.report.distillation
+    assert report is not None
+    assert report.after == report.before
+    with torch.no_grad():
+        for inputs in samples.batches(8):
+            assert torch.equal(kept.denoiser(**inputs), before.denoiser(**inputs))
+
+
+@BOTH
+def test_codes_and_inputs_stay(distilled: Outcome, before: Outcome) -> None:
+    moved = 0
+    for name, layer in distilled.denoiser.records.items():
+        other = before.denoiser.records[name]
+        assert torch.equal(layer.weight.codes, other.weight.codes)
+        assert torch.equal(layer.weight.zero_point, other.weight.zero_point)
+        assert layer.activation is not None
+        assert other.activation is not None
+        assert torch.equal(layer.activation.scale, other.activation.scale)
+        assert torch.equal(layer.activation.zero_point, other.activation.zero_point)
+        moved += int((layer.weight.scale != other.weight.scale).sum())
+    assert moved > 0
+
+
+# --- what learns -------------------------------------------------------------
+
+
+def test_what_stays_in_float_learns() -> None:
+    model = seeded(Normed)
+    outcome = calibrated(model, plain_samples(model), BEFORE)
+    layers = {f"{name}|{what}" for name in ("conv", "tokens") for what in ("scale", "bias")}
+    own = ("table.weight", "first.weight", "first.bias", "last.weight", "last.bias")
+    norms = ("group.weight", "group.bias", "layer.weight", "layer.bias")
+    student = Student(outcome.prepared)
+    names = {name.replace("float|denoiser.", "float|") for name in student.parameters}
+    assert names == layers | {f"float|{name}" for name in (*own, *norms)}
+    for name, parameter in student.parameters.items():
+        assert parameter.requires_grad, name
+        assert parameter.is_leaf, name
+        assert parameter.dtype is torch.float32, name
+
+
+def test_a_layer_without_any_bias_gets_none() -> None:
+    model = seeded(Normed)
+    recipe = dataclasses.replace(RECIPE, bias_correction=False)
+    outcome = calibrated(model, plain_samples(model), recipe)
+    assert outcome.denoiser.records["conv"].bias is None
+    assert outcome.denoiser.records["tokens"].bias is not None
+
+
+@BOTH
+def test_the_student_is_the_quantized_denoiser(before: Outcome, samples: dmq_ao.CalibrationSet) -> None:
+    student = Student(before.prepared)
+    for inputs in samples.batches(6):
+        predicted = student.predict(graph_arguments(before.prepared, inputs))
+        assert predicted.requires_grad
+        torch.testing.assert_close(predicted.detach(), before.denoiser(**inputs), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_every_parameter_has_a_gradient_and_the_model_none(
+    before: Outcome, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    student = Student(before.prepared)
+    inputs = next(iter(samples.batches(16)))
+    student.predict(graph_arguments(before.prepared, inputs)).square().sum().backward()
+    for name, parameter in student.parameters.items():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+        assert bool(parameter.grad.any()), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@BOTH
+def test_the_callers_model_is_untouched(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
+    kept = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    outcome = calibrated(model, samples)
+    assert outcome.prepared.meta[TUNED]
+    with torch.no_grad():
+        outcome.denoiser(**samples.example())
+    for name, tensor in model.state_dict().items():
+        assert tensor.data_ptr() == kept[name][0]
+        assert torch.equal(tensor, kept[name][1]), name
+    assert [parameter.requires_grad for parameter in model.parameters()] == learns
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Told(Plain):
+    """Reads a table that all samples share."""
+
+    def forward(self, x: Tensor, t: Tensor, table: Tensor) -> Tensor:
+        return super().forward(x + table.sum(0)[None, :, None, None], t)
+
+
+@pytest.mark.parametrize("rows", [5, 16])
+def test_an_argument_that_all_samples_share(rows: int) -> None:
+    model, table = seeded(Told), torch.randn(rows, 3)
+    generator = torch.Generator().manual_seed(0)
+    samples = record(
+        model, lambda step: model(torch.randn(4, 3, 8, 8, generator=generator), torch.full((4,), step), table)
+    )
+    assert "table" in samples.shared
+    report = calibrated(model, samples).report.distillation
+    expected = error_on_held_out(calibrated(model, samples, BEFORE).denoiser, model, samples)
+    assert report is not None
+    assert report.before == pytest.approx(expected, rel=1e-3)
+
+
+# --- again -------------------------------------------------------------------
+
+
+def test_calibrating_again_starts_clean(
+    distilled: Outcome, model: nn.Module, samples: dmq_ao.CalibrationSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = calibrated(model, samples)
+    dmq_ao.calibrate(outcome.prepared, samples, progress=False, batch_size=5)
+    again = dataclasses.replace(outcome, denoiser=dmq_ao.convert(outcome.prepared, "reference"))
+    assert_same_outcome(again, distilled)
+    monkeypatch.setattr(module._Run, "advance", _interrupted(0))
+    with pytest.raises(KeyboardInterrupt):
+        dmq_ao.calibrate(outcome.prepared, samples, progress=False, batch_size=5)
+    assert TUNED not in outcome.prepared.meta
+    for weight, _ in observers(outcome.prepared).values():
+        weight.start()
+    assert not any("tuned" in str(key) for key in outcome.prepared.meta)
+
+
+def test_another_seed_learns_another_state(
+    distilled: Outcome, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    other = calibrated(model, samples, seed=1)
+    assert other.report.distillation != distilled.report.distillation
+
+
+def _interrupted(count: int) -> Callable[[Any], float]:
+    advance, done = module._Run.advance, []
+
+    def one(self: Any) -> float:
+        if len(done) == count:
+            raise KeyboardInterrupt
+        done.append(self.step)
+        return float(advance(self))
+
+    return one
+
+
+@pytest.mark.parametrize("count", [0, 9, 11, 23])
+def test_an_interrupted_run_goes_on_and_ends_the_same(
+    count: int,
+    distilled: Outcome,
+    model: nn.Module,
+    samples: dmq_ao.CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "advance", _interrupted(count))
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, samples, state_dir=tmp_path)
+    saved = count // 10 * 10
+    assert (tmp_path / STATE).exists() == (saved > 0)
+    monkeypatch.setattr(module._Run, "advance", _interrupted(24 - saved))
+    outcome = calibrated(model, samples, state_dir=tmp_path)
+    assert outcome.report.resumed
+    assert_same_outcome(outcome, distilled)
+    monkeypatch.setattr(module._Run, "advance", _interrupted(0))
+    assert_same_outcome(calibrated(model, samples, state_dir=tmp_path), distilled)
+    dmq_ao.save(outcome.denoiser, tmp_path / "one")
+    dmq_ao.save(distilled.denoiser, tmp_path / "other")
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_kill_while_the_state_is_written(
+    at: int,
+    distilled: Outcome,
+    model: nn.Module,
+    samples: dmq_ao.CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = []
+
+    def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        written.append(path)
+        if len(written) == at:
+            path.write_bytes(b"half a file")
+            raise KeyboardInterrupt
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(module, "save_file", half)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(model, samples, state_dir=tmp_path)
+    assert_same_outcome(calibrated(model, samples, state_dir=tmp_path), distilled)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.99])
+def test_a_damaged_state_is_named(
+    keep: float, model: nn.Module, samples: dmq_ao.CalibrationSet, tmp_path: Path
+) -> None:
+    calibrated(model, samples, state_dir=tmp_path)
+    data = (tmp_path / STATE).read_bytes()
+    (tmp_path / STATE).write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(InvalidFile, match="not a state of distillation .*; delete it to start again") as caught:
+        calibrated(model, samples, state_dir=tmp_path)
+    assert str(tmp_path / STATE) in str(caught.value)
+
+
+def test_a_state_of_another_run_is_refused(model: nn.Module, samples: dmq_ao.CalibrationSet, tmp_path: Path) -> None:
+    calibrated(model, samples, state_dir=tmp_path)
+    calibrated(model, samples, seed=1, state_dir=tmp_path / "other")
+    (tmp_path / "other" / STATE).replace(tmp_path / STATE)
+    with pytest.raises(ValueError, match="belongs to another run: .* delete it to start again, or give another") as e:
+        calibrated(model, samples, state_dir=tmp_path)
+    assert str(tmp_path / STATE) in str(e.value)
+
+
+@pytest.mark.parametrize("given", [{"steps": 0}, {"batch_size": 0}, {"checks": 0}, {"lr": 0.0}])
+def test_what_is_no_distillation(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(given))} must be"):
+        Distillation(**given)
