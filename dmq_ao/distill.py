@@ -54,6 +54,7 @@ class Student(Interpreter):
     def __init__(self, prepared: GraphModule) -> None:
         """Parameters start where calibration left them."""
         super().__init__(prepared)
+        self.prepared = prepared
         self.watchers = observers(prepared)
         self.names = {n: name for name, n in graph.layer_nodes(prepared).items() if name in self.watchers}
         signature = graph.signature_of(prepared)
@@ -87,7 +88,7 @@ class Student(Interpreter):
         if n.op == "call_module":  # an observer
             return self.env[n.args[0]]  # type: ignore[index]
         if n.op == "get_attr" and f"float|{n.target}" in self.parameters:
-            return self.parameters[f"float|{n.target}"].to(graph.attribute(self.module, n).dtype)  # type: ignore[arg-type]
+            return self.parameters[f"float|{n.target}"].to(graph.attribute(self.prepared, n).dtype)
         if n not in self.names:
             return super().run_node(n)
         name = self.names[n]
@@ -110,7 +111,7 @@ class Student(Interpreter):
         """The denoiser's first output [B, ...]."""
         result = self.run(*arguments)
         self.env.clear()
-        return _first(result)
+        return graph.first_tensor(result)
 
     def settle(self, parameters: dict[str, Tensor]) -> None:
         """Put parameters where ``convert`` finds them: records, and the graph's tuned tensors."""
@@ -118,7 +119,7 @@ class Student(Interpreter):
         for key, parameter in parameters.items():
             name, _, what = key.rpartition("|")
             if name == "float":
-                tuned[what] = parameter.detach().to(graph.attribute_at(self.module, what).dtype)  # type: ignore[arg-type]
+                tuned[what] = parameter.detach().to(graph.attribute_at(self.prepared, what).dtype)
             elif what == "scale":
                 weight, _ = self.watchers[name]
                 assert weight.decided is not None
@@ -127,14 +128,7 @@ class Student(Interpreter):
                     replace(weight.decided, scale=parameter.detach().clone()),
                     None if bias is None else bias.detach().clone(),
                 )
-        self.module.meta[TUNED] = tuned  # type: ignore[union-attr]
-
-
-def _first(result: Any) -> Tensor:
-    while isinstance(result, (tuple, list)):
-        result = result[0]
-    assert isinstance(result, Tensor)
-    return result
+        self.prepared.meta[TUNED] = tuned
 
 
 def distill(
@@ -163,7 +157,7 @@ def distill(
         bar: one tick a step.
     """
     with torch.no_grad():
-        targets = torch.cat([_first(prepared(*arguments)).float() for arguments in batches])
+        targets = torch.cat([graph.first_tensor(prepared(*arguments)).float() for arguments in batches])
     names = graph.signature_of(prepared).names
     by_sample = [name not in shared and part.dim() > 0 for name, part in zip(names, batches[0], strict=True)]
     columns = zip(by_sample, zip(*batches, strict=True), strict=True)
@@ -254,7 +248,7 @@ class _Run:
 
     def save(self, file: Path, digest: str) -> None:
         """Everything the rest of the run depends on."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.student.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.kept[name]}

@@ -248,6 +248,14 @@ def capture(
     return gm
 
 
+def first_tensor(result: Any) -> Tensor:
+    """What a denoiser answers: the first tensor of nested tuples and lists."""
+    while isinstance(result, (tuple, list)):
+        result = result[0]
+    assert isinstance(result, Tensor)
+    return result
+
+
 def signature_of(gm: GraphModule) -> Signature:
     """What ``capture`` wrote down; graph passes, prepare and convert keep it."""
     signature: Signature = gm.meta[META]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,8 @@ def rows(x: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
     spatial = view.shape[1 : 1 + axes]
     if keep is not None:
         index = torch.unravel_index(keep, spatial)
-        view = view[(slice(None), *index)]
+        places: list[Any] = [slice(None), *index]
+        view = view[tuple(places)]
     return view.reshape(view.shape[: -1 - axes].numel(), shape.groups, -1)
 
 

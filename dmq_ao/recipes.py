@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 
 from dmq_ao.config import (
     FLOAT_BITS,
@@ -163,4 +164,4 @@ def default(bits: str = "w4a8") -> Recipe:
     return dataclasses.replace(base, name="default", protection=Protection(), distillation=Distillation())
 
 
-ALL_RECIPES = {"minmax": minmax, "dmq": dmq, "default": default}
+ALL_RECIPES: dict[str, Callable[..., Recipe]] = {"minmax": minmax, "dmq": dmq, "default": default}

@@ -199,7 +199,7 @@ class Reconstruction:
         source = self.nodes[name].args[0]
         assert isinstance(source, Node)
         if source not in self.stream.teacher_values:
-            source = source.args[0]  # type: ignore[assignment]
+            source = source.args[0]
         assert isinstance(source, Node)
         return source
 
@@ -315,19 +315,19 @@ class Reconstruction:
             return held_out_error(held, record.dequantize(), shift)
 
         before = judge(nearest)
-        best, error = nearest, before
+        best, left = nearest, before
         if rounding is not None:
             learned = self._round(name, node, shape, weight, moments, rounding)
             after = judge(learned)
             if after < before:
-                best, error = learned, after
+                best, left = learned, after
         bias = None
         if corrects:
             own, shift = self._bias(node), correction(weight, best, moments)
             bias = (shift if own is None else own.float() + shift).contiguous()
         observer.restore(best, bias)
         gain, taken = self.scale_gain.get(name, (None, 0))
-        self.learned[name] = LayerLearning(gain, taken, before, error)
+        self.learned[name] = LayerLearning(gain, taken, before, left)
 
     def _round(
         self,

@@ -63,7 +63,7 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
     run = _Perturbed(prepared)
     found = {}
     with torch.no_grad():
-        expected = _first(run.run(*arguments))
+        expected = graph.first_tensor(run.run(*arguments))
         values = dict(run.env)
         for name, node in graph.layer_nodes(prepared).items():
             if name not in watchers:
@@ -77,17 +77,12 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
             run.bits = None if activation is None else activation.config.bits
             reached = graph.reach(prepared, {node})
             kept = {other: value for other, value in values.items() if other not in reached}
-            found[name] = float(relative_error(_first(run.run(*arguments, initial_env=kept)), expected).mean())
+            found[name] = float(
+                relative_error(graph.first_tensor(run.run(*arguments, initial_env=kept)), expected).mean()
+            )
             bar.set_postfix(layer=name)
             bar.update(1)
     return found
-
-
-def _first(result: Any) -> Tensor:
-    while isinstance(result, (tuple, list)):
-        result = result[0]
-    assert isinstance(result, Tensor)
-    return result
 
 
 def choose(found: dict[str, float], plan: dict[str, LayerPlan], protection: Protection) -> list[str]:
