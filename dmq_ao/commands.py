@@ -65,6 +65,7 @@ def _root() -> None:
 @app.command(
     epilog=_examples(
         "dmq-ao quantize demo -o out/",
+        "dmq-ao quantize ./my-ddpm -o out/ --recipe default --bits w4a8 --trajectories 64",
         "dmq-ao quantize ./my-ddpm -o out/ --bits w4a8 --power-of-two --steps 50",
         "dmq-ao quantize ./my-ddpm -o out/ --keep-float '*to_out*' --dry-run",
         "dmq-ao quantize ./my-sd -o out/ --prompt 'a red fox' --state-dir calib/",
@@ -87,11 +88,19 @@ def quantize(
         list[str] | None, typer.Option(metavar="PATTERN", help="More layers to leave in float; repeatable.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples, spread over the timesteps.")] = 256,
+    trajectories: Annotated[
+        int | None,
+        typer.Option(min=1, help="Trajectories to take the samples from; more make learning recipes generalise."),
+    ] = None,
     steps: Steps = 20,
     prompt: Prompt = None,
     seed: Seed = 0,
     backend: BackendOption = Backend.AUTO,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    max_memory: Annotated[
+        float | None,
+        typer.Option(min=0.01, help="GiB of intermediate values that learning recipes hold; the rest goes to disk."),
+    ] = None,
     state_dir: Annotated[
         Path | None, typer.Option(help="Keep progress here: the same command resumes an interrupted calibration.")
     ] = None,
@@ -132,6 +141,8 @@ def quantize(
         backend=backend.value,
         batch_size=batch_size,
         state_dir=state_dir,
+        trajectories=trajectories,
+        max_memory=None if max_memory is None else int(max_memory * 2**30),
     )
     return emit({"model": model, **report}, lambda: cli_output.quantize_text(report), form)
 

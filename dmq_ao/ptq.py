@@ -55,6 +55,8 @@ def quantize_pipeline(
     backend: str = "auto",
     batch_size: int = 8,
     state_dir: str | Path | None = None,
+    trajectories: int | None = None,
+    max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Record ``recipe.num_samples``, calibrate, convert, and write a pipeline folder with a ``report.json``.
@@ -70,6 +72,8 @@ def quantize_pipeline(
         backend: as for ``dmq_ao.convert``.
         batch_size: rows per forward pass.
         state_dir: as for ``dmq_ao.calibrate``.
+        trajectories: as for ``record_pipeline``.
+        max_memory: as for ``dmq_ao.calibrate``.
         progress: show progress bars.
 
     Returns:
@@ -89,9 +93,18 @@ def quantize_pipeline(
         seed=seed,
         prompt=prompt,
         batch_size=batch_size,
+        trajectories=trajectories,
         progress=progress,
     )
-    found = calibrate(prepared, samples, state_dir=state_dir, seed=seed, progress=progress, batch_size=batch_size)
+    found = calibrate(
+        prepared,
+        samples,
+        state_dir=state_dir,
+        seed=seed,
+        progress=progress,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
     quantized = convert(prepared, backend)
     setattr(pipeline, name, quantized)
     report = {
@@ -164,7 +177,7 @@ def forecast(pipeline: Any, prepared: GraphModule, recipe: Recipe, steps: int = 
     ]
     numel = sum(tensor.numel() for tensor in denoiser.state_dict().values())
     rest = numel - sum(math.prod(shape) for shape in shapes.values())
-    bits = rest * width + sum(_stored_bits(plan[name], shape, steps) for name, shape in shapes.items())
+    bits = rest * width + sum(_stored_bits(plan[name], shape, steps, recipe) for name, shape in shapes.items())
     return {
         "recipe": recipe.to_dict(),
         "mean_bits": bits / numel,
@@ -182,8 +195,8 @@ def _weight_shapes(prepared: GraphModule) -> dict[str, tuple[int, ...]]:
     return {name: tuple(graph.attribute(prepared, node).shape) for name, node in weights.items()}  # type: ignore[arg-type]
 
 
-def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int) -> int:
-    """As ``LayerRecord.stored_bits`` will count, before there is a record."""
+def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
+    """As ``LayerRecord.stored_bits`` will count, before there is a record: at most, where something may be refused."""
     assert item.weight is not None
     numel = math.prod(shape)
     scales = shape[0] if item.weight.group_size is None else numel // item.weight.group_size
@@ -191,4 +204,5 @@ def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int) -> int:
     if item.activation is None:
         return bits
     row = {Ranges.STATIC: 40, Ranges.PER_STEP: 72 * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
+    row += 0 if recipe.scaling is None else 32 * shape[1]
     return bits + row + (0 if item.power_of_two is None else 8 * shape[1])

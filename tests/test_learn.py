@@ -447,3 +447,21 @@ def test_a_teacher_of_zeros_has_a_finite_error() -> None:
     x = torch.zeros(8, 2, 1, 3)
     data = Rows(x, torch.zeros(8, 2, 4), torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool))
     assert math.isfinite(held_out_error(data, torch.randn(4, 3), torch.ones(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tenth_of_the_published_steps_is_enough(seed: int) -> None:
+    draw = generator(seed)
+    spread = torch.exp(1.2 * torch.randn(64, generator=draw))
+    x = torch.randn(160, 32, 64, generator=draw) * spread
+    weight = torch.randn(96, 64, generator=draw) / spread.sqrt() / 8
+    given_input = replace(scaled_input(x, weight), activation=A6)
+    published = ChannelScaling(
+        steps=6000, lr=1e-3, batch_size=32, init=Init.ONES, patience=6000, step_weights=StepWeights(Weighting.UNIFORM)
+    )
+    ours = ChannelScaling(step_weights=StepWeights(Weighting.UNIFORM))
+    fast = learn_scales([given_input], ours, STEPS, generator())
+    slow = learn_scales([given_input], published, STEPS, generator())
+    assert fast.steps <= published.steps / 10
+    assert fast.after <= slow.after * 1.01
