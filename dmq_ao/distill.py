@@ -44,6 +44,22 @@ class DistillationReport:
     steps: int
 
 
+class _Dequantized(torch.autograd.Function):
+    """A weight from its codes, with a gradient for ``scale`` [out, groups] alone; keeps codes, not their floats."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, codes: Tensor, zero_point: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, zero_point)
+        grouped = codes.reshape(*scale.shape, -1)
+        return numerics.dequantize(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        codes, zero_point = ctx.saved_tensors
+        grouped = codes.reshape(*zero_point.shape, -1).float() - zero_point.unsqueeze(-1)
+        return (gradients[0].reshape(grouped.shape) * grouped).sum(-1), None, None
+
+
 class Student(Interpreter):
     """The quantized denoiser with its float numbers as free parameters.
 
@@ -99,12 +115,10 @@ class Student(Interpreter):
         x: Tensor = args[0]
         if activation is not None:
             x = activation.straight_through(x, None if self.timestep is None else self.env[self.timestep])
-        scale = self.parameters[f"{name}|scale"]
-        grouped = record.codes.reshape(len(record.codes), scale.shape[1], -1)
-        values = numerics.dequantize(grouped, scale.unsqueeze(-1), record.zero_point.unsqueeze(-1))
+        values: Tensor = _Dequantized.apply(self.parameters[f"{name}|scale"], record.codes, record.zero_point)
         bias = self.parameters.get(f"{name}|bias")
         return n.target(  # type: ignore[operator]
-            x, values.reshape(record.codes.shape).to(x.dtype), None if bias is None else bias.to(x.dtype), *args[3:]
+            x, values.to(x.dtype), None if bias is None else bias.to(x.dtype), *args[3:]
         )
 
     def predict(self, arguments: list[Tensor]) -> Tensor:

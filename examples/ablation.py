@@ -136,7 +136,7 @@ def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int)
         "peak_rss_bytes": peak_rss_bytes(),
         "mean_bits": quantized.mean_bits,
         "samples": report.samples,
-        "recipe": recipe.to_dict(),
+        "recipe": quantized.recipe.to_dict(),
     }
 
 

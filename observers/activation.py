@@ -142,9 +142,13 @@ class ActivationObserver(ObserverBase):
             if step is not None:
                 scale = scale * ops.channel_factor(step, record.ch_axis, x.dim())
             low, high = -zero_point * scale, (2**record.bits - 1 - zero_point) * scale
-        inside = _divided(x, record.channel_scale, record.ch_axis)
-        inside = torch.maximum(torch.minimum(inside, high.to(x.dtype)), low.to(x.dtype))
-        return inside + (values - inside).detach()
+            divided = self.scaled(x)
+            inside = (divided >= low) & (divided <= high)
+            divisor = None
+            if record.channel_scale is not None:
+                divisor = numerics.along(record.channel_scale.to(x), self.ch_axis, x.dim())
+        passed: Tensor = _Inside.apply(x, values, inside, divisor)
+        return passed
 
     def state(self) -> dict[str, Tensor]:
         """Statistics of the pass under way and what earlier passes froze, as tensors."""
@@ -248,6 +252,21 @@ class ActivationObserver(ObserverBase):
         rows = _row_node(model, timestep, record.timesteps)
         select = torch.ops.aten.index_select.default
         return call(select, (scale, 0, rows)), call(select, (zero_point, 0, rows))
+
+
+class _Inside(torch.autograd.Function):
+    """``values`` in place of ``x``; the gradient passes where ``inside``, over ``divisor``. Keeps a byte a value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, inside: Tensor, divisor: Tensor | None) -> Tensor:
+        ctx.save_for_backward(inside, divisor)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        inside, divisor = ctx.saved_tensors
+        gradient = gradients[0] * inside
+        return gradient if divisor is None else gradient / divisor, None, None, None
 
 
 def _divided(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:

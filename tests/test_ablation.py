@@ -1,0 +1,67 @@
+"""The ablation example: every variant is a recipe, results are collected in order, and a run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from plain import Plain, plain_samples, seeded
+from torch import nn
+
+import dmq_ao
+from dmq_ao.config import Recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def ablation() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import ablation
+
+        yield ablation
+    for name in ("ablation", "quantize_custom_module"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a6"])
+def test_every_variant_is_a_recipe_of_its_own(ablation: ModuleType, bits: str) -> None:
+    recipes = [build(bits) for build in ablation.variants().values()]
+    assert all(Recipe.from_dict(recipe.to_dict()) == recipe for recipe in recipes)
+    assert len({json.dumps(recipe.to_dict()) for recipe in recipes}) == len(recipes) - (bits == "w8a8")
+
+
+def test_a_run_measures_what_is_missing(
+    ablation: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = seeded(Plain)
+    samples = plain_samples(net)
+    subject = ablation.Subject(net, samples, samples, lambda denoiser: _pictures(denoiser, samples))
+    chosen = ["min-max per step", "+ PTS"]
+    ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, 8)
+    kept = next((tmp_path / "plain" / "w4a8").glob("min*.json"))
+    stamp = kept.stat().st_mtime_ns
+    ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, 8)
+    assert kept.stat().st_mtime_ns == stamp
+    assert capsys.readouterr().out.count("one-step") == len(chosen)
+    results: list[dict[str, Any]] = ablation.collect(tmp_path)
+    assert [result["variant"] for result in results] == chosen
+    text = ablation.table(results)
+    assert all(f"| {name} | {r['one_step_error']:.4f} |" in text for name, r in zip(chosen, results, strict=True))
+    assert results[0]["date"] in text
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    ablation.plot(results, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _pictures(denoiser: nn.Module, samples: dmq_ao.CalibrationSet) -> torch.Tensor:
+    with torch.no_grad():
+        inputs = next(iter(samples.batches(4)))
+        return torch.sigmoid(denoiser(**inputs))
