@@ -156,6 +156,7 @@ def calibrate(
                 recipe,
                 given,
                 samples.step,
+                len(samples.timesteps),
                 seed=seed,
                 max_memory=MAX_MEMORY if max_memory is None else max_memory,
                 state_dir=folder,

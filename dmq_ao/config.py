@@ -352,7 +352,7 @@ class Distillation:
         checks: times that the held-out samples are looked at; the best state is kept.
     """
 
-    steps: int = 150
+    steps: int = 300
     lr: float = 1e-3
     batch_size: int = 4
     checks: int = 6

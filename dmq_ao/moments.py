@@ -100,25 +100,24 @@ def outputs(y: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
 class Moments:
     """Weighted means and second moments of inputs ``x`` [n, K] and of residuals ``r`` [n, out]."""
 
-    def __init__(self, inputs: int, out: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, inputs: int, out: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         """All zero."""
         self.weight, self.centred = 0.0, False
-        self.sum_x, self.sum_r = torch.zeros(inputs, dtype=dtype), torch.zeros(out, dtype=dtype)
-        self.xx, self.rx = torch.zeros(inputs, inputs, dtype=dtype), torch.zeros(out, inputs, dtype=dtype)
-        self.rr = torch.zeros(out, dtype=dtype)
+        self.sum_x, self.sum_r = (torch.zeros(n, dtype=dtype, device=device) for n in (inputs, out))
+        self.xx, self.rx = (torch.zeros(n, inputs, dtype=dtype, device=device) for n in (inputs, out))
 
     def update(self, x: Tensor, r: Tensor, weight: Tensor) -> None:
         """Add rows with one ``weight`` [n] each."""
         assert not self.centred, "the second moments were turned into a covariance"
-        weight = weight.to(self.xx.dtype)
-        x, r = x.to(self.xx.dtype), r.to(self.xx.dtype)
+        weight, x, r = weight.to(self.xx), x.to(self.xx), r.to(self.xx)
         weighted = x * weight[:, None]
         self.weight += float(weight.sum())
         self.sum_x += weighted.sum(0)
         self.sum_r += weight @ r
         self.xx.addmm_(weighted.T, x)
         self.rx.addmm_(r.T, weighted)
-        self.rr += weight @ r.square()
 
     def mean_x(self) -> Tensor:
         """Mean of the inputs [K]."""

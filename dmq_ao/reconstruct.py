@@ -101,6 +101,7 @@ class Reconstruction:
         recipe: Recipe,
         batches: list[list[Tensor]],
         steps: Tensor,
+        count: int,
         *,
         seed: int,
         max_memory: int,
@@ -115,6 +116,7 @@ class Reconstruction:
             recipe: scaling, rounding and bias correction.
             batches: the graph's arguments, a list a batch.
             steps: [N] place of each sample on the sampler's list of steps.
+            count: length of that list.
             seed: of all that is drawn.
             max_memory: bytes of values to hold.
             state_dir: where units and spilled values go.
@@ -131,7 +133,7 @@ class Reconstruction:
         self.units = units_of(prepared)
         self.unit_of = {name: unit for unit in self.units for name in unit.layers}
         self.weights = {name: self._weight(node) for name, node in self.nodes.items()}
-        self.count = int(torch.unique(steps).max()) + 1 if len(steps) else 1
+        self.count = count
         self.held = held_out(len(steps), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
         self.votes: dict[str, dict[str, Any]] = {}
@@ -167,8 +169,8 @@ class Reconstruction:
         weight, activation = self.watchers[self.names[node]]
         assert weight.decided is not None
         x = args[0] if activation is None else activation.simulate(args[0], self._timestep(index))
-        values = weight.decided.dequantize().to(args[1].dtype)
-        bias = self._bias(node) if weight.bias is None else weight.bias.to(values.dtype)
+        values = weight.decided.dequantize().to(args[1])
+        bias = self._bias(node) if weight.bias is None else weight.bias.to(values)
         return node.target(x, values, bias, *args[3:])  # type: ignore[operator]
 
     def _before(self, node: Node) -> None:
@@ -397,7 +399,7 @@ class Reconstruction:
         wanted = max(rounding.positions, math.ceil(4 * taps / max(1, int(fit.sum()))))
         keep = self._positions(name, first, shape, wanted, 5)
         sample_weights = self._sample_weights(name, node, shape, nearest, rounding)
-        moments = [Moments(taps, out // shape.groups) for _ in range(shape.groups)]
+        moments = [Moments(taps, out // shape.groups, device=weight.device) for _ in range(shape.groups)]
         few = max(1, HELD_ROWS // max(1, int(self.held.sum())))
         xs, ys, start = [], [], 0
         for index, wholly in enumerate(self.stream.teacher_values[node]):

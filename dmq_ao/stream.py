@@ -7,6 +7,7 @@ needed last are written to disk.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
+
+SPILLED = "values-"
 
 
 class Value:
@@ -92,7 +95,9 @@ class Stream:
 
     def run(self, before: Callable[[Node], None], after: Callable[[Node], None]) -> None:
         """Go through the graph; ``before`` and ``after`` see each quantized node before and after its student ran."""
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="values-") as folder, torch.no_grad():
+        for left_over in self.folder.glob(f"{SPILLED}*") if self.folder else ():  # of a run that was killed
+            shutil.rmtree(left_over)
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=SPILLED) as folder, torch.no_grad():
             order = list(self.gm.graph.nodes)
             inputs = iter(range(len(self.batches[0])))
             for position, node in enumerate(order):

@@ -189,9 +189,9 @@ def table(results: list[dict[str, Any]]) -> str:
             share = "-" if base is None else f"{r['one_step_error'] / base:.2f}"
             peak = "-" if r["peak_rss_bytes"] is None else f"{r['peak_rss_bytes'] / 2**30:.1f}"
             psnr = f"{r['psnr_db']:.2f} ({r['psnr_std_db']:.2f})"
-            lines.append(
-                f"| {r['variant']} | {r['one_step_error']:.4f} | {share} | {psnr} | {r['seconds']:.0f} | {peak} |"
-            )
+            distilled = r["recipe"]["distillation"]
+            name = r["variant"] + ("" if distilled is None else f" ({distilled['steps']} steps)")
+            lines.append(f"| {name} | {r['one_step_error']:.4f} | {share} | {psnr} | {r['seconds']:.0f} | {peak} |")
         lines.append("")
     return "\n".join(lines)
 
