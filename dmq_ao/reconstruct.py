@@ -73,23 +73,28 @@ class Unit:
     layers: tuple[str, ...]
 
 
+def whole_name(name: str) -> str:
+    """Name of the layer that a part of a split layer belongs to; any other layer's own."""
+    return name.rpartition(".part")[0] if ".part" in name else name
+
+
 def units_of(prepared: GraphModule) -> list[Unit]:
-    """Quantized layers by shared input observer and by whole layer, in graph order."""
-    found = observers(prepared)
-    groups: list[set[str]] = []
-    for name, (_, activation) in found.items():
-        keys = {name.rpartition(".part")[0] if ".part" in name else name}
-        together = {
-            other
-            for other, (_, watcher) in found.items()
-            if (activation is not None and watcher is activation)
-            or (other.rpartition(".part")[0] if ".part" in other else other) in keys
-        }
-        merged = [group for group in groups if group & together]
-        groups = [group for group in groups if not group & together] + [together.union(*merged)]
-    order = list(found)
-    sets = sorted(groups, key=lambda group: min(order.index(name) for name in group))
-    return [Unit(i, tuple(name for name in order if name in group)) for i, group in enumerate(sets)]
+    """Quantized layers by shared input observer and, where no layer elsewhere shares it, by whole layer; in order.
+
+    A part of a split layer may read the tensor that a layer far above reads: that unit is decided there, where the
+    other part has no input yet.
+    """
+    groups: dict[int | str, list[str]] = {}
+    for name, (_, activation) in observers(prepared).items():
+        groups.setdefault(name if activation is None else id(activation), []).append(name)
+    merged: dict[str, list[str]] = {}
+    for names in groups.values():
+        wholes = {whole_name(name) for name in names}
+        key = wholes.pop() if len(wholes) == 1 else "+".join(names)
+        merged.setdefault(key, []).extend(names)
+    order = list(observers(prepared))
+    found = sorted((sorted(names, key=order.index) for names in merged.values()), key=lambda ns: order.index(ns[0]))
+    return [Unit(index, tuple(names)) for index, names in enumerate(found)]
 
 
 class Reconstruction:
@@ -243,7 +248,7 @@ class Reconstruction:
             watcher.channel_scale = None
         if not learning:
             return
-        wholes = {name: (name.rpartition(".part")[0] if ".part" in name else name) for name in unit.layers}
+        wholes = {name: whole_name(name) for name in unit.layers}
         targets = list(dict.fromkeys(wholes.values()))
         given = []
         for _, watcher in learning.items():

@@ -227,6 +227,31 @@ def test_parts_of_a_split_layer_are_one_unit(model: nn.Module, samples: dmq_ao.C
     assert [unit.index for unit in units] == [0, 1, 2]
 
 
+class Far(Plain):
+    """A part of the split layer reads what a layer far above reads."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        skip = self.first(x)
+        vector = self.time(t.to(x.dtype)[:, None] / 1000)
+        h = nn.functional.silu(self.conv(skip) + vector[:, :, None, None])
+        h = self.tokens(h.flatten(2).transpose(1, 2)).transpose(1, 2).reshape(skip.shape)
+        return self.last(nn.functional.silu(self.merge(torch.cat([h, skip], 1))))
+
+
+def test_a_part_that_shares_its_input_with_a_layer_above_is_decided_there(tmp_path: Path) -> None:
+    model = seeded(Far)
+    samples = plain_samples(model)
+    recipe = dmq_ao.recipes.default("w8a8")
+    prepared = dmq_ao.prepare(model, recipe, samples.example())
+    layers = [set(unit.layers) for unit in units_of(prepared)]
+    assert layers == [{"conv", "merge.part1"}, {"tokens"}, {"merge.part0"}]
+    report = dmq_ao.calibrate(prepared, samples, state_dir=tmp_path, progress=False)
+    again = dmq_ao.calibrate(prepared, samples, state_dir=tmp_path, progress=False)
+    assert not report.resumed
+    assert again.resumed
+    assert set(report.layers) == set(again.layers) == {"conv", "tokens", "merge.part0", "merge.part1"}
+
+
 @pytest.mark.parametrize("given", ["tiny_unet2d"], indirect=True)
 def test_siblings_are_one_unit_and_share_their_scale(given: Given) -> None:
     prepared = calibrated(given, "dmq")
