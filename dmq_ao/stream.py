@@ -28,9 +28,8 @@ class Value:
 
     def __init__(self, items: list[Any]) -> None:
         """``items`` has one entry a batch."""
-        self.items, self.file = items, None
-
-    file: Path | None
+        self.items: list[Any] = items
+        self.files: dict[int, tuple[Path, list[int]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -39,9 +38,11 @@ class Value:
 
     def __getitem__(self, index: int) -> Any:
         """The value for one batch."""
-        if self.file is None:
+        if index not in self.files:
             return self.items[index]
-        return load_file(self.file.with_suffix(f".{index}"))["value"]
+        file, axes = self.files[index]
+        # A copy: tensors in a mapped file lie at odd addresses, where kernels may sum in another order.
+        return load_file(file)["value"].clone().permute(axes)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -49,18 +50,22 @@ class Value:
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
 
-    def spill(self, file: Path) -> None:
-        """Move the tensors to files named after ``file``, one a batch."""
+    def spill(self, stem: Path) -> None:
+        """Move the tensors held to files named after ``stem``, one a batch."""
         for index, item in enumerate(self.items):
-            save_file({"value": item.contiguous()}, file.with_suffix(f".{index}"))
-        self.file, self.items = file, [None] * len(self.items)
+            if isinstance(item, Tensor):
+                file = stem.with_name(f"{stem.name}.{index}")
+                # Axes lie on disk as they lie in memory: a kernel may sum in another order over another layout.
+                order = sorted(range(item.dim()), key=lambda axis: -item.stride(axis))
+                save_file({"value": item.permute(order).contiguous()}, file)
+                self.files[index] = file, [order.index(axis) for axis in range(item.dim())]
+                self.items[index] = None
 
     def drop(self) -> None:
         """Let go of memory and files."""
-        if self.file is not None:
-            for index in range(len(self.items)):
-                self.file.with_suffix(f".{index}").unlink(missing_ok=True)
-        self.items = []
+        for file, _ in self.files.values():
+            file.unlink(missing_ok=True)
+        self.items, self.files = [], {}
 
 
 class Stream:
@@ -91,41 +96,51 @@ class Stream:
         self.teacher_values: dict[Node, Value] = {}
         self.student_values: dict[Node, Value] = {}
         self.last_use = _last_uses(gm)
+        self.given = _given(gm)
+        self.order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self.peak_bytes = self.spilled_bytes = 0
 
     def run(self, before: Callable[[Node], None], after: Callable[[Node], None]) -> None:
         """Go through the graph; ``before`` and ``after`` see each quantized node before and after its student ran."""
-        for left_over in self.folder.glob(f"{SPILLED}*") if self.folder else ():  # of a run that was killed
-            shutil.rmtree(left_over)
+        if self.folder is not None:
+            for left_over in self.folder.glob(f"{SPILLED}*"):  # of a run that was killed
+                shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=SPILLED) as folder, torch.no_grad():
-            order = list(self.gm.graph.nodes)
             inputs = iter(range(len(self.batches[0])))
-            for position, node in enumerate(order):
+            for node in self.order:
                 if node.op == "output":
                     break
                 if node.op == "placeholder":
                     index = next(inputs)
                     self._set(node, Value([batch[index] for batch in self.batches]))
                     continue
-                self._step(node, before, after)
+                self._step(node, before, after, Path(folder))
                 for used in self.last_use.get(node, ()):
                     self._free(used)
-                self._bound(position, order, Path(folder))
 
-    def _step(self, node: Node, before: Callable[[Node], None], after: Callable[[Node], None]) -> None:
-        teacher = Value([self._evaluate(node, self.teacher_values, i) for i in range(len(self.batches))])
+    def _step(self, node: Node, before: Callable[[Node], None], after: Callable[[Node], None], folder: Path) -> None:
         differs = any(self.differs(source) for source in node.all_input_nodes)
-        self.teacher_values[node] = self.student_values[node] = teacher
+        value = Value([])
+        self._set(node, value)
+        self._fill(node, value, lambda i: self._evaluate(node, self.teacher_values, i), folder)
+        if node not in self.quantized and not differs:
+            return
         if node in self.quantized:
             before(node)
-            self.student_values[node] = Value(
-                [self.student(node, self._arguments(node, self.student_values, i)[0], i) for i in range(len(teacher))]
+        value = self.student_values[node] = Value([])
+        if node in self.quantized:
+            self._fill(
+                node, value, lambda i: self.student(node, self._arguments(node, self.student_values, i)[0], i), folder
             )
             after(node)
-        elif differs:
-            self.student_values[node] = Value(
-                [self._evaluate(node, self.student_values, i) for i in range(len(teacher))]
-            )
+        else:
+            self._fill(node, value, lambda i: self._evaluate(node, self.student_values, i), folder)
+
+    def _fill(self, node: Node, value: Value, compute: Callable[[int], Any], folder: Path) -> None:
+        """Compute a value batch by batch, never holding more than the bound and one batch."""
+        for index in range(len(self.batches)):
+            value.items.append(compute(index))
+            self._bound(node, folder)
 
     def differs(self, node: Node) -> bool:
         """Whether the student's value of a node is another than the teacher's."""
@@ -158,27 +173,36 @@ class Stream:
         found: dict[int, tuple[Node, Value]] = {}
         for values in (self.teacher_values, self.student_values):
             for node, value in values.items():
-                if node.op != "get_attr" and value.file is None and value.nbytes:
+                if node not in self.given:
                     found.setdefault(id(value), (node, value))
         return list(found.values())
 
-    def _bound(self, position: int, order: list[Node], folder: Path) -> None:
-        live = self._live()
-        total = sum(value.nbytes for _, value in live)
+    def _bound(self, now: Node, folder: Path) -> None:
+        """Write what is needed last to disk until the rest fits; what ``now`` reads is needed first."""
+        sizes = {id(value): value.nbytes for _, value in self._live()}
+        total = sum(sizes.values())
         self.peak_bytes = max(self.peak_bytes, total)
         if total <= self.max_memory:
             return
-        where = {node: index for index, node in enumerate(order)}
-        next_use = {
-            id(value): min((where[user] for user in node.users if where[user] > position), default=len(order))
-            for node, value in live
-        }
-        for node, value in sorted(live, key=lambda pair: -next_use[id(pair[1])]):
-            if total <= self.max_memory or node.op == "placeholder":
+        for node, value in sorted(self._live(), key=lambda pair: -self._next_use(pair[0], now)):
+            if total <= self.max_memory:
                 break
-            total -= value.nbytes
-            self.spilled_bytes += value.nbytes
+            total -= sizes[id(value)]
+            self.spilled_bytes += sizes[id(value)]
             value.spill(folder / f"{node.name}-{id(value)}")
+
+    def _next_use(self, node: Node, now: Node) -> int:
+        return min((self.order[user] for user in node.users if self.order[user] >= self.order[now]), default=1 << 60)
+
+
+def _given(gm: GraphModule) -> set[Node]:
+    """Nodes that hold samples or parameters, whose memory is not ours."""
+    found: set[Node] = set()
+    for node in gm.graph.nodes:
+        observed = node.op == "call_module" and all(source in found for source in node.all_input_nodes)
+        if node.op in ("get_attr", "placeholder") or observed:
+            found.add(node)
+    return found
 
 
 def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:

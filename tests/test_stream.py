@@ -184,7 +184,7 @@ def test_what_is_on_disk_is_beside_the_state_and_bounded(
             id(value)
             for values in (stream.teacher_values, stream.student_values)
             for value in values.values()
-            if value.file is not None
+            if value.files
         }
         counts.append(len(files))
         assert len(files) == len(spilled) * len(batches)
