@@ -1,4 +1,4 @@
-"""The demonstration: the bundled denoiser at three widths, rounded to nearest and by the default recipe, measured."""
+"""The demonstration: the bundled denoiser at three widths, with and without power-of-two scaling, measured."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from dmq_ao.quantize import convert, prepare, save
 STEPS = 20
 CALIBRATION_SEED, HELD_OUT_SEED, IMAGE_SEED = 1000, 2000, 0
 WIDTHS = ("w8a8", "w4a8", "w4a6")
-METHODS = ("minmax", "default")
-TRAJECTORIES = 80
 LATENCY_BATCH = 8
 SHOWN = 8
 
@@ -52,18 +50,18 @@ def run_demo(
     pipeline = load_pipeline(DEMO)
     teacher = pipeline.unet
     say(f"recording {num_samples} calibration samples from {STEPS}-step trajectories")
-    samples = record_pipeline(
-        pipeline, num_samples=num_samples, steps=STEPS, seed=CALIBRATION_SEED, trajectories=TRAJECTORIES
-    )
+    samples = record_pipeline(pipeline, num_samples=num_samples, steps=STEPS, seed=CALIBRATION_SEED)
     states = held_out_states(pipeline, steps=STEPS, seed=HELD_OUT_SEED)
     seeds = range(IMAGE_SEED, IMAGE_SEED + images)
     drawn = {FLOAT: images_of(pipeline, teacher, seeds, steps=STEPS)}
     denoisers: dict[str, nn.Module] = {FLOAT: teacher}
     variants = []
-    for bits, method in product(WIDTHS, METHODS):
-        name = f"{bits.upper()} {method}"
+    for bits, power_of_two in product(WIDTHS, (False, True)):
+        name = bits.upper() + (" + PTS" if power_of_two else "")
         say(f"{name}: calibrate, quantize, sample")
-        prepared = prepare(teacher, recipes.ALL_RECIPES[method](bits), samples.example(), backend=backend)
+        prepared = prepare(
+            teacher, recipes.minmax(bits, power_of_two=power_of_two), samples.example(), backend=backend
+        )
         calibrate(prepared, samples, progress=False)
         denoisers[name] = quantized = convert(prepared, backend)
         drawn[name] = images_of(pipeline, quantized, seeds, steps=STEPS)
