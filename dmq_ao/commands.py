@@ -39,6 +39,7 @@ class Observer(str, Enum):
     MINMAX = "minmax"
     MSE = "mse"
     PERCENTILE = "percentile"
+    EMA = "ema"
 
 
 def _examples(*lines: str) -> str:

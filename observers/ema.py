@@ -26,8 +26,11 @@ class MovingAverage:
         self.ends = ends if not len(self.ends) else MOMENTUM * self.ends + (1 - MOMENTUM) * ends
 
     def range(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Averages of the extremes; the same for any width."""
-        return self.ends[0], self.ends[1]
+        """Averages of the extremes, zero included; the same for any width."""
+        del bits
+        if not len(self.ends):
+            return torch.zeros(()), torch.zeros(())
+        return self.ends[0].clamp(max=0), self.ends[1].clamp(min=0)
 
     def state(self) -> dict[str, Tensor]:
         """The averages so far."""

@@ -502,7 +502,7 @@ def test_recipes_survive_json(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "error", "message"),
     [
-        ("nmae", "x", ValueError, r"recipe: unknown keys \['nmae'\]; Recipe has \['config', 'name',"),
+        ("nmae", "x", ValueError, r"recipe: unknown keys \['nmae'\]; Recipe has \['bias_correction', 'config',"),
         ("config.wieght", {}, ValueError, r"recipe.config: unknown keys \['wieght'\]"),
         ("config.weight.bits", "8", TypeError, r"recipe.config.weight.bits: expected int, got str '8'"),
         ("config.weight.bits", True, TypeError, r"recipe.config.weight.bits: expected int, got bool True"),
@@ -559,7 +559,7 @@ def with_config(**changes: Any) -> Recipe:
         ({"keep_float": ("@inptu",)}, r"keep_float: unknown role '@inptu'; the roles are \['@input', '@output'"),
         (
             {"weight": TensorConfig(8, observer="minmx")},
-            r"observer 'minmx' is not known; the observers are \['minmax', 'mse', 'percentile'\]",
+            r"observer 'minmx' is not known; the observers are \['ema', 'minmax', 'mse', 'percentile'\]",
         ),
         ({"overrides": (Override("conv", activation=TensorConfig(8, observer="x")),)}, "observer 'x' is not known"),
     ],

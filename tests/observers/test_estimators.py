@@ -67,7 +67,7 @@ def test_range_includes_zero_and_is_of_scalars(name: str) -> None:
         assert (low.shape, low.dtype, high.shape, high.dtype) == ((), torch.float32, (), torch.float32)
 
 
-@EVERY
+@pytest.mark.parametrize("name", [name for name in ALL_OBSERVERS if name != "ema"])
 @settings(max_examples=25)
 @given(seed=SEEDS, sizes=st.lists(st.integers(1, 80), min_size=1, max_size=6), bits=st.sampled_from([2, 8]))
 def test_order_and_batches_do_not_matter(name: str, seed: int, sizes: list[int], bits: int) -> None:
@@ -230,3 +230,14 @@ def test_histogram_centres_are_the_middles() -> None:
     assert abs(float(centres[histogram.counts.argmax()]) - 3.0) <= 4.0 / BINS
     assert float(centres.sum()) == 0
     assert float(centres[1] - centres[0]) == 8.0 / BINS
+
+
+def test_a_moving_average_is_that_of_the_published_code() -> None:
+    batches = [torch.tensor([-1.0, 3.0]), torch.tensor([-3.0, 1.0]), torch.tensor([2.0, 5.0])]
+    found = ALL_OBSERVERS["ema"]()
+    low, high = -1.0, 3.0
+    for index, batch in enumerate(batches):
+        found.update(batch)
+        if index:
+            low, high = 0.95 * low + 0.05 * float(batch.min()), 0.95 * high + 0.05 * float(batch.max())
+    assert tuple(map(float, found.range(8))) == pytest.approx((low, high))
