@@ -115,7 +115,7 @@ class Student(Interpreter):
         x: Tensor = args[0]
         if activation is not None:
             x = activation.straight_through(x, None if self.timestep is None else self.env[self.timestep])
-        values: Tensor = _Dequantized.apply(self.parameters[f"{name}|scale"], record.codes, record.zero_point)
+        values: Tensor = _Dequantized.apply(self.parameters[f"{name}|scale"], record.codes, record.zero_point)  # type: ignore[no-untyped-call]
         bias = self.parameters.get(f"{name}|bias")
         return n.target(  # type: ignore[operator]
             x, values.to(x.dtype), None if bias is None else bias.to(x.dtype), *args[3:]

@@ -56,7 +56,8 @@ class Value:
             if isinstance(item, Tensor):
                 file = stem.with_name(f"{stem.name}.{index}")
                 # Axes lie on disk as they lie in memory: a kernel may sum in another order over another layout.
-                order = sorted(range(item.dim()), key=lambda axis: -item.stride(axis))
+                strides = item.stride()
+                order = sorted(range(item.dim()), key=strides.__getitem__, reverse=True)
                 save_file({"value": item.permute(order).contiguous()}, file)
                 self.files[index] = file, [order.index(axis) for axis in range(item.dim())]
                 self.items[index] = None

@@ -147,7 +147,7 @@ class ActivationObserver(ObserverBase):
             divisor = None
             if record.channel_scale is not None:
                 divisor = numerics.along(record.channel_scale.to(x), self.ch_axis, x.dim())
-        passed: Tensor = _Inside.apply(x, values, inside, divisor)
+        passed: Tensor = _Inside.apply(x, values, inside, divisor)  # type: ignore[no-untyped-call]
         return passed
 
     def state(self) -> dict[str, Tensor]:
