@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 from torchao.quantization.pt2e.quantizer.quantizer import (
@@ -112,10 +113,16 @@ def _check_pattern(field: str, pattern: str, roles: dict[str, set[str]]) -> None
     if pattern.startswith("@"):
         if pattern not in ROLES:
             raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
-    elif not any(matches(pattern, name, found) for name, found in roles.items()):
+    elif not any(matches(pattern, name, found) or _awaits(pattern, name, found) for name, found in roles.items()):
         names = list(roles)
         shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
         raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {shown}")
+
+
+def _awaits(pattern: str, name: str, roles: set[str]) -> bool:
+    """Whether a pattern names a part of a layer that is going to be split."""
+    whole, _, part = pattern.rpartition(".part")
+    return part.isdigit() and "@concat" in roles and fnmatchcase(name, whole)
 
 
 def estimator(name: str) -> type[RangeEstimator]:
@@ -217,6 +224,20 @@ def observers(prepared: GraphModule) -> dict[str, tuple[WeightObserver, Activati
         if isinstance(weight, WeightObserver):
             found[name] = (weight, source if isinstance(source, ActivationObserver) else None)
     return found
+
+
+def float_weight(prepared: GraphModule, node: Node) -> Tensor:
+    """The float weight [out, ...] that a quantized layer's observer watches."""
+    observer = node.args[1]
+    assert isinstance(observer, Node)
+    assert isinstance(observer.args[0], Node)
+    return graph.attribute(prepared, observer.args[0]).detach()
+
+
+def float_bias(gm: GraphModule, node: Node) -> Tensor | None:
+    """A layer's own bias [out]; None where it has none."""
+    bias = node.args[2] if len(node.args) > 2 else None
+    return graph.attribute(gm, bias).detach() if isinstance(bias, Node) else None
 
 
 def _observer(prepared: GraphModule, arg: object) -> object:

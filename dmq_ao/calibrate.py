@@ -21,28 +21,20 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import PLAN, RECIPE, TUNED, observers
+from dmq_ao.annotate import PLAN, RECIPE, TUNED, float_weight, observers
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import Recipe
 from dmq_ao.distill import DistillationReport, distill
 from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.layer import LayerPlan
 from dmq_ao.observe import observe, passes_of
+from dmq_ao.observers import VoteReport
 from dmq_ao.reconstruct import LayerLearning, Reconstruction, units_of
 from dmq_ao.sensitivity import forget, protect
 
 SQNR = "dmq_ao.sqnr_db"
 MEASURED_ROWS = 8
 MAX_MEMORY = 3 << 29
-
-
-@dataclass(frozen=True)
-class VoteReport:
-    """Outcome of one layer's power-of-two vote: how many channels took each exponent, and how many were refused."""
-
-    channels: dict[int, int]
-    refused: int
-    mean_agreement: float
 
 
 @dataclass(frozen=True)
@@ -71,16 +63,12 @@ class CalibrationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        votes = {
-            name: {**vars(vote), "channels": {str(k): v for k, v in vote.channels.items()}}
-            for name, vote in self.votes.items()
-        }
         return {
             "samples": self.samples,
             "seconds": self.seconds,
             "resumed": self.resumed,
             "sqnr_db": self.sqnr_db,
-            "votes": votes,
+            "votes": {name: vote.to_dict() for name, vote in self.votes.items()},
             "layers": {name: asdict(one) for name, one in self.layers.items()},
             "distillation": None if self.distillation is None else asdict(self.distillation),
             "peak_bytes": self.peak_bytes,
@@ -132,7 +120,8 @@ def calibrate(
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    for weight, activation in observers(prepared).values():
+    watchers = observers(prepared)
+    for weight, activation in watchers.values():
         weight.start()
         if activation is not None:
             activation.channel_scale = None
@@ -146,7 +135,7 @@ def calibrate(
     if recipe.protection is not None:
         rows = _spread(samples, recipe.protection.samples)
         some = graph_arguments(prepared, next(iter(samples.select(rows).batches(len(rows)))))
-        with tqdm(total=len(observers(prepared)), disable=not progress, unit="layer", desc="sensitivity") as bar:
+        with tqdm(total=len(watchers), disable=not progress, unit="layer", desc="sensitivity") as bar:
             protect(prepared, some, folder, digest, bar)
     if recipe.learns:
         units = len(units_of(prepared))
@@ -177,11 +166,7 @@ def calibrate(
                     digest=digest,
                     bar=bar,
                 )
-        resumed, learned = bool(learning.restored), learning.learned
-        votes = {
-            name: VoteReport({int(e): n for e, n in vote["channels"].items()}, vote["refused"], vote["mean_agreement"])
-            for name, vote in learning.votes.items()
-        }
+        resumed, learned, votes = bool(learning.restored), learning.learned, learning.votes
     else:
         count = math.ceil(len(samples) / batch_size)
         with tqdm(total=count * len(passes_of(prepared)), disable=not progress, unit="batch", desc="calibrate") as bar:
@@ -257,11 +242,9 @@ class _Measure(Interpreter):
 
 def _decide_and_measure(prepared: GraphModule, samples: CalibrationSet, seed: int) -> dict[str, float]:
     """Freeze every record, and measure each layer on a few samples."""
+    nodes = graph.layer_nodes(prepared)
     for name, (weight, activation) in observers(prepared).items():
-        source = graph.layer_nodes(prepared)[name].args[1]
-        assert isinstance(source, Node)
-        decided = weight.record(graph.attribute(prepared, source.args[0]))  # type: ignore[arg-type]
-        weight.restore(decided, weight.bias)
+        weight.restore(weight.record(float_weight(prepared, nodes[name])), weight.bias)
         if activation is not None:
             activation.restore(activation.record())
     rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MEASURED_ROWS]
@@ -271,24 +254,16 @@ def _decide_and_measure(prepared: GraphModule, samples: CalibrationSet, seed: in
 
 
 def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
-    found = {}
-    for name, (_, activation) in observers(prepared).items():
-        if activation is not None and activation.election is not None:
-            values, counts = activation.election.exponents.unique(return_counts=True)
-            channels = dict(zip(values.tolist(), counts.tolist(), strict=True))
-            found[name] = VoteReport(
-                channels, activation.election.refused, float(activation.election.agreement.mean())
-            )
-    return found
+    inputs = {name: activation for name, (_, activation) in observers(prepared).items() if activation is not None}
+    return {name: one.election.report() for name, one in inputs.items() if one.election is not None}
 
 
 def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int) -> str:
     plan: dict[str, LayerPlan] = prepared.meta[PLAN]
     recipe: Recipe = prepared.meta[RECIPE]
-    learning = [
-        str(part) for part in (recipe.scaling, recipe.rounding, recipe.bias_correction, recipe.distillation, seed)
-    ]
-    text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning])
+    stages = (recipe.scaling, recipe.rounding, recipe.bias_correction, recipe.protection, recipe.distillation)
+    learning = [str(stage) for stage in stages]
+    text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning, seed])
     digest = hashlib.sha256(text.encode())
     for _, parameter in sorted(prepared.named_parameters()):
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

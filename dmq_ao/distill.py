@@ -7,26 +7,23 @@ it costs anything at run time.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import TUNED, observers
-from dmq_ao.config import Distillation, InvalidFile
+from dmq_ao.annotate import TUNED, float_bias, observers
+from dmq_ao.config import Distillation
 from dmq_ao.learn import fitted
 from dmq_ao.objectives import relative_error
+from dmq_ao.state import load_state, save_state
 
 WARMUP_STEPS = 10
 SAVE_EVERY = 10
@@ -83,9 +80,7 @@ class Student(Interpreter):
             weight, _ = self.watchers[name]
             assert weight.decided is not None
             self.parameters[f"{name}|scale"] = weight.decided.scale.clone()
-            bias = weight.bias
-            if bias is None and len(node.args) > 2 and isinstance(node.args[2], Node):
-                bias = graph.attribute(prepared, node.args[2]).detach()
+            bias = float_bias(prepared, node) if weight.bias is None else weight.bias
             if bias is not None:
                 self.parameters[f"{name}|bias"] = bias.float().clone()
             own |= {arg for arg in node.all_input_nodes if arg.op == "get_attr"}
@@ -179,8 +174,9 @@ def distill(
     student = Student(prepared)
     run = _Run(student, arguments, by_sample, targets, config, held, seed)
     file = None if state_dir is None else state_dir / "distillation.safetensors"
-    if file is not None and file.exists():
-        run.load(file, digest)
+    saved = load_state(file, digest, "a state of distillation")
+    if saved is not None:
+        run.restore(*saved)
         bar.update(run.step)
     else:
         run.best = run.before = run.check()
@@ -190,7 +186,7 @@ def distill(
         if run.step % every == 0 or run.step == config.steps:
             run.keep_if_better()
         if file is not None and (run.step % SAVE_EVERY == 0 or run.step == config.steps):
-            run.save(file, digest)
+            save_state(file, digest, *run.state())
         bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{run.best:.4f}")
         bar.update(1)
     student.settle(run.kept)
@@ -260,31 +256,17 @@ class _Run:
             self.best = error
             self.kept = {name: p.detach().clone() for name, p in self.student.parameters.items()}
 
-    def save(self, file: Path, digest: str) -> None:
-        """Everything the rest of the run depends on."""
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything the rest of the run depends on, as JSON and tensors."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.student.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.kept[name]}
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
-        meta = {"digest": digest, "step": self.step, "before": self.before, "best": self.best}
-        partial = file.with_suffix(".partial")
-        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, {"run": json.dumps(meta)})
-        os.replace(partial, file)
+        return {"step": self.step, "before": self.before, "best": self.best}, tensors
 
-    def load(self, file: Path, digest: str) -> None:
-        """Go on from what ``save`` wrote."""
-        try:
-            with safe_open(file, "pt") as opened:
-                meta = json.loads((opened.metadata() or {})["run"])
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise InvalidFile(f"{file}: not a state of distillation ({error}); delete it to start again") from error
-        if meta["digest"] != digest:
-            raise ValueError(
-                f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same;"
-                " delete it to start again, or give another state_dir"
-            )
+    def restore(self, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from a ``state``."""
         self.before, self.best = meta["before"], meta["best"]
         for name, parameter in self.student.parameters.items():
             parameter.data = tensors[f"now/{name}"].to(parameter.device)

@@ -98,26 +98,45 @@ def outputs(y: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
 
 
 class Moments:
-    """Weighted means and second moments of inputs ``x`` [n, K] and of residuals ``r`` [n, out]."""
+    """Weighted means of inputs ``x`` [n, K] and of residuals ``r`` [n, out], and their second moments on request."""
 
     def __init__(
-        self, inputs: int, out: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        inputs: int,
+        out: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        second: bool = True,
+        mixed: bool = True,
     ) -> None:
-        """All zero."""
+        """All zero.
+
+        Args:
+            inputs: K.
+            out: outputs of the layer, or of one of its groups.
+            dtype: to sum in.
+            device: of the sums.
+            second: keep the inputs' second moments [K, K], most of the work.
+            mixed: keep those of residuals and inputs [out, K].
+        """
         self.weight, self.centred = 0.0, False
         self.sum_x, self.sum_r = (torch.zeros(n, dtype=dtype, device=device) for n in (inputs, out))
-        self.xx, self.rx = (torch.zeros(n, inputs, dtype=dtype, device=device) for n in (inputs, out))
+        self.xx = torch.zeros(inputs, inputs, dtype=dtype, device=device) if second else None
+        self.rx = torch.zeros(out, inputs, dtype=dtype, device=device) if mixed else None
 
     def update(self, x: Tensor, r: Tensor, weight: Tensor) -> None:
         """Add rows with one ``weight`` [n] each."""
         assert not self.centred, "the second moments were turned into a covariance"
-        weight, x, r = weight.to(self.xx), x.to(self.xx), r.to(self.xx)
+        weight, x, r = weight.to(self.sum_x), x.to(self.sum_x), r.to(self.sum_x)
         weighted = x * weight[:, None]
         self.weight += float(weight.sum())
         self.sum_x += weighted.sum(0)
         self.sum_r += weight @ r
-        self.xx.addmm_(weighted.T, x)
-        self.rx.addmm_(r.T, weighted)
+        if self.xx is not None:
+            self.xx.addmm_(weighted.T, x)
+        if self.rx is not None:
+            self.rx.addmm_(r.T, weighted)
 
     def mean_x(self) -> Tensor:
         """Mean of the inputs [K]."""
@@ -129,6 +148,7 @@ class Moments:
 
     def covariance(self) -> Tensor:
         """Covariance of the inputs [K, K], in the memory of the second moments: nothing can be added any more."""
+        assert self.xx is not None, "second moments were not asked for"
         if not self.centred:
             mean = self.mean_x()
             self.xx.div_(self.weight).addr_(mean, mean, alpha=-1)
@@ -137,4 +157,5 @@ class Moments:
 
     def centred_rx(self) -> Tensor:
         """Covariance of residuals and inputs [out, K]."""
+        assert self.rx is not None, "mixed moments were not asked for"
         return self.rx / self.weight - torch.outer(self.mean_r(), self.mean_x())

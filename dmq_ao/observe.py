@@ -6,22 +6,20 @@ and the same call resumes from them and ends in the same bytes.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from dmq_ao.annotate import observers
-from dmq_ao.config import InvalidFile, Ranges
+from dmq_ao.config import Ranges
 from dmq_ao.observers import ActivationObserver
+from dmq_ao.state import load_state, save_state
 
 SAVE_EVERY_SECONDS = 20.0
 
@@ -96,20 +94,11 @@ class _State:
 
     def load(self) -> bool:
         """Take up a saved run; False when there is none."""
-        if self.file is None or not self.file.exists():
+        saved = load_state(self.file, self.digest, "a calibration state")
+        if saved is None:
             return False
-        try:
-            with safe_open(self.file, "pt") as opened:
-                meta = opened.metadata() or {}
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InvalidFile(f"{self.file}: not a calibration state ({error}); delete it to start again") from error
-        if meta.get("digest") != self.digest:
-            raise ValueError(
-                f"{self.file} belongs to another run: model, recipe, samples and batch_size must all be the same;"
-                " delete it to start again, or give another state_dir"
-            )
-        self.index, self.batch = int(meta["pass"]), int(meta["batch"])
+        meta, tensors = saved
+        self.index, self.batch = meta["pass"], meta["batch"]
         for name, watcher in self.watchers.items():
             prefix = f"{name}|"
             watcher.load_state({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
@@ -129,10 +118,6 @@ class _State:
     def _save(self) -> None:
         if self.file is None:
             return
-        tensors = {
-            f"{name}|{k}": v.contiguous().clone() for name, w in self.watchers.items() for k, v in w.state().items()
-        }
-        partial = self.file.with_suffix(".partial")
-        save_file(tensors, partial, {"digest": self.digest, "pass": str(self.index), "batch": str(self.batch)})
-        os.replace(partial, self.file)
+        tensors = {f"{name}|{k}": v for name, w in self.watchers.items() for k, v in w.state().items()}
+        save_state(self.file, self.digest, {"pass": self.index, "batch": self.batch}, tensors)
         self.saved = time.monotonic()

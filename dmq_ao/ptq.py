@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from dmq_ao import graph
-from dmq_ao.annotate import PLAN, observers
+from dmq_ao.annotate import PLAN, float_weight, observers
 from dmq_ao.calibrate import calibrate
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.diffusers_adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
@@ -191,8 +191,7 @@ def forecast(pipeline: Any, prepared: GraphModule, recipe: Recipe, steps: int = 
 def _weight_shapes(prepared: GraphModule) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights that will be codes, by layer."""
     nodes = graph.layer_nodes(prepared)
-    weights = {name: nodes[name].args[1].args[0] for name in observers(prepared)}  # type: ignore[union-attr]
-    return {name: tuple(graph.attribute(prepared, node).shape) for name, node in weights.items()}  # type: ignore[arg-type]
+    return {name: tuple(float_weight(prepared, nodes[name]).shape) for name in observers(prepared)}
 
 
 def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:

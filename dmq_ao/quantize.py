@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, RECIPE, TUNED, DiffusionQuantizer, make_plan, observers
+from dmq_ao.annotate import PLAN, RECIPE, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
 from dmq_ao.backends import choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
@@ -127,10 +127,7 @@ def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
     records = {}
     nodes = graph.layer_nodes(prepared)
     for name, (weight, activation) in observers(prepared).items():
-        source = nodes[name].args[1]
-        assert isinstance(source, Node)
-        assert isinstance(source.args[0], Node)
-        decided = weight.record(graph.attribute(prepared, source.args[0]))
+        decided = weight.record(float_weight(prepared, nodes[name]))
         weight.restore(decided, weight.bias)
         if activation is not None:
             activation.restore(activation.record())

@@ -7,24 +7,20 @@ to ``state_dir`` at once; a later call takes it from there, and goes on to the s
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, SCALED, observers
-from dmq_ao.config import InvalidFile, Recipe, Rounding, RoundingMethod, Weighting
+from dmq_ao.annotate import PLAN, SCALED, float_bias, float_weight, observers
+from dmq_ao.config import Recipe, Rounding, RoundingMethod, Weighting
 from dmq_ao.layer import LayerRecord, WeightRecord
 from dmq_ao.learn import (
     Rows,
@@ -34,13 +30,15 @@ from dmq_ao.learn import (
     held_out_error,
     learn_scales,
     own_correction,
+    product,
     round_by_feedback,
     round_by_learning,
 )
 from dmq_ao.moments import Geometry, Moments, geometry, outputs, rows
 from dmq_ao.objectives import StepWeighting
-from dmq_ao.observers import ActivationObserver, quantize_weight
+from dmq_ao.observers import ActivationObserver, VoteReport, quantize_weight
 from dmq_ao.observers.channel_scale import spread
+from dmq_ao.state import load_state, save_state
 from dmq_ao.stream import Stream, Value
 
 HELD_ROWS = 2048
@@ -135,13 +133,14 @@ class Reconstruction:
         self.watchers = observers(prepared)
         self.nodes = {name: node for name, node in graph.layer_nodes(prepared).items() if name in self.watchers}
         self.names = {node: name for name, node in self.nodes.items()}
+        self.places = {name: place for place, name in enumerate(self.nodes)}
         self.units = units_of(prepared)
         self.unit_of = {name: unit for unit in self.units for name in unit.layers}
-        self.weights = {name: self._weight(node) for name, node in self.nodes.items()}
+        self.weights = {name: float_weight(prepared, node) for name, node in self.nodes.items()}
         self.count = count
         self.held = held_out(len(steps), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
-        self.votes: dict[str, dict[str, Any]] = {}
+        self.votes: dict[str, VoteReport] = {}
         self.restored: set[int] = set()
         self.scale_gain: dict[str, tuple[float | None, int]] = {}
         signature = graph.signature_of(prepared)
@@ -156,16 +155,6 @@ class Reconstruction:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.stream.run(self._before, self._after)
 
-    def _weight(self, node: Node) -> Tensor:
-        source = node.args[1]
-        assert isinstance(source, Node)
-        assert isinstance(source.args[0], Node)
-        return graph.attribute(self.prepared, source.args[0]).detach()
-
-    def _bias(self, node: Node) -> Tensor | None:
-        bias = node.args[2] if len(node.args) > 2 else None
-        return graph.attribute(self.prepared, bias).detach() if isinstance(bias, Node) else None
-
     def _timestep(self, index: int) -> Tensor | None:
         return None if self.time_index is None else self.batches[index][self.time_index]
 
@@ -175,7 +164,7 @@ class Reconstruction:
         assert weight.decided is not None
         x = args[0] if activation is None else activation.simulate(args[0], self._timestep(index))
         values = weight.decided.dequantize().to(args[1])
-        bias = self._bias(node) if weight.bias is None else weight.bias.to(values)
+        bias = float_bias(self.prepared, node) if weight.bias is None else weight.bias.to(values)
         return node.target(x, values, bias, *args[3:])  # type: ignore[operator]
 
     def _before(self, node: Node) -> None:
@@ -187,7 +176,7 @@ class Reconstruction:
             else:
                 self._decide_inputs(unit)
         if unit.index not in self.restored:
-            self._decide_weight(name, node, unit)
+            self._decide_weight(name, node)
 
     def _after(self, node: Node) -> None:
         unit = self.unit_of[self.names[node]]
@@ -223,7 +212,7 @@ class Reconstruction:
                 self._show(watcher, seen)
             watcher.restore(watcher.record())
             if watcher.election is not None:
-                self.votes[first] = _vote(watcher)
+                self.votes[first] = watcher.election.report()
 
     def _inputs(self, unit: Unit) -> dict[str, ActivationObserver]:
         """One layer for each observer of the unit's inputs."""
@@ -282,21 +271,19 @@ class Reconstruction:
         shape = geometry(node, weight)
         keep = self._positions(name, seen[0], shape, positions, 2)
         x = torch.cat([_by_sample(rows(x.float(), shape, keep), len(x)) for x in seen])
-        groups = weight.reshape(shape.groups, len(weight) // shape.groups, -1)
-        y = torch.einsum("npgk,gok->npgo", x, groups).flatten(2)
-        return Rows(x, y, self.steps, self.held)
+        return Rows(x, product(x, weight), self.steps, self.held)
 
     def _positions(self, name: str, x: Tensor, shape: Geometry, wanted: int, purpose: int) -> Tensor | None:
         """Positions of the output to look at, in order; None for all."""
         count = _position_count(x, shape)
         if count <= wanted:
             return None
-        generator = self._generator(list(self.nodes).index(name), purpose)
+        generator = self._generator(self.places[name], purpose)
         return torch.randperm(count, generator=generator)[:wanted].sort().values
 
     # ---- weight: codes and bias
 
-    def _decide_weight(self, name: str, node: Node, unit: Unit) -> None:
+    def _decide_weight(self, name: str, node: Node) -> None:
         observer, activation = self.watchers[name]
         weight = self.weights[name].float()
         shape = geometry(node, weight)
@@ -330,7 +317,7 @@ class Reconstruction:
                 best, left = learned, after
         bias = None
         if corrects:
-            own, shift = self._bias(node), correction(weight, best, moments)
+            own, shift = float_bias(self.prepared, node), correction(weight, best, moments)
             bias = (shift if own is None else own.float() + shift).contiguous()
         observer.restore(best, bias)
         gain, taken = self.scale_gain.get(name, (None, 0))
@@ -351,7 +338,7 @@ class Reconstruction:
         data = self._student_rows(name, node, shape, rounding)
         with torch.enable_grad():
             if not rounding.compensate:
-                data = replace(data, y=_multiply(data.x, weight, shape.groups))
+                data = replace(data, y=product(data.x, weight))
             return round_by_learning(
                 weight,
                 observer.config,
@@ -359,7 +346,7 @@ class Reconstruction:
                 data,
                 rounding,
                 self.count,
-                self._generator(list(self.nodes).index(name), 3),
+                self._generator(self.places[name], 3),
             )
 
     def _seen(self, name: str, rounding: Rounding, index: int) -> Tensor:
@@ -378,7 +365,7 @@ class Reconstruction:
         numbers = self.weights[name][0].numel() * shape.groups * len(self.steps)
         wanted = max(1, min(rounding.positions, POOL_BYTES // (4 * numbers)))
         keep = self._positions(name, first, shape, wanted, 4)
-        bias = self._bias(node)
+        bias = float_bias(self.prepared, node)
         xs, ys = [], []
         for index, y in enumerate(self.stream.teacher_values[node]):
             x = self._seen(name, rounding, index)
@@ -397,14 +384,26 @@ class Reconstruction:
         rounding: Rounding,
     ) -> tuple[list[Moments], Rows]:
         """Moments of the inputs and residuals over the samples to fit, and rows of those held out."""
-        bias = self._bias(node)
+        bias = float_bias(self.prepared, node)
         first = self._seen(name, rounding, 0)
         fit = ~self.held if len(self.held) > 1 else torch.ones_like(self.held)
         taps, out = weight[0].numel(), len(weight)
-        wanted = max(rounding.positions, math.ceil(4 * taps / max(1, int(fit.sum()))))
+        wanted = rounding.positions
+        feedback = self.recipe.rounding is not None and rounding.method is RoundingMethod.FEEDBACK
+        if feedback:  # as many rows as the second moments need to have full rank
+            wanted = max(wanted, math.ceil(4 * taps / max(1, int(fit.sum()))))
         keep = self._positions(name, first, shape, wanted, 5)
         sample_weights = self._sample_weights(name, node, shape, nearest, rounding)
-        moments = [Moments(taps, out // shape.groups, device=weight.device) for _ in range(shape.groups)]
+        moments = [
+            Moments(
+                taps,
+                out // shape.groups,
+                device=weight.device,
+                second=feedback,
+                mixed=feedback and rounding.compensate,
+            )
+            for _ in range(shape.groups)
+        ]
         few = max(1, HELD_ROWS // max(1, int(self.held.sum())))
         xs, ys, start = [], [], 0
         for index, wholly in enumerate(self.stream.teacher_values[node]):
@@ -415,14 +414,14 @@ class Reconstruction:
             mask, held = fit[where], self.held[where]
             xs.append(x[held, :few])
             ys.append(y[held, :few])
-            lost = y[mask] - _multiply(x[mask], weight, shape.groups)
+            lost = y[mask] - product(x[mask], weight)
             repeated = sample_weights[where][mask].repeat_interleave(x.shape[1])
             for group, one in enumerate(moments):
                 part = slice(group * (out // shape.groups), (group + 1) * (out // shape.groups))
                 one.update(x[mask, :, group].flatten(0, 1), lost[..., part].flatten(0, 1), repeated)
         inputs, wanted_y = torch.cat(xs), torch.cat(ys)
         if not rounding.compensate:
-            wanted_y = _multiply(inputs, weight, shape.groups)
+            wanted_y = product(inputs, weight)
         return moments, Rows(inputs, wanted_y, self.steps[self.held], torch.ones(len(inputs)).bool())
 
     def _sample_weights(
@@ -432,12 +431,12 @@ class Reconstruction:
         if rounding.step_weights.kind is Weighting.UNIFORM:
             return torch.ones(len(self.steps))
         keep = self._positions(name, self._seen(name, rounding, 0), shape, 32, 6)
-        bias, values, errors = self._bias(node), nearest.dequantize(), []
+        bias, values, errors = float_bias(self.prepared, node), nearest.dequantize(), []
         for index, wholly in enumerate(self.stream.teacher_values[node]):
             x = _by_sample(rows(self._seen(name, rounding, index), shape, keep), len(wholly))
             y = outputs(wholly.float(), shape, keep).reshape(len(wholly), -1, len(values))
             y = y if bias is None else y - bias.float()
-            errors.append((_multiply(x, values, shape.groups) - y).square().sum(-1).mean(-1))
+            errors.append((product(x, values) - y).square().sum(-1).mean(-1))
         weighting = StepWeighting(rounding.step_weights, self.count)
         weights = weighting(torch.cat(errors), self.steps)
         return weights / weights.mean().clamp_min(1e-20)
@@ -453,14 +452,11 @@ class Reconstruction:
             return
         records = {name: self._record(name) for name in unit.layers}
         meta = {
-            "digest": self.digest,
             "layers": serialization.layer_configs(records),
             "learned": {name: asdict(self.learned[name]) for name in unit.layers},
-            "votes": {name: vote for name, vote in self.votes.items() if name in unit.layers},
+            "votes": {name: vote.to_dict() for name, vote in self.votes.items() if name in unit.layers},
         }
-        partial = file.with_suffix(".partial")
-        save_file(serialization.layer_tensors(records), partial, {"unit": json.dumps(meta)})
-        os.replace(partial, file)
+        save_state(file, self.digest, meta, serialization.layer_tensors(records))
 
     def _record(self, name: str) -> LayerRecord:
         weight, activation = self.watchers[name]
@@ -472,20 +468,10 @@ class Reconstruction:
 
     def _restore(self, unit: Unit) -> bool:
         """Take a unit's decisions from its file; False when there is none."""
-        file = self._file(unit)
-        if file is None or not file.exists():
+        saved = load_state(self._file(unit), self.digest, "a unit of a calibration")
+        if saved is None:
             return False
-        try:
-            with safe_open(file, "pt") as opened:
-                meta = json.loads((opened.metadata() or {})["unit"])
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-            raise InvalidFile(f"{file}: not a unit of a calibration ({error}); delete it to learn it again") from error
-        if meta["digest"] != self.digest:
-            raise ValueError(
-                f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same;"
-                " delete the folder to start again, or give another state_dir"
-            )
+        meta, tensors = saved
         for name, record in serialization.layer_records(meta["layers"], tensors).items():
             weight, activation = self.watchers[name]
             weight.restore(record.weight, record.bias)
@@ -493,18 +479,8 @@ class Reconstruction:
                 activation.channel_scale = record.activation.channel_scale
                 activation.restore(record.activation)
             self.learned[name] = LayerLearning(**meta["learned"][name])
-        self.votes |= meta["votes"]
+        self.votes |= {name: VoteReport.from_dict(vote) for name, vote in meta["votes"].items()}
         return True
-
-
-def _vote(watcher: ActivationObserver) -> dict[str, Any]:
-    assert watcher.election is not None
-    values, counts = watcher.election.exponents.unique(return_counts=True)
-    return {
-        "channels": dict(zip(map(str, values.tolist()), counts.tolist(), strict=True)),
-        "refused": watcher.election.refused,
-        "mean_agreement": float(watcher.election.agreement.mean()),
-    }
 
 
 def _channel_ranges(seen: Value, ch_axis: int) -> tuple[Tensor, Tensor]:
@@ -515,11 +491,6 @@ def _channel_ranges(seen: Value, ch_axis: int) -> tuple[Tensor, Tensor]:
 
 def _by_sample(flat: Tensor, count: int) -> Tensor:
     return flat.reshape(count, -1, *flat.shape[1:])
-
-
-def _multiply(x: Tensor, weight: Tensor, groups: int) -> Tensor:
-    result: Tensor = torch.einsum("npgk,gok->npgo", x, weight.reshape(groups, len(weight) // groups, -1)).flatten(2)
-    return result
 
 
 def _position_count(x: Tensor, shape: Geometry) -> int:

@@ -6,8 +6,6 @@ hundred: eight bits for them cost next to nothing. What was decided is written i
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics, ops
-from dmq_ao.annotate import PLAN, RECIPE, observers
-from dmq_ao.config import InvalidFile, Override, Protection, Recipe
+from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers
+from dmq_ao.config import Override, Protection, Recipe
 from dmq_ao.layer import LayerPlan
 from dmq_ao.objectives import relative_error
 from dmq_ao.observers import ActivationObserver, WeightObserver
+from dmq_ao.state import load_state, save_state
 
 ASKED = "dmq_ao.asked"
 Watchers = tuple[WeightObserver, ActivationObserver | None]
@@ -68,11 +67,8 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
         for name, node in graph.layer_nodes(prepared).items():
             if name not in watchers:
                 continue
-            source = node.args[1]
-            assert isinstance(source, Node)
-            assert isinstance(source.args[0], Node)
             run.changed = node
-            run.weight = watchers[name][0].record(graph.attribute(prepared, source.args[0])).dequantize()
+            run.weight = watchers[name][0].record(float_weight(prepared, node)).dequantize()
             activation = watchers[name][1]
             run.bits = None if activation is None else activation.config.bits
             reached = graph.reach(prepared, {node})
@@ -106,8 +102,8 @@ def choose(found: dict[str, float], plan: dict[str, LayerPlan], protection: Prot
 
 def protect(
     prepared: GraphModule, arguments: list[Tensor], state_dir: Path | None, digest: str, bar: tqdm[Any]
-) -> dict[str, float]:
-    """Give the most sensitive layers more weight bits, in the observers, the plan and the recipe; sensitivities.
+) -> None:
+    """Give the most sensitive layers more bits, in the observers, the plan and the recipe.
 
     Args:
         prepared: its recipe has a ``protection``.
@@ -122,14 +118,11 @@ def protect(
     """
     recipe: Recipe = prepared.meta[RECIPE]
     assert recipe.protection is not None
-    file = None if state_dir is None else state_dir / "sensitivities.json"
-    found = _read(file, digest) if file is not None and file.exists() else None
-    if found is None:
-        found = sensitivities(prepared, arguments, bar)
-        if file is not None:
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps({"digest": digest, "sensitivities": found}))
-            os.replace(partial, file)
+    file = None if state_dir is None else state_dir / "sensitivity.safetensors"
+    saved = load_state(file, digest, "the sensitivities of a calibration")
+    found: dict[str, float] = sensitivities(prepared, arguments, bar) if saved is None else saved[0]
+    if saved is None and file is not None:
+        save_state(file, digest, found, {})
     plan: dict[str, LayerPlan] = dict(prepared.meta[PLAN])
     prepared.meta[ASKED] = (recipe, prepared.meta[PLAN])
     watchers = observers(prepared)
@@ -139,7 +132,6 @@ def protect(
     overrides = [Override(graph.literal(n), weight=plan[n].weight, activation=plan[n].activation) for n in changed]
     config = replace(recipe.config, overrides=(*recipe.config.overrides, *overrides))
     prepared.meta[PLAN], prepared.meta[RECIPE] = plan, replace(recipe, config=config, protection=None)
-    return found
 
 
 def _widen(watchers: dict[str, Watchers], plan: dict[str, LayerPlan], name: str, bits: int) -> None:
@@ -165,17 +157,3 @@ def forget(prepared: GraphModule) -> None:
         weight.config = prepared.meta[PLAN][name].weight
         if activation is not None:
             activation.config = prepared.meta[PLAN][name].activation
-
-
-def _read(file: Path, digest: str) -> dict[str, float]:
-    try:
-        data = json.loads(file.read_text())
-        found, of = dict(data["sensitivities"]), data["digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InvalidFile(f"{file}: not the sensitivities of a calibration ({error}); delete it") from error
-    if of != digest:
-        raise ValueError(
-            f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same; delete"
-            " the folder to start again, or give another state_dir"
-        )
-    return found

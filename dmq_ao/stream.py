@@ -180,12 +180,13 @@ class Stream:
 
     def _bound(self, now: Node, folder: Path) -> None:
         """Write what is needed last to disk until the rest fits; what ``now`` reads is needed first."""
-        sizes = {id(value): value.nbytes for _, value in self._live()}
+        live = self._live()
+        sizes = {id(value): value.nbytes for _, value in live}
         total = sum(sizes.values())
         self.peak_bytes = max(self.peak_bytes, total)
         if total <= self.max_memory:
             return
-        for node, value in sorted(self._live(), key=lambda pair: -self._next_use(pair[0], now)):
+        for node, value in sorted(live, key=lambda pair: -self._next_use(pair[0], now)):
             if total <= self.max_memory:
                 break
             total -= sizes[id(value)]

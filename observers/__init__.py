@@ -7,7 +7,7 @@ from dmq_ao.observers.minmax import MinMax
 from dmq_ao.observers.mse import MSE
 from dmq_ao.observers.per_step import RangeEstimator, RangeTable
 from dmq_ao.observers.percentile import Percentile
-from dmq_ao.observers.power_of_two import Election, Vote, ballots, candidate_errors, elect
+from dmq_ao.observers.power_of_two import Election, Vote, VoteReport, ballots, candidate_errors, elect
 from dmq_ao.observers.weight import WeightObserver, quantize_weight
 
 ALL_OBSERVERS: dict[str, type[RangeEstimator]] = {
@@ -29,6 +29,7 @@ __all__ = [
     "RangeEstimator",
     "RangeTable",
     "Vote",
+    "VoteReport",
     "WeightObserver",
     "ballots",
     "candidate_errors",

@@ -5,7 +5,10 @@ winner without enough agreement yields to exponent 0, the plain step. Only finer
 clipping for resolution, and the guard refuses a trade that costs more than it brings.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +78,24 @@ def elect(counts: Tensor, agreement: float, ties: Ties = Ties.COARSE) -> Tensor:
     return torch.where(counts.amax(-1) >= needed, winner, torch.zeros_like(winner)).to(torch.int8)
 
 
+@dataclass(frozen=True)
+class VoteReport:
+    """Outcome of one layer's power-of-two vote: how many channels took each exponent, and how many were refused."""
+
+    channels: dict[int, int]
+    refused: int
+    mean_agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**vars(self), "channels": {str(exponent): count for exponent, count in self.channels.items()}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> VoteReport:
+        """What ``to_dict`` gave."""
+        return cls(**{**data, "channels": {int(exponent): count for exponent, count in data["channels"].items()}})
+
+
 @dataclass(frozen=True, eq=False)
 class Election:
     """The outcome of a vote.
@@ -88,6 +109,12 @@ class Election:
     exponents: Tensor
     agreement: Tensor
     refused: int
+
+    def report(self) -> VoteReport:
+        """In numbers that people read."""
+        values, counts = self.exponents.unique(return_counts=True)
+        channels = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        return VoteReport(channels, self.refused, float(self.agreement.mean()))
 
 
 class Vote:

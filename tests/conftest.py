@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from plain import Plain, plain_samples, seeded
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao import graph
+from dmq_ao.calibration import CalibrationSet
 
 # Tensors here are tiny: handing work to a second thread costs more than it saves, and takes cores from parallel runs.
 torch.set_num_threads(1)
@@ -133,3 +135,23 @@ def capture_once() -> Callable[..., GraphModule]:
         return copy.deepcopy(gm, {id(tensor): tensor for tensor in [*gm.parameters(), *gm.buffers()]})
 
     return copy_of
+
+
+@pytest.fixture(scope="module")
+def captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
+    """Every ``dmq_ao.prepare`` of a file that asks for this captures a model once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graph, "capture", capture_once)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """The plain denoiser, or the class that a test asks for."""
+    return seeded(getattr(request, "param", Plain))
+
+
+@pytest.fixture(scope="module")
+def samples(model: nn.Module) -> CalibrationSet:
+    """What ``model`` saw in a short sampling loop."""
+    return plain_samples(model)

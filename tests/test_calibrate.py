@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import graph
+from dmq_ao import graph, state
 from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import InvalidFile, Ranges, Recipe
 
@@ -29,21 +29,7 @@ BATCH = 5  # of 16 samples: four batches a pass, the last one short
 BATCHES = 8  # of the two passes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "capture", capture_once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return seeded(Plain)
-
-
-@pytest.fixture(scope="module")
-def samples(model: nn.Module) -> dmq_ao.CalibrationSet:
-    return plain_samples(model)
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 
 
 @pytest.fixture
@@ -168,7 +154,7 @@ def test_a_kill_while_the_state_is_written(
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr(module, "SAVE_EVERY_SECONDS", -1.0)
-    monkeypatch.setattr(module, "save_file", half)
+    monkeypatch.setattr(state, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         calibrate(prepare(), samples, state_dir=tmp_path)
     outcome = calibrate(prepare(), samples, state_dir=tmp_path)
@@ -244,7 +230,7 @@ def test_the_state_of_another_run_is_refused(
         other.merge.weight += shift
     given = plain_samples(other, seed=seed) if seed else samples
     prepared = dmq_ao.prepare(other, recipe, samples.example())
-    with pytest.raises(ValueError, match="belongs to another run: .* delete it to start again, or give another") as e:
+    with pytest.raises(ValueError, match="belongs to another run: .* delete the folder to start again, or give") as e:
         calibrate(prepared, given, state_dir=tmp_path, batch_size=batch_size)
     assert str(tmp_path / STATE) in str(e.value)
     assert (tmp_path / STATE).read_bytes() == before
@@ -266,7 +252,7 @@ def test_a_foreign_file_in_the_place_of_the_state(
     prepare: Callable[..., GraphModule], samples: dmq_ao.CalibrationSet, tmp_path: Path
 ) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / STATE)
-    with pytest.raises(ValueError, match="belongs to another run"):
+    with pytest.raises(InvalidFile, match="not a calibration state"):
         calibrate(prepare(), samples, state_dir=tmp_path)
 
 

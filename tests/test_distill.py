@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import graph
+from dmq_ao import state
 from dmq_ao.annotate import TUNED, observers
 from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import Distillation, InvalidFile, Recipe
@@ -50,24 +50,10 @@ class Normed(nn.Module):
         return self.last(h)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "capture", capture_once)
-        yield
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 
 
 BOTH = pytest.mark.parametrize("model", [Plain, Normed], indirect=True)
-
-
-@pytest.fixture(scope="module")
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    return seeded(getattr(request, "param", Plain))
-
-
-@pytest.fixture(scope="module")
-def samples(model: nn.Module) -> dmq_ao.CalibrationSet:
-    return plain_samples(model)
 
 
 @dataclasses.dataclass
@@ -323,7 +309,7 @@ def test_a_kill_while_the_state_is_written(
             raise KeyboardInterrupt
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr(module, "save_file", half)
+    monkeypatch.setattr(state, "save_file", half)
     with pytest.raises(KeyboardInterrupt):
         calibrated(model, samples, state_dir=tmp_path)
     assert_same_outcome(calibrated(model, samples, state_dir=tmp_path), distilled)
@@ -346,7 +332,7 @@ def test_a_state_of_another_run_is_refused(model: nn.Module, samples: dmq_ao.Cal
     calibrated(model, samples, state_dir=tmp_path)
     calibrated(model, samples, seed=1, state_dir=tmp_path / "other")
     (tmp_path / "other" / STATE).replace(tmp_path / STATE)
-    with pytest.raises(ValueError, match="belongs to another run: .* delete it to start again, or give another") as e:
+    with pytest.raises(ValueError, match="belongs to another run: .* delete the folder to start again, or give") as e:
         calibrated(model, samples, state_dir=tmp_path)
     assert str(tmp_path / STATE) in str(e.value)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,7 @@ BACKENDS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "capture", capture_once)
-        yield
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 
 
 class Blind(nn.Module):
@@ -555,6 +550,8 @@ def with_config(**changes: Any) -> Recipe:
             r"keep_float: pattern 'nothing.\*' matches no layer; the layers are first, t",
         ),
         ({"overrides": (Override("Conv", keep_float=True),)}, "override: pattern 'Conv' matches no layer"),
+        ({"overrides": (Override("conv.part0", keep_float=True),)}, "override: pattern 'conv.part0' matches no layer"),
+        ({"overrides": (Override("merge.part2", keep_float=True),)}, "pattern 'merge.part2' matches no layer"),
         ({"power_of_two": PowerOfTwo(("skip",))}, "power_of_two: pattern 'skip' matches no layer"),
         ({"keep_float": ("@inptu",)}, r"keep_float: unknown role '@inptu'; the roles are \['@input', '@output'"),
         (

@@ -12,7 +12,7 @@ SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed a
 FLOORS = (
     "config numerics patch_embed",
     "ops layer graph",
-    "observers passes objectives calibration evaluation moments stream",
+    "observers passes objectives calibration evaluation moments state stream",
     "annotate learn recipes serialization backends module doctor",
     "observe reconstruct distill sensitivity",
     "calibrate",

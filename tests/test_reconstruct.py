@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,20 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import graph
+from dmq_ao import state
 from dmq_ao.annotate import observers
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.calibrate import graph_arguments
-from dmq_ao.config import ChannelScaling, InvalidFile, Ranges, Recipe, Rounding, RoundingMethod, StepWeights
+from dmq_ao.config import (
+    ChannelScaling,
+    Distillation,
+    InvalidFile,
+    Ranges,
+    Recipe,
+    Rounding,
+    RoundingMethod,
+    StepWeights,
+)
 from dmq_ao.reconstruct import units_of
 
 module = importlib.import_module("dmq_ao.reconstruct")
@@ -57,21 +66,7 @@ HAS_ONEDNN = not ALL_BACKENDS["onednn"].unsupported({})
 BACKENDS = ["onednn", "reference"] if HAS_ONEDNN else ["reference", "reference"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "capture", capture_once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return seeded(Plain)
-
-
-@pytest.fixture(scope="module")
-def samples(model: nn.Module) -> dmq_ao.CalibrationSet:
-    return plain_samples(model)
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 
 
 @dataclasses.dataclass
@@ -323,6 +318,7 @@ def test_two_runs_give_the_same_bytes(
     assert not report.resumed
     assert written(denoiser, tmp_path / "out") == expected
     files = {"distillation.safetensors"} if recipe.distillation else set()
+    files |= {"sensitivity.safetensors"} if recipe.protection else set()
     found = {name for name in contents(state) if name.endswith(".safetensors")}
     assert found == files | {f"units/{i:04d}.safetensors" for i in range(3)}
     again, report = run(model, recipe, samples, state_dir=str(state))
@@ -343,14 +339,15 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     saved: list[Path] = []
 
     def half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        if len(saved) == count:
-            path.write_bytes(b"half a file")
-            raise KeyboardInterrupt
-        saved.append(path)
+        if path.parent.name == "units":
+            if len(saved) == count:
+                path.write_bytes(b"half a file")
+                raise KeyboardInterrupt
+            saved.append(path)
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_file", half)
+        patch.setattr(state, "save_file", half)
         with pytest.raises(KeyboardInterrupt):
             run(model, recipe, samples, state_dir=tmp_path / "state")
     decided: list[str] = []
@@ -386,7 +383,7 @@ def test_a_damaged_unit_is_named(
     file = tmp_path / "units" / "0001.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(InvalidFile, match="not a unit of a calibration .*; delete it to learn it again") as caught:
+    with pytest.raises(InvalidFile, match="not a unit of a calibration .*; delete it to start again") as caught:
         run(model, LEARNING["bias"], samples, state_dir=tmp_path)
     assert str(file) in str(caught.value)
     file.unlink()
@@ -407,11 +404,12 @@ def test_a_foreign_file_in_the_place_of_a_unit(
     [
         ({"scaling": ChannelScaling(steps=0)}, {}),
         ({"rounding": Rounding()}, {}),
+        ({"distillation": Distillation(steps=1)}, {}),
         ({"config": minmax("w3a8").config}, {}),
         ({}, {"seed": 1}),
         ({}, {"batch_size": 3}),
     ],
-    ids=["scaling", "rounding", "bits", "seed", "batch size"],
+    ids=["scaling", "rounding", "distillation", "bits", "seed", "batch size"],
 )
 def test_the_units_of_another_run_are_refused(
     changes: dict[str, Any],

@@ -8,20 +8,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain import STEPS, Plain, assert_same, assert_same_records, flow, plain_samples, record, relative, seeded
+from plain import STEPS, Plain, assert_same, assert_same_records, flow, record, relative, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import graph, serialization
+from dmq_ao import serialization
 from dmq_ao.config import ChannelScaling, Granularity, InvalidFile, Override, Ranges, Recipe, TensorConfig
 from dmq_ao.serialization import CONFIG, KEY, TENSORS
 
@@ -67,21 +66,7 @@ RECIPES = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return seeded(Plain)
-
-
-@pytest.fixture(scope="module")
-def samples(model: nn.Module) -> dmq_ao.CalibrationSet:
-    return plain_samples(model)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "capture", capture_once)
-        yield
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 
 
 @pytest.fixture(scope="module")

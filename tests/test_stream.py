@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain import Plain, plain_samples, seeded
+from plain import seeded
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -23,21 +22,7 @@ AMPLE = 1 << 40
 Values = dict[str, list[Any]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _captures_are_shared(capture_once: Callable[..., GraphModule]) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graph, "capture", capture_once)
-        yield
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return seeded(Plain)
-
-
-@pytest.fixture(scope="module")
-def samples(model: nn.Module) -> dmq_ao.CalibrationSet:
-    return plain_samples(model)
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 
 
 @pytest.fixture(scope="module")
