@@ -3,7 +3,8 @@
 A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one integer kernel that reads
 the codes. The quantize step stays plain operators, so Inductor fuses it with the norm and activation before it.
 Power-of-two exponents cost nothing when the shifted weight codes fit int8; codes too wide for that are multiplied in
-up to four groups of channels, one group per exponent, each exact.
+up to four groups of channels, one group per exponent, each exact. Inputs of more than 8 bits are multiplied byte by
+byte: ``q - zero_point = 2**s * (high - zero_high) + (low - zero_low)``.
 
 The kernels are operators of their own (``dmq_ao::int_conv``, ``dmq_ao::int_linear``) because Inductor lowers oneDNN's
 only under global freezing. Scales and zero points are tensors, so a table looked up by timestep needs no
@@ -13,7 +14,7 @@ recompilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -229,71 +230,85 @@ def _fits(record: LayerRecord) -> bool:
 
 
 def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
+    bias = node.args[2] if len(node.args) > 2 else None
+    word = "linear" if record.kind == "linear" else "convolution"
+    assert record.activation is not None
+    why = []
+    with gm.graph.inserting_before(node):
+        products = _bytes(gm, node, record.activation.bits)
+        if len(products) > 1:
+            why.append(f"one product per byte of a {record.activation.bits}-bit input")
+        if _fits(record):
+            groups = 1 if record.kind == "linear" else _Convolution.of(node, 2).groups
+            shifted, largest = shifted_codes(record.weight, record.activation.exponents, groups)
+            products = [replace(one, weight=shifted, factor=one.factor * 2.0**-largest) for one in products]
+        else:
+            products = [part for one in products for part in _by_exponent(gm, record, one)]
+            why.append("one product per exponent: shifted codes are wider than int8")
+        result = _emit(gm, node, record, products[0], bias)
+        for one in products[1:]:
+            part = _emit(gm, node, record, one, None)
+            result = gm.graph.call_function(graph.aten.add.Tensor, (result, part))
+    result.meta = {**node.meta}
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    times = f" x{len(products)}" if why else ""
+    return Kernel(f"onednn int8 {word}{times}", "; ".join(why))
+
+
+@dataclass(frozen=True, eq=False)
+class _Product:
+    """One integer kernel: uint8 codes times int8-sized codes of the weight, each counting ``factor * scale``."""
+
+    codes: Node
+    scale: Any
+    zero_point: Any
+    factor: float = 1.0
+    weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+def _bytes(gm: GraphModule, node: Node, bits: int) -> list[_Product]:
+    """The products that a layer's input makes: one, or a high and a low byte of wide codes."""
     real = node.args[0]
     assert isinstance(real, Node)
     assert real.target == ops.dequantize
     codes, scale, zero_point = real.args[:3]
     assert isinstance(codes, Node)
-    assert record.activation is not None
-    exponents = record.activation.exponents
-    bias = node.args[2] if len(node.args) > 2 else None
-    word = "linear" if record.kind == "linear" else "convolution"
-    with gm.graph.inserting_before(node):
-        if _fits(record):
-            groups = 1 if record.kind == "linear" else _Convolution.of(node, 2).groups
-            shifted, largest = shifted_codes(record.weight, exponents, groups)
-            result = _emit(gm, node, record, codes, (scale, zero_point), 2.0**-largest, shifted, bias)
-            kernel = Kernel(f"onednn int8 {word}")
-        else:
-            result, count = _emit_groups(gm, node, record, codes, (scale, zero_point), bias)
-            kernel = Kernel(
-                f"onednn int8 {word} x{count}", "one product per exponent: shifted codes are wider than int8"
-            )
-    result.meta = {**node.meta}
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
-    return kernel
+    if bits <= 8:
+        return [_Product(codes, scale, zero_point)]
+    call, shift = gm.graph.call_function, bits - 8
+    high, zero_high = (
+        call(graph.aten.bitwise_right_shift.Tensor_Scalar, (whole, shift)) for whole in (codes, zero_point)
+    )
+    low, zero_low = (call(graph.aten.bitwise_and.Scalar, (whole, (1 << shift) - 1)) for whole in (codes, zero_point))
+    high, low = (call(graph.aten.to.dtype, (part, torch.uint8)) for part in (high, low))
+    return [_Product(high, scale, zero_high, 2.0**shift), _Product(low, scale, zero_low)]
 
 
-def _emit_groups(
-    gm: GraphModule, node: Node, record: LayerRecord, codes: Node, qparams: tuple[Any, Any], bias: Any
-) -> tuple[Node, int]:
-    """One kernel per exponent over the channels that have it, summed in float."""
+def _by_exponent(gm: GraphModule, record: LayerRecord, whole: _Product) -> list[_Product]:
+    """A product for each exponent, over the channels that have it."""
     assert record.activation is not None
     assert record.activation.exponents is not None
-    exponents = record.activation.exponents
+    exponents, axis = record.activation.exponents, record.activation.ch_axis
     centred, _ = shifted_codes(record.weight, None)
-    total: Node | None = None
-    present = exponents.unique().tolist()
-    for exponent in present:
+    products = []
+    for exponent in exponents.unique().tolist():
         index = torch.nonzero(exponents == exponent)[:, 0]
         index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
-        axis = record.activation.ch_axis
-        chosen = gm.graph.call_function(graph.aten.index_select.default, (codes, axis, index_node))
-        piece = centred.index_select(1, index)
-        part = _emit(gm, node, record, chosen, qparams, 2.0**-exponent, piece, bias if total is None else None)
-        total = part if total is None else gm.graph.call_function(graph.aten.add.Tensor, (total, part))
-    assert total is not None
-    return total, len(present)
+        chosen = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
+        factor = whole.factor * 2.0**-exponent
+        products.append(replace(whole, codes=chosen, factor=factor, weight=centred.index_select(1, index)))
+    return products
 
 
-def _emit(
-    gm: GraphModule,
-    node: Node,
-    record: LayerRecord,
-    codes: Node,
-    qparams: tuple[Any, Any],
-    factor: float,
-    weight: Tensor,
-    bias: Any,
-) -> Node:
-    """One integer kernel; ``weight`` holds int8-sized codes whose products count ``factor * scale`` each."""
+def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, bias: Any) -> Node:
+    """The nodes of one integer kernel."""
     call = gm.graph.call_function
+    codes, weight = product.codes, product.weight.to(torch.int8)
     out_dtype: torch.dtype = node.meta["val"].dtype
     kernel_dtype = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
-    weight = weight.to(torch.int8)
     # The layer's power of two goes into the weight scale: exact, and the table of input scales stays shared.
-    weight_scale = record.weight.scale[:, 0] * factor
+    weight_scale = record.weight.scale[:, 0] * product.factor
     scale_node = graph.add_tensor(gm, f"{record.name}.kernel_scale", weight_scale)
     if bias is not None and kernel_dtype != out_dtype:
         bias = call(graph.aten.to.dtype, (bias, kernel_dtype))
@@ -313,7 +328,9 @@ def _emit(
         codes = _channels_last(gm, codes)
         target = torch.ops.dmq_ao.int_conv.default
         geometry = (*shape, conv.groups, list(weight.shape[2:]))  # type: ignore[assignment]
-    result = call(target, (codes, *qparams, packed, scale_node, bias, *geometry, kernel_dtype))
+    result = call(
+        target, (codes, product.scale, product.zero_point, packed, scale_node, bias, *geometry, kernel_dtype)
+    )
     if record.kind == "conv1d":
         result = call(graph.aten.squeeze.dim, (result, 2))
     if kernel_dtype != out_dtype:

@@ -16,6 +16,8 @@ from enum import Enum
 from typing import Any, TypeVar
 
 MAX_BITS = 8
+# A wider input is multiplied as two bytes; beyond this nothing is left to gain over float.
+MAX_INPUT_BITS = 12
 FLOAT_BITS = 16
 
 
@@ -101,7 +103,8 @@ class TensorConfig:
     """How one tensor becomes integers.
 
     Attributes:
-        bits: width of a code, 1 to 8; an activation of 16 bits stays in float.
+        bits: width of a code: 1 to 8; activations also up to 12, which integer kernels multiply as two bytes; 16 stays
+            in float.
         granularity: which elements share a scale. Activations are per tensor.
         group_size: input features per scale, for ``PER_GROUP`` weights.
         symmetric: signed codes around zero (``zero_point`` 0) instead of unsigned ones with a zero point.
@@ -117,8 +120,11 @@ class TensorConfig:
     observer: str = "minmax"
 
     def __post_init__(self) -> None:
-        if not (1 <= self.bits <= MAX_BITS or self.bits == FLOAT_BITS):
-            raise ValueError(f"bits must be 1 to {MAX_BITS}, or {FLOAT_BITS} for float; got {self.bits}")
+        if not (1 <= self.bits <= MAX_INPUT_BITS or self.bits == FLOAT_BITS):
+            raise ValueError(
+                f"bits must be 1 to {MAX_BITS}, up to {MAX_INPUT_BITS} for activations, or {FLOAT_BITS} for float; got"
+                f" {self.bits}"
+            )
         if (self.granularity is Granularity.PER_GROUP) != (self.group_size is not None):
             raise ValueError(f"group_size goes with per_group, got {self.granularity.value} and {self.group_size}")
         if self.group_size is not None and self.group_size < 1:
@@ -192,6 +198,9 @@ class QuantConfig:
     power_of_two: PowerOfTwo | None = None
 
     def __post_init__(self) -> None:
+        for config in (self.weight, *(o.weight for o in self.overrides if o.weight)):
+            if MAX_BITS < config.bits < FLOAT_BITS:
+                raise ValueError(f"weights have 1 to {MAX_BITS} bits, or {FLOAT_BITS} for float; got {config.bits}")
         for config in (self.activation, *(o.activation for o in self.overrides if o.activation)):
             if config.granularity is not Granularity.PER_TENSOR:
                 raise ValueError(f"activations are quantized per_tensor, got {config.granularity.value}")
@@ -317,24 +326,33 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Protection:
-    """More bits for the layers that the output is most sensitive to and that hold few weights.
+    """More bits for the layers that the output is most sensitive to and that cost little.
 
     Attributes:
-        share: of all weights that may get the bits.
+        share: of all weights that may get ``bits``.
         bits: of those weights, then symmetric, and of their layers' inputs.
+        input_share: of all multiply-accumulates whose input may get ``input_bits``, where that input alone makes a
+            good part of the error; integer kernels do these products twice.
+        input_bits: of those inputs.
         samples: on which the sensitivity is measured, one layer at a time.
     """
 
     share: float = 0.01
     bits: int = 8
+    input_share: float = 0.03
+    input_bits: int = 12
     samples: int = 4
 
     def __post_init__(self) -> None:
         _at_least(self, samples=1)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0, at most 1; got {self.share}")
+        if not 0 <= self.input_share <= 1:
+            raise ValueError(f"input_share must be 0 to 1; got {self.input_share}")
         if not 2 <= self.bits <= MAX_BITS:
             raise ValueError(f"bits must be 2 to {MAX_BITS}, got {self.bits}")
+        if not 2 <= self.input_bits <= MAX_INPUT_BITS:
+            raise ValueError(f"input_bits must be 2 to {MAX_INPUT_BITS}, got {self.input_bits}")
 
 
 @dataclass(frozen=True)

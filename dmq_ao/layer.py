@@ -148,7 +148,7 @@ class LayerRecord:
         bits += 0 if self.bias is None else 32 * self.bias.numel()
         if activation is None:
             return bits
-        bits += 40 * activation.scale.numel()
+        bits += (40 if activation.bits <= 8 else 48) * activation.scale.numel()
         bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
         bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())

@@ -44,7 +44,7 @@ def _quantize(
 ) -> Tensor:
     zero_point = numerics.along(zero_point, 0, x.dim())
     codes = numerics.quantize(x, _step(x, scale, channel_scale, ch_axis), zero_point, quant_min, quant_max)
-    return codes.to(torch.uint8)
+    return codes.to(torch.uint8 if quant_max <= 255 else torch.int16)
 
 
 def _dequantize(
@@ -91,7 +91,7 @@ _register("row(Tensor timestep, Tensor timesteps) -> Tensor", _row)
 _register("dynamic_qparams(Tensor x, int bits) -> (Tensor, Tensor)", _dynamic_qparams)
 
 quantize = torch.ops.dmq_ao.quantize.default
-"""uint8 codes of ``x`` [B, ...]; see the module docstring."""
+"""Codes of ``x`` [B, ...], uint8, or int16 where ``quant_max`` needs it; see the module docstring."""
 dequantize = torch.ops.dmq_ao.dequantize.default
 """Real values of activation codes [B, ...], in ``dtype``."""
 dequantize_weight = torch.ops.dmq_ao.dequantize_weight.default

@@ -202,6 +202,8 @@ def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Re
     bits = -(-numel // 8) * 8 * item.weight.bits + scales * (32 if item.weight.symmetric else 40)
     if item.activation is None:
         return bits
-    row = {Ranges.STATIC: 40, Ranges.PER_STEP: 72 * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
+    extra = 0 if item.activation.bits <= 8 else 8
+    per_step = (72 + extra) * steps
+    row = {Ranges.STATIC: 40 + extra, Ranges.PER_STEP: per_step, Ranges.DYNAMIC: 0}[item.activation.ranges]
     row += 0 if recipe.scaling is None else 32 * shape[1]
     return bits + row + (0 if item.power_of_two is None else 8 * shape[1])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dmq_ao.config import (
     FLOAT_BITS,
     MAX_BITS,
+    MAX_INPUT_BITS,
     ChannelScaling,
     Distillation,
     Granularity,
@@ -31,16 +32,18 @@ LAST_ASYMMETRIC_BITS = 4
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
-    """Weight and activation bits of a scheme such as ``"w4a8"``; 16 means float.
+    """Weight and activation bits of a scheme such as ``"w4a8"``; 16 means float, and 9 to 12 are for activations.
 
     Raises:
         ValueError: for anything else.
     """
     found = re.fullmatch(r"w(\d+)a(\d+)", bits.lower())
-    widths = tuple(int(group) for group in found.groups()) if found else ()
-    if len(widths) != 2 or any(not (1 <= width <= MAX_BITS or width == FLOAT_BITS) for width in widths):
+    widths = tuple(int(group) for group in found.groups()) if found else (0, 0)
+    limits = (MAX_BITS, MAX_INPUT_BITS)
+    if any(not (1 <= width <= most or width == FLOAT_BITS) for width, most in zip(widths, limits, strict=True)):
         raise ValueError(
-            f"bits must look like 'w4a8' (1 to {MAX_BITS} bits each, or {FLOAT_BITS} for float), got {bits!r}"
+            f"bits must look like 'w4a8' (1 to {MAX_BITS} bits each, activations up to {MAX_INPUT_BITS}, or"
+            f" {FLOAT_BITS} for float), got {bits!r}"
         )
     return widths[0], widths[1]
 

@@ -1,12 +1,13 @@
-"""Which layers the denoiser's output is most sensitive to, and more bits for those that hold few weights.
+"""Which layers the denoiser's output is most sensitive to, and more bits for those that cost little.
 
 The first and last blocks at full resolution often make most of the error at late timesteps and hold one weight in a
-hundred: eight bits for them cost next to nothing. What was decided is written into the recipe as overrides.
+hundred: eight bits for them cost next to nothing. The inputs of one or two of them may still make most of what is
+left: those get more bits than a byte. What was decided is written into the recipe as overrides.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,36 @@ ASKED = "dmq_ao.asked"
 Watchers = tuple[WeightObserver, ActivationObserver | None]
 
 
+# A share of all squared error below which an input is not worth more bits.
+WORTH = 0.05
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What rounding one layer alone, to nearest, does to the denoiser's output.
+
+    Attributes:
+        error: mean relative error of the output, weight and input rounded.
+        input_error: with the input alone rounded; 0 where ``error`` is too small to look closer.
+        products: multiply-accumulates of the layer, a sample.
+    """
+
+    error: float
+    input_error: float
+    products: int
+
+
 class _Perturbed(Interpreter):
     """The float graph with one layer rounded to nearest, from that layer on."""
 
     def __init__(self, prepared: GraphModule) -> None:
         super().__init__(prepared, garbage_collect_values=False)
         self.changed: Node | None = None
-        self.weight = torch.zeros(0)
+        self.weight: Tensor | None = None
         self.bits: int | None = None
 
     def run_node(self, n: Node) -> Any:
-        """Observers let through; the changed layer has its rounded weight, and its input by each sample's range."""
+        """Observers let through; the changed layer has the weight set, its input rounded by each sample's range."""
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.op == "call_module":
             return args[0]
@@ -47,47 +67,55 @@ class _Perturbed(Interpreter):
         if self.bits is not None:
             scale, zero_point = (numerics.along(t, 0, x.dim()) for t in ops.dynamic_qparams(x, self.bits))
             x = numerics.fake_quantize(x, scale, zero_point, *numerics.code_range(self.bits, False)).to(x.dtype)
-        return n.target(x, self.weight.to(args[1].dtype), *args[2:])  # type: ignore[operator]
+        weight = args[1] if self.weight is None else self.weight.to(args[1].dtype)
+        return n.target(x, weight, *args[2:])  # type: ignore[operator]
 
 
-def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]) -> dict[str, float]:
-    """Mean relative error of the denoiser's output when one layer alone is rounded to nearest, weight and input.
+def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]) -> dict[str, Sensitivity]:
+    """What each quantized layer does to the denoiser's output when it alone is rounded.
 
     Args:
         prepared: from ``dmq_ao.prepare``.
         arguments: of the graph, a few samples.
         bar: one tick a layer.
     """
-    watchers = observers(prepared)
     run = _Perturbed(prepared)
-    found = {}
     with torch.no_grad():
         expected = graph.first_tensor(run.run(*arguments))
         values = dict(run.env)
-        for name, node in graph.layer_nodes(prepared).items():
-            if name not in watchers:
-                continue
-            run.changed = node
-            run.weight = watchers[name][0].record(float_weight(prepared, node)).dequantize()
-            activation = watchers[name][1]
-            run.bits = None if activation is None else activation.config.bits
+
+        def error(node: Node, weight: Tensor | None, bits: int | None) -> float:
+            run.changed, run.weight, run.bits = node, weight, bits
             reached = graph.reach(prepared, {node})
             kept = {other: value for other, value in values.items() if other not in reached}
-            found[name] = float(
-                relative_error(graph.first_tensor(run.run(*arguments, initial_env=kept)), expected).mean()
-            )
+            result = run.run(*arguments, initial_env=kept)
+            return float(relative_error(graph.first_tensor(result), expected).mean())
+
+        found, nodes = {}, graph.layer_nodes(prepared)
+        widths: dict[str, int] = {}
+        for name, (weight, activation) in observers(prepared).items():
+            node = nodes[name]
+            rounded = weight.record(float_weight(prepared, node)).dequantize()
+            both = error(node, rounded, None if activation is None else activation.config.bits)
+            found[name] = Sensitivity(both, 0.0, values[node][0].numel() * rounded[0].numel())
+            if activation is not None:
+                widths[name] = activation.config.bits
             bar.set_postfix(layer=name)
             bar.update(1)
+        least = WORTH * sum(one.error**2 for one in found.values())
+        for name, bits in widths.items():
+            if found[name].error ** 2 >= least:
+                found[name] = replace(found[name], input_error=error(nodes[name], None, bits))
     return found
 
 
-def choose(found: dict[str, float], plan: dict[str, LayerPlan], protection: Protection) -> list[str]:
+def choose(found: dict[str, Sensitivity], plan: dict[str, LayerPlan], protection: Protection) -> list[str]:
     """Layers to protect: most squared error per weight first, as long as their weights fit the share of all.
 
     Layers that vote on exponents are left out: wide codes do not shift into int8.
     """
     left = protection.share * sum(item.numel for item in plan.values())
-    gains = {name: found[name] ** 2 / plan[name].numel for name in found if plan[name].power_of_two is None}
+    gains = {name: one.error**2 / plan[name].numel for name, one in found.items() if plan[name].power_of_two is None}
     chosen = []
     for name in sorted(gains, key=lambda name: -gains[name]):
         weight = plan[name].weight
@@ -96,6 +124,26 @@ def choose(found: dict[str, float], plan: dict[str, LayerPlan], protection: Prot
         narrow = min(weight.bits, protection.bits if activation is None else activation.bits) < protection.bits
         if plan[name].numel <= left and narrow and gains[name] > 0:
             left -= plan[name].numel
+            chosen.append(name)
+    return chosen
+
+
+def choose_inputs(found: dict[str, Sensitivity], inputs: list[list[str]], protection: Protection) -> list[str]:
+    """First layers of the inputs to widen: most squared error per multiply-accumulate first, within the share of all.
+
+    Args:
+        found: sensitivities by layer.
+        inputs: layers that read each quantized input, narrower than ``input_bits``.
+        protection: shares.
+    """
+    left = protection.input_share * sum(one.products for one in found.values())
+    least = WORTH * sum(one.error**2 for one in found.values())
+    squares = {names[0]: sum(found[name].input_error ** 2 for name in names) for names in inputs}
+    products = {names[0]: sum(found[name].products for name in names) for names in inputs}
+    chosen = []
+    for name in sorted(squares, key=lambda name: -squares[name] / products[name]):
+        if squares[name] > least and products[name] <= left:
+            left -= products[name]
             chosen.append(name)
     return chosen
 
@@ -120,26 +168,40 @@ def protect(
     assert recipe.protection is not None
     file = None if state_dir is None else state_dir / "sensitivity.safetensors"
     saved = load_state(file, digest, "the sensitivities of a calibration")
-    found: dict[str, float] = sensitivities(prepared, arguments, bar) if saved is None else saved[0]
-    if saved is None and file is not None:
-        save_state(file, digest, found, {})
+    if saved is None:
+        found = sensitivities(prepared, arguments, bar)
+        if file is not None:
+            save_state(file, digest, {name: asdict(one) for name, one in found.items()}, {})
+    else:
+        found = {name: Sensitivity(**one) for name, one in saved[0].items()}
+    protection, watchers = recipe.protection, observers(prepared)
     plan: dict[str, LayerPlan] = dict(prepared.meta[PLAN])
     prepared.meta[ASKED] = (recipe, prepared.meta[PLAN])
-    watchers = observers(prepared)
-    for name in choose(found, plan, recipe.protection):
-        _widen(watchers, plan, name, recipe.protection.bits)
+    for name in choose(found, plan, protection):
+        _widen_weight(watchers, plan, name, protection.bits)
+        _widen_input(watchers, plan, name, protection.bits)
+    readers: dict[int, list[str]] = {}
+    for name, (_, activation) in watchers.items():
+        if activation is not None and activation.config.bits < protection.input_bits:
+            readers.setdefault(id(activation), []).append(name)
+    for name in choose_inputs(found, list(readers.values()), protection):
+        _widen_input(watchers, plan, name, protection.input_bits)
     changed = [name for name, item in plan.items() if item != prepared.meta[PLAN][name]]
     overrides = [Override(graph.literal(n), weight=plan[n].weight, activation=plan[n].activation) for n in changed]
     config = replace(recipe.config, overrides=(*recipe.config.overrides, *overrides))
     prepared.meta[PLAN], prepared.meta[RECIPE] = plan, replace(recipe, config=config, protection=None)
 
 
-def _widen(watchers: dict[str, Watchers], plan: dict[str, LayerPlan], name: str, bits: int) -> None:
-    """More bits for a layer's weight, and for its input, which siblings share."""
-    weight, activation = watchers[name]
+def _widen_weight(watchers: dict[str, Watchers], plan: dict[str, LayerPlan], name: str, bits: int) -> None:
+    weight, _ = watchers[name]
     if weight.config.bits < bits:
         weight.config = replace(weight.config, bits=bits, symmetric=True)
         plan[name] = replace(plan[name], weight=weight.config)
+
+
+def _widen_input(watchers: dict[str, Watchers], plan: dict[str, LayerPlan], name: str, bits: int) -> None:
+    """More bits for a layer's input, which siblings share."""
+    activation = watchers[name][1]
     if activation is None or activation.config.bits >= bits:
         return
     activation.config = replace(activation.config, bits=bits)

@@ -194,7 +194,8 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
             tensors[f"{name}.weight_zero_point"] = weight.zero_point.cpu().to(torch.uint8)
         if activation is not None and activation.ranges is not Ranges.DYNAMIC:
             tensors[f"{name}.input_scale"] = activation.scale.cpu()
-            tensors[f"{name}.input_zero_point"] = activation.zero_point.cpu().to(torch.uint8)
+            width = torch.uint8 if activation.bits <= 8 else torch.int16
+            tensors[f"{name}.input_zero_point"] = activation.zero_point.cpu().to(width)
         if activation is not None and activation.timesteps is not None:
             tensors[f"{name}.input_timesteps"] = activation.timesteps.cpu()
         if activation is not None and activation.exponents is not None:

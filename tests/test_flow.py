@@ -501,7 +501,7 @@ def test_recipes_survive_json(recipe: Recipe) -> None:
         ("config.wieght", {}, ValueError, r"recipe.config: unknown keys \['wieght'\]"),
         ("config.weight.bits", "8", TypeError, r"recipe.config.weight.bits: expected int, got str '8'"),
         ("config.weight.bits", True, TypeError, r"recipe.config.weight.bits: expected int, got bool True"),
-        ("config.weight.bits", 9, ValueError, "bits must be 1 to 8, or 16 for float; got 9"),
+        ("config.weight.bits", 9, ValueError, "weights have 1 to 8 bits, or 16 for float; got 9"),
         ("config.weight.granularity", "per_row", ValueError, r"granularity: 'per_row' is not one of \['per_tensor'"),
         ("config.weight.group_size", 8, ValueError, "group_size goes with per_group, got per_channel and 8"),
         ("config.activation.granularity", "per_channel", ValueError, "activations are quantized per_tensor"),
@@ -531,7 +531,9 @@ def test_a_missing_field_is_named() -> None:
         Recipe.from_dict(data)
 
 
-@pytest.mark.parametrize("bits", ["", "w4", "a8", "w4a", "w0a8", "w9a8", "w4a12", "w4a8x", "4/8", "w-4a8", "w4.5a8"])
+@pytest.mark.parametrize(
+    "bits", ["", "w4", "a8", "w4a", "w0a8", "w9a8", "w4a13", "w12a8", "w4a8x", "4/8", "w-4a8", "w4.5a8"]
+)
 def test_wrong_bits_say_what_they_look_like(bits: str) -> None:
     for make in dmq_ao.recipes.ALL_RECIPES.values():
         with pytest.raises(ValueError, match=f"bits must look like 'w4a8' .*, got {bits!r}"):

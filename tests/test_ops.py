@@ -77,7 +77,7 @@ def test_row_looks_up_every_row_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 7), (3, 4, 5), (3, 2, 3, 4)])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, 12])
 def test_dynamic_qparams_are_those_of_each_row(shape: tuple[int, ...], bits: int) -> None:
     x = torch.randn(shape) * torch.tensor([0.1, 1.0, 9.0]).reshape(-1, *[1] * (len(shape) - 1))
     x[1] = x[1].abs() + 1  # one-sided: the range still holds zero

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dmq_ao import graph, numerics, ops, sensitivity
 from dmq_ao.annotate import PLAN, RECIPE, observers
 from dmq_ao.config import InvalidFile, PowerOfTwo, Protection, Recipe, TensorConfig
 from dmq_ao.layer import LayerPlan
-from dmq_ao.sensitivity import choose, forget, protect, sensitivities
+from dmq_ao.sensitivity import Sensitivity, choose, choose_inputs, forget, protect, sensitivities
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 STATE = "sensitivity.safetensors"
@@ -26,7 +27,7 @@ NARROW, WIDE, INPUT = TensorConfig(bits=4), TensorConfig(bits=8), TensorConfig(b
 
 @pytest.fixture
 def prepared(model: nn.Module, samples: dmq_ao.CalibrationSet) -> GraphModule:
-    recipe = dataclasses.replace(dmq_ao.recipes.minmax("w4a6"), protection=Protection(share=0.5))
+    recipe = dataclasses.replace(dmq_ao.recipes.minmax("w4a6"), protection=Protection(share=0.5, input_share=0.1))
     return dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
 
 
@@ -43,29 +44,53 @@ def quiet() -> tqdm[None]:
 # --- what is measured --------------------------------------------------------
 
 
+def perturbed(layer: nn.Module, weight: Tensor | None, bits: int, call: Callable[[], Tensor]) -> Tensor:
+    """What ``call`` gives while ``layer`` has another weight and reads its input by ranges of each sample."""
+    assert isinstance(layer.weight, Tensor)
+
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        scale, zero_point = (numerics.along(t, 0, args[0].dim()) for t in ops.dynamic_qparams(args[0], bits))
+        return (numerics.fake_quantize(args[0], scale, zero_point, *numerics.code_range(bits, False)),)
+
+    before, handle = layer.weight.detach().clone(), layer.register_forward_pre_hook(hook)
+    with torch.no_grad():
+        layer.weight.copy_(before if weight is None else weight)
+        result = call()
+        layer.weight.copy_(before)
+    handle.remove()
+    return result
+
+
 @pytest.mark.parametrize("name", ["conv", "tokens"])
 def test_a_sensitivity_is_the_error_of_rounding_one_layer_by_hand(
-    name: str, prepared: GraphModule, arguments: list[Tensor], model: nn.Module
+    name: str, prepared: GraphModule, arguments: list[Tensor], model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = sensitivities(prepared, arguments, quiet())
+    monkeypatch.setattr(sensitivity, "WORTH", 0.0)
+    found = sensitivities(prepared, arguments, quiet())[name]
     layer = model.get_submodule(name)
     assert isinstance(layer.weight, Tensor)
     rounded = observers(prepared)[name][0].record(layer.weight.detach()).dequantize()
-
-    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        scale, zero_point = (numerics.along(t, 0, args[0].dim()) for t in ops.dynamic_qparams(args[0], 6))
-        return (numerics.fake_quantize(args[0], scale, zero_point, *numerics.code_range(6, False)),)
-
     with torch.no_grad():
         expected = model(*arguments)
-        before, handle = layer.weight.detach().clone(), layer.register_forward_pre_hook(hook)
-        layer.weight.copy_(rounded)
-        actual = model(*arguments)
-        layer.weight.copy_(before)
-        handle.remove()
-    by_sample = torch.tensor([relative(a, e) for a, e in zip(actual, expected, strict=True)])
-    assert found[name] == pytest.approx(float(by_sample.mean()), rel=1e-4)
+    for weight, error in ((rounded, found.error), (None, found.input_error)):
+        actual = perturbed(layer, weight, 6, lambda: model(*arguments))
+        by_sample = torch.tensor([relative(a, e) for a, e in zip(actual, expected, strict=True)])
+        assert error == pytest.approx(float(by_sample.mean()), rel=1e-4)
     assert torch.equal(model(*arguments), expected)
+
+
+def test_products_are_those_of_the_layer(prepared: GraphModule, arguments: list[Tensor]) -> None:
+    found = sensitivities(prepared, arguments, quiet())
+    assert found["conv"].products == 8 * 8 * 16 * 16 * 9
+    assert found["tokens"].products == 64 * 16 * 16
+
+
+def test_inputs_that_hardly_matter_are_not_looked_at(prepared: GraphModule, arguments: list[Tensor]) -> None:
+    found = sensitivities(prepared, arguments, quiet())
+    least = sensitivity.WORTH * sum(one.error**2 for one in found.values())
+    assert {one.error**2 >= least for one in found.values()} == {True, False}
+    for one in found.values():
+        assert (one.input_error > 0) is (one.error**2 >= least)
 
 
 def test_every_quantized_layer_is_measured_and_nothing_is_changed(
@@ -76,7 +101,7 @@ def test_every_quantized_layer_is_measured_and_nothing_is_changed(
         found = sensitivities(prepared, arguments, quiet())
         assert torch.equal(graph.first_tensor(prepared(*arguments)), expected)
     assert list(found) == list(observers(prepared))
-    assert all(0 < value < 1 for value in found.values())
+    assert all(0 < one.error < 1 for one in found.values())
 
 
 # --- what is chosen ----------------------------------------------------------
@@ -86,6 +111,10 @@ def layer(name: str, numel: int, weight: TensorConfig = NARROW, *, votes: bool =
     return LayerPlan(name, "conv2d", numel, weight, INPUT, PowerOfTwo() if votes else None, "")
 
 
+def seen(error: float, input_error: float = 0.0, products: int = 1) -> Sensitivity:
+    return Sensitivity(error, input_error, products)
+
+
 PLANS = {item.name: item for item in (layer("small", 10), layer("middle", 30), layer("large", 960))}
 
 
@@ -93,22 +122,39 @@ PLANS = {item.name: item for item in (layer("small", 10), layer("middle", 30), l
     ("share", "expected"), [(0.009, []), (0.01, ["small"]), (0.039, ["small"]), (0.04, ["small", "middle"])]
 )
 def test_the_share_of_weights_is_kept(share: float, expected: list[str]) -> None:
-    assert choose(dict.fromkeys(PLANS, 0.1), PLANS, Protection(share=share)) == expected
+    assert choose(dict.fromkeys(PLANS, seen(0.1)), PLANS, Protection(share=share)) == expected
 
 
 def test_most_squared_error_per_weight_comes_first() -> None:
-    found = {"small": 0.1, "middle": 0.2, "large": 0.2}  # 1.0e-3, 1.3e-3, 4.2e-5 a weight
+    found = {"small": seen(0.1), "middle": seen(0.2), "large": seen(0.2)}  # 1.0e-3, 1.3e-3, 4.2e-5 a weight
     assert choose(found, PLANS, Protection(share=1.0)) == ["middle", "small", "large"]
     assert choose(found, PLANS, Protection(share=0.03)) == ["middle"]
 
 
 def test_a_layer_that_does_not_fit_leaves_room_for_the_next() -> None:
-    assert choose({"small": 0.1, "middle": 0.9, "large": 0.1}, PLANS, Protection(share=0.02)) == ["small"]
+    found = {"small": seen(0.1), "middle": seen(0.9), "large": seen(0.1)}
+    assert choose(found, PLANS, Protection(share=0.02)) == ["small"]
 
 
 def test_who_is_never_chosen() -> None:
     plans = {item.name: item for item in (layer("wide", 10, WIDE), layer("voting", 10, votes=True), layer("dead", 10))}
-    assert choose({"wide": 0.5, "voting": 0.5, "dead": 0.0}, plans, Protection(share=1.0)) == []
+    found = {"wide": seen(0.5), "voting": seen(0.5), "dead": seen(0.0)}
+    assert choose(found, plans, Protection(share=1.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, []), (0.02, ["b"]), (0.05, ["b"]), (0.12, ["b", "a"]), (1.0, ["b", "a", "c"])]
+)
+def test_inputs_are_widened_within_the_share_of_products(share: float, expected: list[str]) -> None:
+    found = {
+        "a": seen(0.4, 0.3, 100),  # 9e-4 a product
+        "b": seen(0.2, 0.2, 10),  # b and d read one input: 2.5e-3
+        "c": seen(0.3, 0.2, 870),
+        "d": seen(0.1, 0.1, 10),
+        "e": seen(0.05, 0.05, 10),  # not worth it, however cheap
+    }
+    inputs = [["a"], ["b", "d"], ["c"], ["e"]]
+    assert choose_inputs(found, inputs, Protection(input_share=share)) == expected
 
 
 # --- what is done about it ---------------------------------------------------
@@ -116,11 +162,14 @@ def test_who_is_never_chosen() -> None:
 
 def test_the_chosen_layers_get_their_bits_everywhere(prepared: GraphModule, arguments: list[Tensor]) -> None:
     recipe, plan = prepared.meta[RECIPE], prepared.meta[PLAN]
-    chosen = choose(sensitivities(prepared, arguments, quiet()), plan, recipe.protection)
+    found = sensitivities(prepared, arguments, quiet())
+    chosen = choose(found, plan, recipe.protection)
+    wide = choose_inputs(found, [[name] for name in observers(prepared)], recipe.protection)
     protect(prepared, arguments, None, "mine", quiet())
     assert 0 < len(chosen) < len(plan)
+    assert wide
     for name, (weight, activation) in observers(prepared).items():
-        bits = (8, 8) if name in chosen else (4, 6)
+        bits = (8 if name in chosen else 4, 12 if name in wide else 8 if name in chosen else 6)
         assert activation is not None
         assert (weight.config.bits, activation.config.bits) == bits
         item = prepared.meta[PLAN][name]

@@ -221,6 +221,10 @@ RECIPES = {
     "w5a8 votes": minmax("w5a8", power_of_two=VOTES),
     "w4a6 per step": minmax("w4a6", ranges=Ranges.PER_STEP),
     "w4a8 votes per step": minmax("w4a8", power_of_two=VOTES, ranges=Ranges.PER_STEP),
+    "w4a12": minmax("w4a12"),
+    "w8a9 dynamic": minmax("w8a9", ranges=Ranges.DYNAMIC),
+    "w4a12 votes per step": minmax("w4a12", power_of_two=VOTES, ranges=Ranges.PER_STEP),
+    "w8a10 votes": minmax("w8a10", power_of_two=VOTES),
     "w8a8 dynamic": minmax("w8a8", ranges=Ranges.DYNAMIC),
     "w4a8 votes dynamic": minmax("w4a8", power_of_two=VOTES, ranges=Ranges.DYNAMIC),
 }
@@ -273,13 +277,14 @@ def test_a_layer_equals_the_quantize_dequantize_graph(kind: str, recipe: str) ->
     actual, expected = run(lowered, x, t), run(reference, x, t)
     exact, _ = run_exactly(reference, x=x, t=t)
     assert distance(actual, expected) < 1e-4
-    if kind == "grouped" and recipe == "w8a8 votes":
+    if kind == "grouped" and recipe in ("w8a8 votes", "w8a10 votes"):
         assert lowered.kernels["layer"].name == FLOAT
         return
     assert lowered.kernels["layer"].is_integer
     single = " x" not in lowered.kernels["layer"].name
-    assert single or recipe == "w8a8 votes"
-    # One product is the design's formula bit for bit; one per exponent rounds each before they are added.
+    wide = {"w4a12": 2, "w8a9 dynamic": 2, "w4a12 votes per step": 2, "w8a10 votes": 8, "w8a8 votes": 4}
+    assert single or lowered.kernels["layer"].name.endswith(f" x{wide[recipe]}") or kind == "vectors"
+    # One product is the design's formula bit for bit; several round each before they are added.
     assert torch.equal(actual, exact) if single else distance(actual, exact) < 1e-6
     record = lowered.records["layer"].activation
     assert record is not None
@@ -287,7 +292,7 @@ def test_a_layer_equals_the_quantize_dequantize_graph(kind: str, recipe: str) ->
     if "votes" in recipe and kind != "vectors":  # a vector has one value a channel, which fills no share
         assert record.exponents is not None
         assert record.exponents.tolist() == [0, 1, 2, 3] * 2
-        assert single is (recipe != "w8a8 votes")
+        assert single is (recipe not in wide)
 
 
 @needs_vnni
