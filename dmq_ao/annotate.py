@@ -21,12 +21,12 @@ from dmq_ao.layer import LayerPlan
 from dmq_ao.numerics import code_range
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, RangeEstimator, WeightObserver
 from dmq_ao.passes import split_concat
+from dmq_ao.roles import ROLES, roles_of
 
 PLAN = "dmq_ao.plan"
 RECIPE = "dmq_ao.recipe"
 SCALED = "dmq_ao.scaled"
 TUNED = "dmq_ao.tuned"
-ROLES = ("@input", "@output", "@embedding", "@concat")
 _WHY = {
     "@input": "input projection (role @input)",
     "@output": "output projection (role @output)",
@@ -41,7 +41,7 @@ def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
         ValueError: for a pattern that matches no layer, listing close names; for an unknown role or observer.
     """
     layers = graph.find_layers(gm)
-    roles = graph.roles(gm, layers)
+    roles = roles_of(gm, layers)
     _check_patterns(config, roles)
     return {layer.name: _plan_layer(layer, roles[layer.name], config) for layer in layers}
 
@@ -73,7 +73,7 @@ def _scaled(gm: GraphModule, recipe: Recipe) -> set[str]:
     if recipe.scaling is None:
         return set()
     layers = graph.find_layers(gm)
-    roles = graph.roles(gm, layers)
+    roles = roles_of(gm, layers)
     for pattern in recipe.scaling.layers:
         _check_pattern("scaling", pattern, roles)
     return {name for name, found in roles.items() if any(matches(p, name, found) for p in recipe.scaling.layers)}
@@ -155,7 +155,7 @@ class DiffusionQuantizer(Quantizer):
             return model
         plan = make_plan(model, self.recipe.config)
         layers = graph.find_layers(model)
-        roles = graph.roles(model, layers)
+        roles = roles_of(model, layers)
         return split_concat(
             model, [name for name, found in roles.items() if "@concat" in found and not plan[name].why]
         )

@@ -1,4 +1,4 @@
-"""The demonstration: the bundled denoiser at three widths, with and without power-of-two scaling, measured."""
+"""The demonstration: the bundled denoiser at three widths, rounded to nearest and by the default recipe, measured."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from dmq_ao.quantize import convert, prepare, save
 STEPS = 20
 CALIBRATION_SEED, HELD_OUT_SEED, IMAGE_SEED = 1000, 2000, 0
 WIDTHS = ("w8a8", "w4a8", "w4a6")
+RECIPES = ("minmax", "default")
+TRAJECTORIES = 80
 LATENCY_BATCH = 8
 SHOWN = 8
 
@@ -50,27 +52,26 @@ def run_demo(
     pipeline = load_pipeline(DEMO)
     teacher = pipeline.unet
     say(f"recording {num_samples} calibration samples from {STEPS}-step trajectories")
-    samples = record_pipeline(pipeline, num_samples=num_samples, steps=STEPS, seed=CALIBRATION_SEED)
+    samples = record_pipeline(
+        pipeline, num_samples=num_samples, steps=STEPS, seed=CALIBRATION_SEED, trajectories=TRAJECTORIES
+    )
     states = held_out_states(pipeline, steps=STEPS, seed=HELD_OUT_SEED)
     seeds = range(IMAGE_SEED, IMAGE_SEED + images)
     drawn = {FLOAT: images_of(pipeline, teacher, seeds, steps=STEPS)}
     denoisers: dict[str, nn.Module] = {FLOAT: teacher}
     variants = []
-    for bits, power_of_two in product(WIDTHS, (False, True)):
-        name = bits.upper() + (" + PTS" if power_of_two else "")
+    for bits, recipe in product(WIDTHS, RECIPES):
+        name = f"{bits.upper()} {recipe}"
         say(f"{name}: calibrate, quantize, sample")
-        prepared = prepare(
-            teacher, recipes.minmax(bits, power_of_two=power_of_two), samples.example(), backend=backend
-        )
-        calibrate(prepared, samples, progress=False)
+        prepared = prepare(teacher, recipes.ALL_RECIPES[recipe](bits), samples.example(), backend=backend)
+        found = calibrate(prepared, samples, progress=False)
         denoisers[name] = quantized = convert(prepared, backend)
         drawn[name] = images_of(pipeline, quantized, seeds, steps=STEPS)
         with tempfile.TemporaryDirectory() as temporary:
             save(quantized, temporary)
             size = float_bytes(teacher)
-            variants.append(
-                variant_report(name, quantized, teacher, states, drawn[name], drawn[FLOAT], temporary, size)
-            )
+            row = variant_report(name, quantized, teacher, states, drawn[name], drawn[FLOAT], temporary, size)
+            variants.append({**row, "calibration_seconds": found.seconds})
     float_ms = None
     if with_latency:
         say(f"compile {len(denoisers)} denoisers and time them in turns")
@@ -85,7 +86,7 @@ def run_demo(
         "machine": machine(),
         "protocol": {
             "scheduler": f"{type(pipeline.scheduler).__name__}, {STEPS} steps",
-            "calibration": f"{len(samples)} samples, seeds from {CALIBRATION_SEED}",
+            "calibration": f"{len(samples)} samples of {TRAJECTORIES} trajectories, seeds from {CALIBRATION_SEED}",
             "one-step error": f"{len(states)} states of float trajectories, seeds from {HELD_OUT_SEED}",
             "images": f"{images}, seeds from {IMAGE_SEED}",
             "latency": f"batch {LATENCY_BATCH}, torch.compile, float32 and integers in turns",

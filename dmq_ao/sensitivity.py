@@ -28,8 +28,8 @@ ASKED = "dmq_ao.asked"
 Watchers = tuple[WeightObserver, ActivationObserver | None]
 
 
-# A share of all squared error below which an input is not worth more bits.
-WORTH = 0.05
+# Share of the squared error of all inputs that one must make to be worth more bits.
+WORTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sensitivity:
 
     Attributes:
         error: mean relative error of the output, weight and input rounded.
-        input_error: with the input alone rounded; 0 where ``error`` is too small to look closer.
+        input_error: with the input alone rounded; 0 where ``error`` is too small for that to matter.
         products: multiply-accumulates of the layer, a sample.
     """
 
@@ -102,10 +102,12 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
                 widths[name] = activation.config.bits
             bar.set_postfix(layer=name)
             bar.update(1)
-        least = WORTH * sum(one.error**2 for one in found.values())
-        for name, bits in widths.items():
-            if found[name].error ** 2 >= least:
-                found[name] = replace(found[name], input_error=error(nodes[name], None, bits))
+        squares = 0.0
+        for name in sorted(widths, key=lambda name: -found[name].error):
+            if found[name].error ** 2 < WORTH * squares:
+                break  # nor does the input alone, here or in any layer after this one, make the share
+            found[name] = replace(found[name], input_error=error(nodes[name], None, widths[name]))
+            squares += found[name].input_error ** 2
     return found
 
 
@@ -137,7 +139,7 @@ def choose_inputs(found: dict[str, Sensitivity], inputs: list[list[str]], protec
         protection: shares.
     """
     left = protection.input_share * sum(one.products for one in found.values())
-    least = WORTH * sum(one.error**2 for one in found.values())
+    least = WORTH * sum(one.input_error**2 for one in found.values())
     squares = {names[0]: sum(found[name].input_error ** 2 for name in names) for names in inputs}
     products = {names[0]: sum(found[name].products for name in names) for names in inputs}
     chosen = []

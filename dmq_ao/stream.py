@@ -7,7 +7,9 @@ needed last are written to disk.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +120,8 @@ class Stream:
                 self._step(node, before, after, Path(folder))
                 for used in self.last_use.get(node, ()):
                     self._free(used)
+                if node in self.quantized:
+                    _return_freed()
 
     def _step(self, node: Node, before: Callable[[Node], None], after: Callable[[Node], None], folder: Path) -> None:
         differs = any(self.differs(source) for source in node.all_input_nodes)
@@ -195,6 +199,14 @@ class Stream:
 
     def _next_use(self, node: Node, now: Node) -> int:
         return min((self.order[user] for user in node.users if self.order[user] >= self.order[now]), default=1 << 60)
+
+
+def _return_freed() -> None:
+    """Give freed memory back to the system: glibc keeps blocks of some megabytes, and a stream frees gigabytes."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def _given(gm: GraphModule) -> set[Node]:

@@ -43,7 +43,7 @@ def round_with_feedback(
     """
     low, high = numerics.code_range(bits, symmetric)
     order = moments.diagonal().argsort(stable=True)  # the columns that count most are rounded first, from the end
-    lower = torch.linalg.cholesky(moments[order][:, order])
+    lower = torch.linalg.cholesky(moments[order[:, None], order])
     groups = (torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1]))[order]
     ordered = weight.to(moments.dtype)[:, order]
     codes = torch.empty_like(ordered, dtype=torch.int32)

@@ -2,7 +2,7 @@
 
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph
+from dmq_ao import graph, roles
 
 
 def split_concat(gm: GraphModule, names: list[str]) -> GraphModule:
@@ -17,7 +17,7 @@ def split_concat(gm: GraphModule, names: list[str]) -> GraphModule:
     layers = {layer.name: layer for layer in graph.find_layers(gm)}
     for name in names:
         layer = layers[name]
-        source = graph.concat_source(layer.node, layer.ch_axis)
+        source = roles.concat_source(layer.node, layer.ch_axis)
         if source is not None:
             _split(gm, layer, source)
     for layer in graph.find_layers(gm):
@@ -46,7 +46,7 @@ def _split(gm: GraphModule, layer: graph.Layer, source: Node) -> None:
             bias = layer.node.args[2] if index == 0 and len(layer.node.args) > 2 else None
             args = (part, piece_node, bias, *layer.node.args[3:])
             output = gm.graph.call_function(layer.node.target, args)  # type: ignore[arg-type]
-            output.meta = {**layer.node.meta, graph.ROLES: ("@concat",)}
+            output.meta = {**layer.node.meta, roles.KEY: ("@concat",)}
             if total is not None:
                 val = output.meta["val"]
                 output = gm.graph.call_function(graph.aten.add.Tensor, (total, output))

@@ -13,6 +13,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from dmq_ao import graph, patch_embed
+from dmq_ao.roles import blocks_of, roles_of
 
 Inputs = dict[str, Any]
 
@@ -647,10 +648,10 @@ def test_kinds_and_channel_axes(plain: tuple[Plain, GraphModule]) -> None:
 # --- roles -------------------------------------------------------------------
 
 
-def roles_of(gm: GraphModule) -> dict[str, set[str]]:
+def by_role(gm: GraphModule) -> dict[str, set[str]]:
     """Layers by role, for those that have one."""
     found: dict[str, set[str]] = {}
-    for name, roles in graph.roles(gm, graph.find_layers(gm)).items():
+    for name, roles in roles_of(gm, graph.find_layers(gm)).items():
         for role in roles:
             found.setdefault(role, set()).add(name)
     return found
@@ -665,7 +666,7 @@ def test_roles_of_a_unet(name: str, case_of: Callable[[str], Case], capture_once
     case = case_of(name)
     shortcuts = {name for name in of_kind(case.model, "conv_shortcut") if name.startswith("up_blocks")}
     assert len(shortcuts) >= 3
-    assert roles_of(capture_once(case.model, case.example)) == {
+    assert by_role(capture_once(case.model, case.example)) == {
         "@input": {"conv_in"},
         "@output": {"conv_out"},
         "@embedding": {"time_embedding.linear_1", "time_embedding.linear_2"} | of_kind(case.model, "time_emb_proj"),
@@ -677,7 +678,7 @@ def test_roles_of_a_dit(case_of: Callable[[str], Case], capture_once: Callable[.
     case = case_of("tiny_dit")
     embedders = of_kind(case.model, "timestep_embedder.linear_1") | of_kind(case.model, "timestep_embedder.linear_2")
     twice = {f"{name}#2" for name in embedders if name.startswith("transformer_blocks.0.")}
-    assert roles_of(capture_once(case.model, case.example)) == {
+    assert by_role(capture_once(case.model, case.example)) == {
         "@input": {"pos_embed.proj"},
         "@output": {"proj_out_2"},
         "@embedding": embedders | twice | of_kind(case.model, "norm1.linear") | {"proj_out_1"},
@@ -689,7 +690,7 @@ def test_a_modulated_text_stream_is_no_embedding(
     name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
 ) -> None:
     case = case_of(name)
-    embeddings = roles_of(capture_once(case.model, case.example))["@embedding"]
+    embeddings = by_role(capture_once(case.model, case.example))["@embedding"]
     vectors = {path for path in embeddings if path.startswith("time_text_embed.")}
     modulations = {path for path in embeddings if path.endswith((".norm1.linear", ".norm1_context.linear"))}
     rest = {"norm_out.linear"} | ({"single_transformer_blocks.0.norm.linear"} if name == "flux" else set())
@@ -699,7 +700,7 @@ def test_a_modulated_text_stream_is_no_embedding(
 
 
 def test_roles_of_a_plain_module(plain: tuple[Plain, GraphModule]) -> None:
-    assert roles_of(plain[1]) == {
+    assert by_role(plain[1]) == {
         "@input": {"first"},
         "@output": {"last"},
         "@embedding": {"time"},
@@ -731,7 +732,7 @@ def test_blocks_partition_the_layers_and_follow_the_module_tree(
     case = case_of(name)
     gm = capture_once(case.model, case.example)
     names = [layer.name for layer in graph.find_layers(gm)]
-    blocks = graph.blocks(case.model, names)
+    blocks = blocks_of(case.model, names)
     assert sorted(layer for layers in blocks.values() for layer in layers) == sorted(names)
     assert all(layers == [name for name in names if name in layers] for layers in blocks.values())
     whole = {
@@ -751,7 +752,7 @@ def test_the_nodes_of_a_block_stand_together(
 ) -> None:
     case = case_of(name)
     gm = capture_once(case.model, case.example)
-    blocks = graph.blocks(case.model, [layer.name for layer in graph.find_layers(gm)])
+    blocks = blocks_of(case.model, [layer.name for layer in graph.find_layers(gm)])
     for path in blocks:
         places = block_nodes(gm, path)
         assert places, path
@@ -769,7 +770,7 @@ def test_a_graph_that_capture_did_not_make_gets_a_signature(plain: tuple[Plain, 
     signature = graph.signature_of(gm)
     assert (signature.names, signature.timestep, signature.batch) == (("x", "t", "label"), "t", "x")
     assert set(graph.layer_nodes(gm)) == set(graph.layer_nodes(plain[1]))
-    assert roles_of(gm) == roles_of(plain[1])
+    assert by_role(gm) == by_role(plain[1])
 
 
 def test_ensure_signature_keeps_the_one_that_is_there(plain: tuple[Plain, GraphModule]) -> None:

@@ -10,10 +10,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed as dmq_ao.<name>
 
 FLOORS = (
-    "config numerics patch_embed",
+    "as_json numerics patch_embed",
+    "config",
     "ops layer graph",
+    "roles",
     "observers passes objectives calibration evaluation moments state stream",
     "annotate learn recipes serialization backends module doctor",
+    "layer_rows",
     "observe reconstruct distill sensitivity",
     "calibrate",
     "quantize",

@@ -85,12 +85,15 @@ def test_products_are_those_of_the_layer(prepared: GraphModule, arguments: list[
     assert found["tokens"].products == 64 * 16 * 16
 
 
-def test_inputs_that_hardly_matter_are_not_looked_at(prepared: GraphModule, arguments: list[Tensor]) -> None:
+def test_inputs_that_hardly_matter_are_not_looked_at(
+    prepared: GraphModule, arguments: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "WORTH", 0.9)
     found = sensitivities(prepared, arguments, quiet())
-    least = sensitivity.WORTH * sum(one.error**2 for one in found.values())
-    assert {one.error**2 >= least for one in found.values()} == {True, False}
-    for one in found.values():
-        assert (one.input_error > 0) is (one.error**2 >= least)
+    squares = sum(one.input_error**2 for one in found.values())
+    skipped = [one for one in found.values() if not one.input_error]
+    assert 0 < len(skipped) < len(found)
+    assert all(one.error**2 < sensitivity.WORTH * squares for one in skipped)
 
 
 def test_every_quantized_layer_is_measured_and_nothing_is_changed(

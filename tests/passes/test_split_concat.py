@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 
 from dmq_ao import graph
 from dmq_ao.passes import split_concat
+from dmq_ao.roles import roles_of
 
 aten = torch.ops.aten
 
@@ -69,7 +70,7 @@ class Unsized(nn.Module):
 def split_all(gm: GraphModule) -> list[str]:
     """Split every layer of role ``@concat``; returns the names of the layers before."""
     layers = graph.find_layers(gm)
-    roles = graph.roles(gm, layers)
+    roles = roles_of(gm, layers)
     split_concat(gm, [layer.name for layer in layers if "@concat" in roles[layer.name]])
     return [layer.name for layer in layers]
 
@@ -124,7 +125,7 @@ def test_skip_connections_of_a_unet_are_split(unet: Unet) -> None:
 
 def test_parts_keep_the_role(unet: Unet) -> None:
     gm, _, _, _ = unet
-    roles = graph.roles(gm, graph.find_layers(gm))
+    roles = roles_of(gm, graph.find_layers(gm))
     assert {name for name, found in roles.items() if "@concat" in found} == {n for n in roles if ".part" in n}
     assert roles["conv_in"] == {"@input"}
     assert roles["conv_out"] == {"@output"}
@@ -191,7 +192,7 @@ def test_other_concatenations_are_not_split(
 ) -> None:
     gm, _ = captured(Reader(layer, axis, detour), torch.randn(shape), torch.randn(shape))
     code = gm.code
-    assert graph.roles(gm, graph.find_layers(gm))["layer"].isdisjoint({"@concat"})
+    assert roles_of(gm, graph.find_layers(gm))["layer"].isdisjoint({"@concat"})
     split_all(gm)
     split_concat(gm, ["layer"])  # asked for by name, it still has no seam
     assert names(gm) == ["layer"]
@@ -201,7 +202,7 @@ def test_other_concatenations_are_not_split(
 def test_a_grouped_convolution_stays_whole() -> None:
     model = Reader(nn.Conv2d(9, 6, 3, groups=3), 1)
     gm, inputs = captured(model, torch.randn(2, 3, 6, 6), torch.randn(2, 3, 6, 6))
-    roles = graph.roles(gm, graph.find_layers(gm))
+    roles = roles_of(gm, graph.find_layers(gm))
     assert "@concat" in roles["layer"]
     split_all(gm)
     assert names(gm) == ["layer"]

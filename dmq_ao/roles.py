@@ -1,0 +1,93 @@
+"""What each layer of a captured graph is for, and which block of the denoiser it stands in."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from dmq_ao.graph import Layer, aten, placeholders, reach, signature_of
+
+ROLES = ("@input", "@output", "@embedding", "@concat")
+KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
+_IDENTITY = (
+    aten.dropout.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.alias.default,
+    aten.detach.default,
+)
+
+
+def concat_source(node: Node, ch_axis: int) -> Node | None:
+    """The concatenation along channels that ``node`` (a layer) reads, past operators that change nothing."""
+    source = node.args[0]
+    while isinstance(source, Node) and source.target in _IDENTITY:
+        source = source.args[0]
+    if not isinstance(source, Node) or source.target != aten.cat.default:
+        return None
+    axis = source.args[1] if len(source.args) > 1 else 0
+    ndim = source.meta["val"].dim()
+    return source if isinstance(axis, int) and axis % ndim == ch_axis % ndim else None
+
+
+def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
+    """What each layer is for, by dataflow and not by name.
+
+    ``@input``: reads the sample with no other layer before it. ``@output``: nothing after it but the output.
+    ``@embedding``: never sees the sample, and either reads vectors [B, C] or sees the timestep and no tokens: time,
+    label and size embeddings and the modulations made from them. ``@concat``: reads a concatenation along channels.
+    """
+    inputs = placeholders(gm)
+    signature = signature_of(gm)
+    sample, timestep = inputs[signature.batch], inputs.get(signature.timestep or "")
+    targets = {layer.node for layer in layers if layer.kind != "embedding table"}
+    from_sample = reach(gm, {sample})
+    before_layers = reach(gm, {sample}, stop=targets)
+    from_time = reach(gm, {timestep} if timestep else set())
+    tokens = {node for node in inputs.values() if node not in (sample, timestep) and node.meta["val"].dim() > 2}
+    from_tokens = reach(gm, tokens)
+    found: dict[str, set[str]] = {}
+    for layer in layers:
+        node = layer.node
+        roles_here: set[str] = set(node.meta.get(KEY, ()))
+        source = node.args[0]
+        if node in from_sample:
+            if source in before_layers:
+                roles_here.add("@input")
+            if not reach(gm, {node}) & (targets - {node}):
+                roles_here.add("@output")
+        elif (node in from_time and node not in from_tokens) or (layer.kind == "linear" and layer.ch_axis == 1):
+            roles_here.add("@embedding")
+        if layer.quantizable and node in from_sample and concat_source(node, layer.ch_axis) is not None:
+            roles_here.add("@concat")
+        found[layer.name] = roles_here
+    return found
+
+
+def blocks_of(denoiser: nn.Module, layer_names: list[str]) -> dict[str, list[str]]:
+    """Layers by reconstruction block, as the module tree groups them: residual and transformer blocks, samplers.
+
+    A list of modules is a container when one of its items holds two layers or more. A block is the outermost module
+    that neither is nor holds a container.
+
+    Returns:
+        Block path to the layer names inside it, in the order of ``layer_names``.
+    """
+    modules = dict(denoiser.named_modules())
+    containers = {
+        name
+        for name, module in modules.items()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        and any(_count_below(f"{name}.{child}", layer_names) > 1 for child, _ in module.named_children())
+    }
+    found: dict[str, list[str]] = {}
+    for layer in layer_names:
+        path = layer.split(".")
+        prefixes = [".".join(path[:length]) for length in range(1, len(path) + 1)]
+        block = next(p for p in prefixes if not any(c == p or c.startswith(p + ".") for c in containers))
+        found.setdefault(block, []).append(layer)
+    return found
+
+
+def _count_below(prefix: str, names: list[str]) -> int:
+    return sum(name == prefix or name.startswith(prefix + ".") for name in names)
