@@ -67,6 +67,7 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "default without PTS": _without_votes,
         "default without bias correction": lambda bits: _with(recipes.default(bits), bias_correction=False),
         "default without protection": lambda bits: _with(recipes.default(bits), protection=None),
+        "default without distillation": lambda bits: _with(recipes.default(bits), distillation=None),
         "default without good rounding": lambda bits: _with(recipes.default(bits), rounding=None),
     }
 
