@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from dmq_ao import graph, numerics
 from dmq_ao.annotate import PLAN, RECIPE, TUNED, float_weight, observers
 from dmq_ao.calibration import CalibrationSet
-from dmq_ao.config import Recipe
+from dmq_ao.config import Protection, Recipe
 from dmq_ao.distill import DistillationReport, distill
 from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.layer import LayerPlan
@@ -113,76 +113,102 @@ def calibrate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     started = time.monotonic()
-    prepared.meta.pop(TUNED, None)
-    forget(prepared)
-    distilled: DistillationReport | None = None
-    recipe: Recipe = prepared.meta[RECIPE]
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    watchers = observers(prepared)
-    for weight, activation in watchers.values():
+    _start_clean(prepared)
+    recipe: Recipe = prepared.meta[RECIPE]
+    run = _Run(prepared, samples, recipe, folder, seed if recipe.learns else 0, batch_size, progress)
+    found = run.learn(MAX_MEMORY if max_memory is None else max_memory) if recipe.learns else run.watch()
+    sqnr = prepared.meta[SQNR] = _decide_and_measure(prepared, samples, seed)
+    return CalibrationReport(
+        samples=len(samples),
+        seconds=time.monotonic() - started,
+        sqnr_db=sqnr,
+        votes=found.pop("votes", None) or _votes(prepared),
+        peak_bytes=peak_rss_bytes(),
+        **found,
+    )
+
+
+def _start_clean(prepared: GraphModule) -> None:
+    """Forget what an earlier calibration decided."""
+    prepared.meta.pop(TUNED, None)
+    forget(prepared)
+    for weight, activation in observers(prepared).values():
         weight.start()
         if activation is not None:
             activation.channel_scale = None
             activation.start_ranges()
 
-    def batches() -> Iterator[list[Tensor]]:
-        return (graph_arguments(prepared, inputs) for inputs in samples.batches(batch_size))
 
-    given = list(batches()) if recipe.learns else []
-    digest = _digest(prepared, samples, batch_size, seed if recipe.learns else 0)
-    if recipe.protection is not None:
-        rows = _spread(samples, recipe.protection.samples)
-        some = graph_arguments(prepared, next(iter(samples.select(rows).batches(len(rows)))))
-        with tqdm(total=len(watchers), disable=not progress, unit="layer", desc="sensitivity") as bar:
-            protect(prepared, some, folder, digest, bar)
-    if recipe.learns:
-        units = len(units_of(prepared))
-        with tqdm(total=units, disable=not progress, unit="unit", desc="calibrate") as bar:
+class _Run:
+    """The stages of one call, each of which returns what it adds to the report."""
+
+    def __init__(
+        self,
+        prepared: GraphModule,
+        samples: CalibrationSet,
+        recipe: Recipe,
+        folder: Path | None,
+        seed: int,
+        batch_size: int,
+        progress: bool,
+    ) -> None:
+        self.prepared, self.samples, self.recipe = prepared, samples, recipe
+        self.seed, self.batch_size, self.progress = seed, batch_size, progress
+        self.state: dict[str, Any] = {"state_dir": folder, "digest": _digest(prepared, samples, batch_size, seed)}
+
+    def watch(self) -> dict[str, Any]:
+        """Ranges and votes from the float network."""
+        count = math.ceil(len(self.samples) / self.batch_size)
+        with self._bar("calibrate", "batch", count * len(passes_of(self.prepared))) as bar:
+            return {"resumed": observe(self.prepared, self._batches, count, **self.state, bar=bar)}
+
+    def learn(self, max_memory: int) -> dict[str, Any]:
+        """Protect, decide layer by layer, and distill, as far as the recipe asks."""
+        batches = list(self._batches())
+        if self.recipe.protection is not None:
+            self._protect(self.recipe.protection)
+        with self._bar("calibrate", "unit", len(units_of(self.prepared))) as bar:
             learning = Reconstruction(
-                prepared,
-                recipe,
-                given,
-                samples.step,
-                len(samples.timesteps),
-                seed=seed,
-                max_memory=MAX_MEMORY if max_memory is None else max_memory,
-                state_dir=folder,
-                digest=digest,
+                self.prepared,
+                self.recipe,
+                batches,
+                self.samples.step,
+                len(self.samples.timesteps),
+                seed=self.seed,
+                max_memory=max_memory,
+                **self.state,
                 bar=bar,
             )
             learning.run()
-        if recipe.distillation is not None:
-            with tqdm(total=recipe.distillation.steps, disable=not progress, unit="step", desc="distill") as bar:
-                distilled = distill(
-                    prepared,
-                    given,
-                    recipe.distillation,
-                    learning.held,
-                    shared=set(graph.flatten_inputs(samples.shared)),
-                    seed=seed,
-                    state_dir=folder,
-                    digest=digest,
-                    bar=bar,
-                )
-        resumed, learned, votes = bool(learning.restored), learning.learned, learning.votes
-    else:
-        count = math.ceil(len(samples) / batch_size)
-        with tqdm(total=count * len(passes_of(prepared)), disable=not progress, unit="batch", desc="calibrate") as bar:
-            resumed, learned = observe(prepared, batches, count, digest, folder, bar), {}
-        votes = {}
-    sqnr = prepared.meta[SQNR] = _decide_and_measure(prepared, samples, seed)
-    return CalibrationReport(
-        samples=len(samples),
-        seconds=time.monotonic() - started,
-        resumed=resumed,
-        sqnr_db=sqnr,
-        votes=votes or _votes(prepared),
-        layers=learned,
-        distillation=distilled,
-        peak_bytes=peak_rss_bytes(),
-    )
+        return {
+            "resumed": bool(learning.restored),
+            "votes": learning.votes,
+            "layers": learning.learned,
+            "distillation": self._distill(batches, learning.held),
+        }
+
+    def _protect(self, protection: Protection) -> None:
+        rows = _spread(self.samples, protection.samples)
+        some = graph_arguments(self.prepared, next(iter(self.samples.select(rows).batches(len(rows)))))
+        with self._bar("sensitivity", "layer", len(observers(self.prepared))) as bar:
+            protect(self.prepared, some, **self.state, bar=bar)
+
+    def _distill(self, batches: list[list[Tensor]], held: Tensor) -> DistillationReport | None:
+        config = self.recipe.distillation
+        if config is None:
+            return None
+        shared = set(graph.flatten_inputs(self.samples.shared))
+        with self._bar("distill", "step", config.steps) as bar:
+            return distill(self.prepared, batches, config, held, shared=shared, seed=self.seed, **self.state, bar=bar)
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        return (graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
+
+    def _bar(self, what: str, unit: str, total: int) -> tqdm[Any]:
+        return tqdm(total=total, disable=not self.progress, unit=unit, desc=what)
 
 
 def _spread(samples: CalibrationSet, count: int) -> Tensor:
