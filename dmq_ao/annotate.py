@@ -21,7 +21,7 @@ from dmq_ao.layer import LayerPlan
 from dmq_ao.numerics import code_range
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, RangeEstimator, WeightObserver
 from dmq_ao.passes import split_concat
-from dmq_ao.roles import ROLES, roles_of
+from dmq_ao.roles import ROLES, roles_of, whole_name
 
 PLAN = "dmq_ao.plan"
 RECIPE = "dmq_ao.recipe"
@@ -87,8 +87,7 @@ def matches(pattern: str, name: str, roles: set[str]) -> bool:
     """Whether a role or an ``fnmatch`` pattern names a layer; a part of a split layer answers to the whole's too."""
     if pattern.startswith("@"):
         return pattern in roles
-    whole = name.rpartition(".part")[0] if name.rpartition(".part")[2].isdigit() else name
-    return fnmatchcase(name, pattern) or fnmatchcase(whole, pattern)
+    return fnmatchcase(name, pattern) or fnmatchcase(whole_name(name), pattern)
 
 
 def _patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
@@ -121,8 +120,8 @@ def _check_pattern(field: str, pattern: str, roles: dict[str, set[str]]) -> None
 
 def _awaits(pattern: str, name: str, roles: set[str]) -> bool:
     """Whether a pattern names a part of a layer that is going to be split."""
-    whole, _, part = pattern.rpartition(".part")
-    return part.isdigit() and "@concat" in roles and fnmatchcase(name, whole)
+    whole = whole_name(pattern)
+    return whole != pattern and "@concat" in roles and fnmatchcase(name, whole)
 
 
 def estimator(name: str) -> type[RangeEstimator]:

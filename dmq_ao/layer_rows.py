@@ -27,6 +27,7 @@ class LayerRows:
     def __init__(
         self,
         prepared: GraphModule,
+        nodes: dict[str, Node],
         batches: list[list[Tensor]],
         stream: Stream,
         steps: Tensor,
@@ -38,6 +39,7 @@ class LayerRows:
 
         Args:
             prepared: the graph.
+            nodes: its quantized layers, by name.
             batches: its arguments, a list a batch.
             stream: holds the teacher's and the student's values.
             steps: [N] place of each sample on the sampler's list of steps.
@@ -48,9 +50,9 @@ class LayerRows:
         self.prepared, self.batches, self._stream = prepared, batches, stream
         self.steps, self.count, self.held, self.seed = steps, count, held, seed
         self._watchers = observers(prepared)
-        self._nodes = {name: node for name, node in graph.layer_nodes(prepared).items() if name in self._watchers}
-        self._weights = {name: float_weight(prepared, node) for name, node in self._nodes.items()}
-        self.places = {name: place for place, name in enumerate(self._nodes)}
+        self._nodes = nodes
+        self.weights = {name: float_weight(prepared, node) for name, node in nodes.items()}
+        self.places = {name: place for place, name in enumerate(nodes)}
         signature = graph.signature_of(prepared)
         self.time_index = None if signature.timestep is None else signature.names.index(signature.timestep)
 
@@ -73,24 +75,23 @@ class LayerRows:
 
     def teacher(self, name: str, seen: Value, positions: int) -> Rows:
         """Some positions of the float inputs ``seen``, and the float layer's products of them."""
-        node, weight = self._nodes[name], self._weights[name].float()
+        node, weight = self._nodes[name], self.weights[name].float()
         shape = geometry(node, weight)
-        keep = self._positions(name, seen[0], shape, positions, 2)
+        keep = self._positions(name, shape, positions, 2)
         x = torch.cat([_by_sample(rows(x.float(), shape, keep), len(x)) for x in seen])
         return Rows(x, product(x, weight), self.steps, self.held)
 
     def student(self, name: str, node: Node, shape: Geometry, rounding: Rounding) -> Rows:
         """Some positions of the inputs as ``rounding`` wants to see them, and the float network's output there."""
-        first = self._seen(name, rounding, 0)
-        numbers = self._weights[name][0].numel() * shape.groups * len(self.steps)
+        numbers = self.weights[name][0].numel() * shape.groups * len(self.steps)
         wanted = max(1, min(rounding.positions, POOL_BYTES // (4 * numbers)))
-        keep = self._positions(name, first, shape, wanted, 4)
+        keep = self._positions(name, shape, wanted, 4)
         bias = float_bias(self.prepared, node)
         xs, ys = [], []
         for index, y in enumerate(self._stream.teacher_values[node]):
             x = self._seen(name, rounding, index)
             xs.append(_by_sample(rows(x, shape, keep), len(x)))
-            ys.append(outputs(y.float(), shape, keep).reshape(len(y), -1, len(self._weights[name])))
+            ys.append(outputs(y.float(), shape, keep).reshape(len(y), -1, len(self.weights[name])))
         target = torch.cat(ys)
         return Rows(torch.cat(xs), target if bias is None else target - bias.float(), self.steps, self.held)
 
@@ -107,13 +108,12 @@ class LayerRows:
     ) -> tuple[list[Moments], Rows]:
         """Moments of inputs and residuals over the samples to fit, and rows of those held out."""
         bias = float_bias(self.prepared, node)
-        first = self._seen(name, rounding, 0)
         fit = ~self.held if len(self.held) > 1 else torch.ones_like(self.held)
         taps, out = weight[0].numel(), len(weight)
         wanted = rounding.positions
         if second:  # as many rows as the second moments need to have full rank
             wanted = max(wanted, math.ceil(4 * taps / max(1, int(fit.sum()))))
-        keep = self._positions(name, first, shape, wanted, 5)
+        keep = self._positions(name, shape, wanted, 5)
         sample_weights = self._sample_weights(name, node, shape, nearest, rounding)
         moments = [
             Moments(
@@ -151,7 +151,7 @@ class LayerRows:
         """[N] float32: step weights from one look at the error of nearest rounding."""
         if rounding.step_weights.kind is Weighting.UNIFORM:
             return torch.ones(len(self.steps))
-        keep = self._positions(name, self._seen(name, rounding, 0), shape, 32, 6)
+        keep = self._positions(name, shape, 32, 6)
         bias, values, errors = float_bias(self.prepared, node), nearest.dequantize(), []
         for index, wholly in enumerate(self._stream.teacher_values[node]):
             x = _by_sample(rows(self._seen(name, rounding, index), shape, keep), len(wholly))
@@ -173,9 +173,9 @@ class LayerRows:
             return activation.scaled(x).float()
         return activation.simulate(x, self.timestep(index)).float()
 
-    def _positions(self, name: str, x: Tensor, shape: Geometry, wanted: int, purpose: int) -> Tensor | None:
+    def _positions(self, name: str, shape: Geometry, wanted: int, purpose: int) -> Tensor | None:
         """Positions of the output to look at, in order; None for all."""
-        count = _position_count(x, shape)
+        count = _position_count(self._stream.teacher_values[self.source(name)][0], shape)
         if count <= wanted:
             return None
         generator = self.generator(self.places[name], purpose)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, SCALED, float_bias, float_weight, observers
+from dmq_ao.annotate import PLAN, SCALED, float_bias, observers
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
 from dmq_ao.layer import LayerRecord, WeightRecord
 from dmq_ao.layer_rows import LayerRows
@@ -36,6 +36,7 @@ from dmq_ao.learn import (
 from dmq_ao.moments import Geometry, Moments, geometry
 from dmq_ao.observers import ActivationObserver, VoteReport, quantize_weight
 from dmq_ao.observers.channel_scale import spread
+from dmq_ao.roles import whole_name
 from dmq_ao.state import load_state, save_state
 from dmq_ao.stream import Stream, Value
 
@@ -64,11 +65,6 @@ class Unit:
 
     index: int
     layers: tuple[str, ...]
-
-
-def whole_name(name: str) -> str:
-    """Name of the layer that a part of a split layer belongs to; any other layer's own."""
-    return name.rpartition(".part")[0] if ".part" in name else name
 
 
 def units_of(prepared: GraphModule) -> list[Unit]:
@@ -121,8 +117,7 @@ class Reconstruction:
             digest: of everything the result depends on.
             bar: one tick a unit.
         """
-        self.prepared, self.recipe, self.batches, self.steps = prepared, recipe, batches, steps
-        self.seed, self.bar = seed, bar
+        self.prepared, self.recipe, self.bar = prepared, recipe, bar
         self.folder = None if state_dir is None else state_dir / "units"
         self.digest = digest
         self.watchers = observers(prepared)
@@ -130,7 +125,6 @@ class Reconstruction:
         self.names = {node: name for name, node in self.nodes.items()}
         self.units = units_of(prepared)
         self.unit_of = {name: unit for unit in self.units for name in unit.layers}
-        self.weights = {name: float_weight(prepared, node) for name, node in self.nodes.items()}
         self.count = count
         self.held = held_out(len(steps), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
@@ -140,7 +134,7 @@ class Reconstruction:
         self.stream = Stream(
             prepared, batches, self._student, set(self.names), max_memory=max_memory, folder=state_dir
         )
-        self.rows = LayerRows(prepared, batches, self.stream, steps, count, self.held, seed)
+        self.rows = LayerRows(prepared, self.nodes, batches, self.stream, steps, count, self.held, seed)
 
     def run(self) -> None:
         """Decide every unit."""
@@ -232,7 +226,7 @@ class Reconstruction:
                     high,
                     watcher.config,
                     [
-                        (targets.index(wholes[name]), self.weights[name].float(), plan[name].weight, one)
+                        (targets.index(wholes[name]), self.rows.weights[name].float(), plan[name].weight, one)
                         for name, one in zip(members, sampled, strict=True)
                     ],
                 )
@@ -248,7 +242,7 @@ class Reconstruction:
 
     def _decide_weight(self, name: str, node: Node) -> None:
         observer, activation = self.watchers[name]
-        weight = self.weights[name].float()
+        weight = self.rows.weights[name].float()
         shape = geometry(node, weight)
         scale = None if activation is None else activation.record().channel_scale
         if scale is not None:

@@ -18,6 +18,16 @@ _IDENTITY = (
 )
 
 
+def whole_name(name: str) -> str:
+    """Name of the layer that a part of a split layer belongs to; any other layer's own.
+
+    >>> whole_name("up.skip.part1"), whole_name("net.partial.conv")
+    ('up.skip', 'net.partial.conv')
+    """
+    whole, _, part = name.rpartition(".part")
+    return whole if part.isdigit() else name
+
+
 def concat_source(node: Node, ch_axis: int) -> Node | None:
     """The concatenation along channels that ``node`` (a layer) reads, past operators that change nothing."""
     source = node.args[0]

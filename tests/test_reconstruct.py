@@ -375,6 +375,19 @@ def test_a_resumed_report_is_that_of_the_whole_run(
         assert getattr(again, name) == getattr(first, name), name
 
 
+def test_layers_whose_names_only_look_like_parts_are_units_of_their_own(samples: dmq_ao.CalibrationSet) -> None:
+    class Nested(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.ModuleDict({"particle": self.conv, "partial": self.tokens})
+
+    prepared = dmq_ao.prepare(seeded(Nested), LEARNING["bias"], samples.example(), backend="reference")
+    units = [unit.layers for unit in units_of(prepared)]
+    assert ("inner.particle",) in units
+    assert ("inner.partial",) in units
+    assert ("merge.part0", "merge.part1") in units
+
+
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
 def test_a_damaged_unit_is_named(
     keep: float, model: nn.Module, samples: dmq_ao.CalibrationSet, tmp_path: Path
