@@ -52,6 +52,11 @@ class Kernel:
         return "int8" in self.name
 
 
+def zero_point_dtype(bits: int) -> torch.dtype:
+    """What the zero point of an input with codes of ``bits`` bits takes on disk."""
+    return torch.uint8 if bits <= 8 else torch.int16
+
+
 @dataclass(frozen=True, eq=False)
 class ActivationRecord:
     """How a layer's input becomes unsigned codes.
@@ -148,7 +153,7 @@ class LayerRecord:
         bits += 0 if self.bias is None else 32 * self.bias.numel()
         if activation is None:
             return bits
-        bits += (40 if activation.bits <= 8 else 48) * activation.scale.numel()
+        bits += (32 + 8 * zero_point_dtype(activation.bits).itemsize) * activation.scale.numel()
         bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
         bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())

@@ -16,7 +16,7 @@ from dmq_ao.calibrate import calibrate
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.diffusers_adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
 from dmq_ao.evaluation import folder_bytes
-from dmq_ao.layer import LayerPlan
+from dmq_ao.layer import LayerPlan, zero_point_dtype
 from dmq_ao.measure import float_bytes
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.quantize import convert, denoiser_name, prepare
@@ -202,8 +202,7 @@ def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Re
     bits = -(-numel // 8) * 8 * item.weight.bits + scales * (32 if item.weight.symmetric else 40)
     if item.activation is None:
         return bits
-    extra = 0 if item.activation.bits <= 8 else 8
-    per_step = (72 + extra) * steps
-    row = {Ranges.STATIC: 40 + extra, Ranges.PER_STEP: per_step, Ranges.DYNAMIC: 0}[item.activation.ranges]
+    pair = 32 + 8 * zero_point_dtype(item.activation.bits).itemsize
+    row = {Ranges.STATIC: pair, Ranges.PER_STEP: (pair + 32) * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
     row += 0 if recipe.scaling is None else 32 * shape[1]
     return bits + row + (0 if item.power_of_two is None else 8 * shape[1])

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from dmq_ao import numerics
 from dmq_ao.config import InvalidFile, Ranges, Recipe
-from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord
+from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord, zero_point_dtype
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -194,7 +194,7 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
             tensors[f"{name}.weight_zero_point"] = weight.zero_point.cpu().to(torch.uint8)
         if activation is not None and activation.ranges is not Ranges.DYNAMIC:
             tensors[f"{name}.input_scale"] = activation.scale.cpu()
-            width = torch.uint8 if activation.bits <= 8 else torch.int16
+            width = zero_point_dtype(activation.bits)
             tensors[f"{name}.input_zero_point"] = activation.zero_point.cpu().to(width)
         if activation is not None and activation.timesteps is not None:
             tensors[f"{name}.input_timesteps"] = activation.timesteps.cpu()
