@@ -14,7 +14,7 @@ recompilation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,14 +235,13 @@ def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     assert record.activation is not None
     why = []
     with gm.graph.inserting_before(node):
-        products = _bytes(gm, node, record.activation.bits)
+        fits = _fits(record)
+        groups = 1 if record.kind == "linear" else _Convolution.of(node, 2).groups
+        weight, largest = shifted_codes(record.weight, record.activation.exponents if fits else None, groups)
+        products = _bytes(gm, node, record.activation.bits, weight, 2.0**-largest)
         if len(products) > 1:
             why.append(f"one product per byte of a {record.activation.bits}-bit input")
-        if _fits(record):
-            groups = 1 if record.kind == "linear" else _Convolution.of(node, 2).groups
-            shifted, largest = shifted_codes(record.weight, record.activation.exponents, groups)
-            products = [replace(one, weight=shifted, factor=one.factor * 2.0**-largest) for one in products]
-        else:
+        if not fits:
             products = [part for one in products for part in _by_exponent(gm, record, one)]
             why.append("one product per exponent: shifted codes are wider than int8")
         result = _emit(gm, node, record, products[0], bias)
@@ -263,11 +262,11 @@ class _Product:
     codes: Node
     scale: Any
     zero_point: Any
-    factor: float = 1.0
-    weight: Tensor = field(default_factory=lambda: torch.zeros(0))
+    weight: Tensor
+    factor: float
 
 
-def _bytes(gm: GraphModule, node: Node, bits: int) -> list[_Product]:
+def _bytes(gm: GraphModule, node: Node, bits: int, weight: Tensor, factor: float) -> list[_Product]:
     """The products that a layer's input makes: one, or a high and a low byte of wide codes."""
     real = node.args[0]
     assert isinstance(real, Node)
@@ -275,14 +274,17 @@ def _bytes(gm: GraphModule, node: Node, bits: int) -> list[_Product]:
     codes, scale, zero_point = real.args[:3]
     assert isinstance(codes, Node)
     if bits <= 8:
-        return [_Product(codes, scale, zero_point)]
+        return [_Product(codes, scale, zero_point, weight, factor)]
     call, shift = gm.graph.call_function, bits - 8
     high, zero_high = (
         call(graph.aten.bitwise_right_shift.Tensor_Scalar, (whole, shift)) for whole in (codes, zero_point)
     )
     low, zero_low = (call(graph.aten.bitwise_and.Scalar, (whole, (1 << shift) - 1)) for whole in (codes, zero_point))
     high, low = (call(graph.aten.to.dtype, (part, torch.uint8)) for part in (high, low))
-    return [_Product(high, scale, zero_high, 2.0**shift), _Product(low, scale, zero_low)]
+    return [
+        _Product(high, scale, zero_high, weight, factor * 2.0**shift),
+        _Product(low, scale, zero_low, weight, factor),
+    ]
 
 
 def _by_exponent(gm: GraphModule, record: LayerRecord, whole: _Product) -> list[_Product]:
@@ -290,14 +292,13 @@ def _by_exponent(gm: GraphModule, record: LayerRecord, whole: _Product) -> list[
     assert record.activation is not None
     assert record.activation.exponents is not None
     exponents, axis = record.activation.exponents, record.activation.ch_axis
-    centred, _ = shifted_codes(record.weight, None)
     products = []
     for exponent in exponents.unique().tolist():
         index = torch.nonzero(exponents == exponent)[:, 0]
         index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
         chosen = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
         factor = whole.factor * 2.0**-exponent
-        products.append(replace(whole, codes=chosen, factor=factor, weight=centred.index_select(1, index)))
+        products.append(replace(whole, codes=chosen, factor=factor, weight=whole.weight.index_select(1, index)))
     return products
 
 
