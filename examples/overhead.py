@@ -50,7 +50,7 @@ def main() -> None:
     """Quantize every variant, time them in turns, print ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("-o", "--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     denoiser, samples = named_denoiser("cifar-unet")
