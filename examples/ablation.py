@@ -178,6 +178,10 @@ def table(results: list[dict[str, Any]]) -> str:
     lines = ["# What each ingredient brings", ""]
     machines = sorted({f"{r['machine']['cpu']}, torch {r['machine']['torch']}, {r['date']}" for r in results})
     lines += [f"Measured by `examples/ablation.py` on {'; '.join(machines)}.", ""]
+    lines += [
+        "Seconds include other work of the machine; peak is that of the process so far, earlier rows included.",
+        "",
+    ]
     for model, bits in dict.fromkeys((r["model"], r["bits"]) for r in results):
         rows = [r for r in results if (r["model"], r["bits"]) == (model, bits)]
         base = next((r["one_step_error"] for r in rows if r["variant"] == "min-max per step"), None)
