@@ -14,7 +14,8 @@ from dmq_ao.numerics import along
 class Exact(Interpreter):
     """Runs a q/dq graph; a layer is an integer sum, exact in float64, and then a float32 epilogue::
 
-    y_o = (sum_c (q_c - z) * 2**(D - e_c) * (w_oc - w_z_o)) * scale * (w_scale_o / 2**D) + bias_o
+    y_o = acc_o * scale * (w_scale_o / 2**D) + (bias_o - scale * z * w_scale_o / 2**D * sum_c w_oc')
+    acc_o = sum_c q_c * w_oc'     w_oc' = 2**(D - e_c) * (w_oc - w_z_o)
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -42,16 +43,33 @@ class Exact(Interpreter):
         assert torch.equal(total, total.round())
         assert float(total.abs().max()) < 2**31
         out_axis = -1 if node.target == graph.LINEAR else 1
+        step = torch.ones(codes.shape[ch_axis]) if channel_step is None else channel_step / finest
+        sums = _sums(node, weight, step.double())
+        # As the kernels do it: the zero point comes off with the bias, after the product of the bare codes.
+        total = total + along(zero_point, 0, total.dim()) * along(sums, out_axis, total.dim())
         result = total.float() * along(scale, 0, total.dim())
         result = result * along(weight_scale[:, 0] * finest, out_axis, total.dim())
+        offset = along(-(scale.double() * zero_point).float(), 0, total.dim())
+        offset = offset * along(sums.float() * (weight_scale[:, 0] * finest), out_axis, total.dim())
         bias = self.env[node.args[2]] if len(node.args) > 2 and node.args[2] is not None else None  # type: ignore[index]
-        result = result if bias is None else result + along(bias, out_axis, total.dim())
+        result = result + (offset if bias is None else offset + along(bias, out_axis, total.dim()))
         result = result.to(node.meta["val"].dtype)
         # The kernels' layout: norms that read it round as they do behind the kernels.
         return result.contiguous(memory_format=torch.channels_last) if result.dim() == 4 else result
 
     def _arguments(self, node: Any) -> tuple[Any, ...]:
         return tuple(self.env[arg] if isinstance(arg, Node) else arg for arg in node.args)
+
+
+def _sums(node: Node, weight: Tensor, step: Tensor) -> Tensor:
+    """[O] sum of each output's weights, each times the ``step`` [C] of its input channel."""
+    if node.target == graph.LINEAR:
+        return weight @ step
+    dims = weight.dim() - 2
+    ones = along(step, 1, weight.dim()).expand(1, len(step), *weight.shape[2:])
+    groups = node.args[6] if len(node.args) > 6 else 1
+    total = node.target(ones, weight, None, [1] * dims, [0] * dims, [1] * dims, groups)  # type: ignore[operator]
+    return total.flatten()
 
 
 def _is_integer(node: Node) -> bool:

@@ -56,7 +56,8 @@ def int_conv(
     geometry = geometry_of(weight, **given)
     packed = torch.ops.onednn.qconv_prepack(weight, weight_scale, 1.0, 0, *geometry[:4], None)
     codes = codes.contiguous(memory_format=torch.channels_last)
-    return torch.ops.dmq_ao.int_conv(codes, scale, zero_point, packed, weight_scale, bias, *geometry, torch.float32)
+    scales = (weight_scale, sums(weight, weight_scale))
+    return torch.ops.dmq_ao.int_conv(codes, scale, zero_point, packed, *scales, bias, *geometry, torch.float32)
 
 
 def int_linear(
@@ -68,7 +69,13 @@ def int_linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    return torch.ops.dmq_ao.int_linear(codes, scale, zero_point, packed, weight_scale, bias, torch.float32)
+    scales = (weight_scale, sums(weight, weight_scale))
+    return torch.ops.dmq_ao.int_linear(codes, scale, zero_point, packed, *scales, bias, torch.float32)
+
+
+def sums(weight: Tensor, weight_scale: Tensor) -> Tensor:
+    """[O] what a code of one everywhere would make."""
+    return weight.flatten(1).sum(1, dtype=torch.int32) * weight_scale
 
 
 def int64_conv(codes: Tensor, zero_points: Tensor, weight: Tensor, **geometry: Any) -> Tensor:
@@ -156,14 +163,20 @@ def test_the_epilogue_is_two_products_and_a_sum(with_bias: bool, rows: int) -> N
     scale, zero_points = torch.rand(rows) * 0.1, torch.randint(0, 256, (rows,), dtype=torch.int32)
     weight_scale, bias = torch.rand(24) * 0.02, torch.randn(24) if with_bias else None
     codes, weight = random_codes(4, 16, 7, 9), random_weight(24, 16, 3, 3)
-    total = int64_conv(codes, zero_points, weight, padding=1).float()
-    expected = (total * scale.reshape(-1, 1, 1, 1)) * weight_scale.reshape(-1, 1, 1)
-    expected = expected if bias is None else expected + bias.reshape(-1, 1, 1)
+    shift = (scale.double() * zero_points).float().reshape(-1, 1)
+
+    def epilogue(total: Tensor, weight: Tensor, ndim: int, axis: int) -> Tensor:
+        whole = weight.flatten(1).sum(1, dtype=torch.long)
+        bare = total + along(zero_points, 0, ndim) * along(whole, axis, ndim)
+        offset = along(whole.float() * weight_scale, axis, ndim) * -along(shift[:, 0], 0, ndim)
+        offset = offset if bias is None else offset + along(bias, axis, ndim)
+        return bare.float() * along(scale, 0, ndim) * along(weight_scale, axis, ndim) + offset
+
+    total = int64_conv(codes, zero_points, weight, padding=1)
+    expected = epilogue(total, weight, 4, 1)
     assert torch.equal(int_conv(codes, scale, zero_points, weight, weight_scale, bias, padding=1), expected)
     tokens, matrix = random_codes(4, 11, 33), random_weight(24, 33)
-    total = int64_linear(tokens, zero_points, matrix).float()
-    expected = (total * scale.reshape(-1, 1, 1)) * weight_scale
-    expected = expected if bias is None else expected + bias
+    expected = epilogue(int64_linear(tokens, zero_points, matrix), matrix, 3, -1)
     assert torch.equal(int_linear(tokens, scale, zero_points, matrix, weight_scale, bias), expected)
 
 
@@ -176,7 +189,7 @@ def test_the_compiler_is_told_the_layout_of_a_convolution(name: str, same_rows: 
     zero_points = torch.zeros(shape[0], dtype=torch.int32) if same_rows else torch.arange(shape[0], dtype=torch.int32)
     tensors = (codes, torch.ones(shape[0]), zero_points, weight, torch.ones(out))
     actual = int_conv(*tensors, **given)
-    meta = [tensor.to("meta") for tensor in tensors]
+    meta = [tensor.to("meta") for tensor in (*tensors, torch.ones(out))]
     told = torch.ops.dmq_ao.int_conv(*meta, None, *geometry_of(weight, **given), torch.float32)
     assert (told.shape, told.stride(), told.dtype) == (actual.shape, actual.stride(), actual.dtype)
 
@@ -186,7 +199,8 @@ def test_the_compiler_is_told_the_layout_of_a_convolution(name: str, same_rows: 
 def test_the_compiler_is_told_the_layout_of_a_linear(shape: tuple[int, ...]) -> None:
     tensors = (random_codes(*shape), torch.ones(1), torch.zeros(1, dtype=torch.int32), random_weight(10, shape[-1]))
     actual = int_linear(*tensors, torch.ones(10))
-    told = torch.ops.dmq_ao.int_linear(*(x.to("meta") for x in (*tensors, torch.ones(10))), None, torch.float32)
+    meta = [tensor.to("meta") for tensor in (*tensors, torch.ones(10), torch.ones(10))]
+    told = torch.ops.dmq_ao.int_linear(*meta, None, torch.float32)
     assert (told.shape, told.stride(), told.dtype) == (actual.shape, actual.stride(), actual.dtype)
 
 
@@ -362,7 +376,8 @@ def test_siblings_share_codes() -> None:
     exact, _ = run_exactly(reference, x=samples.inputs["x"], t=samples.timestep)
     assert torch.equal(run(lowered, samples.inputs["x"], samples.timestep), exact)
     targets = [str(node.target) for node in lowered.graph_module.graph.nodes]
-    assert targets.count("dmq_ao.int_conv.default") == 2
+    assert targets.count("dmq_ao.int_conv.default") == 1
+    assert targets.count("dmq_ao.int_linear.default") == 1  # the 1x1 convolution
     assert targets.count("dmq_ao.quantize.default") == 1
 
 
