@@ -1,5 +1,6 @@
-"""Rewrites of a captured float graph: GraphModule in, the same GraphModule out."""
+"""Rewrites of a graph: GraphModule in, GraphModule out."""
 
+from dmq_ao.passes.lower_precision import lower_precision
 from dmq_ao.passes.split_concat import split_concat
 
-__all__ = ["split_concat"]
+__all__ = ["lower_precision", "split_concat"]

@@ -1,0 +1,183 @@
+"""Half-width floats between integer layers: norms, activations, additions and shortcuts move half the bytes."""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dmq_ao import graph, ops
+
+aten = torch.ops.aten
+
+# Where values only move: what comes in narrow goes out narrow.
+_MOVES = {
+    operator.getitem,
+    aten.cat.default,
+    aten.chunk.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.dropout.default,
+    aten.expand.default,
+    aten.flatten.using_ints,
+    aten.movedim.int,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.squeeze.dim,
+    aten.stack.default,
+    aten.transpose.int,
+    aten.unbind.int,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
+    aten.upsample_nearest2d.vec,
+    aten.view.default,
+}
+# Computed in float32 whatever comes in, by eager kernels and by Inductor; only the result is rounded.
+_POINTWISE = {
+    aten.add.Tensor,
+    aten.div.Tensor,
+    aten.gelu.default,
+    aten.mul.Tensor,
+    aten.neg.default,
+    aten.relu.default,
+    aten.sigmoid.default,
+    aten.silu.default,
+    aten.softmax.int,
+    aten.sub.Tensor,
+    aten.tanh.default,
+}
+_NORMS = {aten.group_norm.default, aten.layer_norm.default}
+# Summed in float32; the operands must be of one type.
+_PRODUCTS = {
+    *graph.CONVOLUTIONS,
+    graph.LINEAR,
+    aten.avg_pool2d.default,
+    aten.baddbmm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    aten.scaled_dot_product_attention.default,
+}
+
+
+def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> GraphModule:
+    """Make integer kernels write ``dtype``, and the operators between them read and write it.
+
+    Before:  int_conv(.., float32) -> group_norm -> silu -> quantize      After:  int_conv(.., bfloat16) -> ...
+
+    Sums are still taken in float32. Operators that this pass does not know get float32 back, inputs and outputs of the
+    graph keep their type, and so does all that no integer kernel comes before (the embedding of the timestep).
+
+    Args:
+        gm: a lowered float32 graph; stays as it is.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+
+    Returns:
+        Another graph of the same tensors; a copy of ``gm`` where nothing can be narrower.
+    """
+    narrow = GraphModule(gm, copy.deepcopy(gm.graph))
+    narrow.meta.update(gm.meta)
+    changed = next((node for node in narrow.graph.nodes if _mutates(node)), None)
+    if changed is not None:
+        warnings.warn(
+            f"{changed.target} changes a tensor in place: the graph stays in its own precision", stacklevel=2
+        )
+        return narrow
+    _Narrowing(narrow, dtype).run()
+    narrow.graph.eliminate_dead_code()
+    narrow.recompile()
+    return narrow
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+class _Narrowing:
+    """One walk over a graph; ``narrow`` holds the nodes whose values are of the narrow type by now."""
+
+    def __init__(self, gm: GraphModule, dtype: torch.dtype) -> None:
+        self.gm, self.dtype = gm, dtype
+        self.narrow: set[Node] = set()
+        self.kernels = {torch.ops.dmq_ao.int_conv.default, torch.ops.dmq_ao.int_linear.default}
+
+    def run(self) -> None:
+        """Visit every node once, inputs first."""
+        for node in list(self.gm.graph.nodes):
+            if node.target in self.kernels and node.args[-1] == torch.float32:
+                node.args = (*node.args[:-1], self.dtype)
+                self._mark(node)
+            elif any(source in self.narrow for source in node.all_input_nodes):
+                self._visit(node)
+
+    def _visit(self, node: Node) -> None:
+        if node.target is ops.quantize:
+            return
+        if node.target is aten._assert_tensor_metadata.default:
+            self.gm.graph.erase_node(node)
+        elif node.target is aten.to.dtype and node.args[1] == torch.float32:  # meant its own type, which changed
+            node.replace_all_uses_with(node.all_input_nodes[0])
+        elif node.target in _MOVES or node.target in _PRODUCTS:
+            self._cast(node, self._wide(node.all_input_nodes), self.dtype)
+            self._mark(node)
+        elif node.target in _NORMS:
+            self._mark(node)
+        elif node.target in _POINTWISE and "dtype" not in node.kwargs and len(node.args) < 3:
+            if self._wide(node.all_input_nodes):
+                self._round(node)
+            else:
+                self._mark(node)
+        else:
+            self._cast(node, [source for source in node.all_input_nodes if source in self.narrow], torch.float32)
+
+    def _wide(self, nodes: Iterable[Node]) -> list[Node]:
+        return [node for node in nodes if node not in self.narrow and _is_float32(node)]
+
+    def _mark(self, node: Node) -> None:
+        self.narrow.add(node)
+        if "val" in node.meta:
+            node.meta["val"] = _retyped(node.meta["val"], self.dtype)
+
+    def _round(self, node: Node) -> None:
+        """Narrow the result of a node that also reads a wide value."""
+        with self.gm.graph.inserting_after(node):
+            rounded = self.gm.graph.call_function(aten.to.dtype, (node, self.dtype))
+        rounded.meta = dict(node.meta)
+        node.replace_all_uses_with(rounded, lambda user: user is not rounded)
+        self._mark(rounded)
+
+    def _cast(self, node: Node, sources: list[Node], dtype: torch.dtype) -> None:
+        for source in sources:
+            with self.gm.graph.inserting_before(node):
+                if source.op == "get_attr":  # once, now, rather than in every call
+                    tensor = graph.attribute(self.gm, source).detach().to(dtype)
+                    cast = graph.add_tensor(self.gm, f"{source.target}.{_word(dtype)}", tensor)
+                else:
+                    cast = self.gm.graph.call_function(aten.to.dtype, (source, dtype))
+            cast.meta = {**source.meta, "val": _retyped(source.meta.get("val"), dtype)}
+            node.replace_input_with(source, cast)
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _is_float32(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _retyped(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_retyped(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
