@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dmq_ao.annotate import DiffusionQuantizer
     from dmq_ao.calibrate import CalibrationReport, calibrate
     from dmq_ao.calibration import CalibrationSet, record
+    from dmq_ao.compile import compile
     from dmq_ao.config import (
         Granularity,
         InvalidFile,
@@ -44,6 +45,7 @@ __all__ = [
     "TensorConfig",
     "UnsupportedByBackend",
     "calibrate",
+    "compile",
     "convert",
     "load",
     "prepare",
@@ -52,7 +54,7 @@ __all__ = [
     "record",
     "save",
 ]
-_HOMES = ("config", "annotate", "calibrate", "calibration", "module", "quantize")
+_HOMES = ("config", "annotate", "calibrate", "calibration", "compile", "module", "quantize")
 
 
 class _Package(ModuleType):
@@ -68,8 +70,8 @@ class _Package(ModuleType):
         raise AttributeError(f"module 'dmq_ao' has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Leave ``dmq_ao.quantize`` and ``calibrate`` to the verbs: an import would put their files there."""
-        if not (name in ("calibrate", "quantize") and isinstance(value, ModuleType)):
+        """Leave ``quantize``, ``calibrate`` and ``compile`` to the verbs: an import would put their files there."""
+        if not (name in ("calibrate", "compile", "quantize") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

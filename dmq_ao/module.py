@@ -198,7 +198,11 @@ class QuantizedDenoiser(nn.Module):
             batch = earlier[signature.names.index(signature.batch)]
         self._checked(signature.batch, batch)
         dtype = signature.example[str(signature.timestep)][1]
-        timestep = torch.as_tensor(value, device=batch.device)
+        # A number stays a number to the compiler only through torch.full: as_tensor would compile for each timestep.
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        timestep = (
+            torch.full((), value, device=batch.device) if number else torch.as_tensor(value, device=batch.device)
+        )
         if not timestep.is_floating_point() or not dtype.is_floating_point:
             given, timestep = timestep, timestep.to(dtype)
             if given.is_floating_point() and not torch.compiler.is_compiling() and bool((given != timestep).any()):

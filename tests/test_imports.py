@@ -19,7 +19,7 @@ FLOORS = (
     "layer_rows",
     "observe reconstruct distill sensitivity",
     "calibrate",
-    "quantize",
+    "quantize compile",
     "diffusers_adapter",
     "measure",
     "demo benchmark compare gallery ptq",

@@ -74,7 +74,7 @@ def test_no_folder_in_the_package_hides_a_sibling(name: str) -> None:
 def test_the_wheel_holds_only_our_name(pyproject: dict[str, Any]) -> None:
     setuptools = pyproject["tool"]["setuptools"]
     assert all(package.split(".")[0] == "dmq_ao" for package in setuptools["packages"])
-    assert set(setuptools["package-data"]) == {"dmq_ao"}
+    assert {name.split(".")[0] for name in setuptools["package-data"]} == {"dmq_ao"}
     assert not {"py-modules", "data-files"} & set(setuptools)
 
 
@@ -89,6 +89,12 @@ def test_the_wheel_holds_the_data(pyproject: dict[str, Any]) -> None:
     }
     assert package / "py.typed" in packed
     assert data - packed == set()
+
+
+def test_the_wheel_holds_the_kernels(pyproject: dict[str, Any]) -> None:
+    patterns = pyproject["tool"]["setuptools"]["package-data"]["dmq_ao.backends"]
+    packed = {path for pattern in patterns for path in (ROOT / "backends").glob(pattern)}
+    assert packed == {path for path in (ROOT / "backends").iterdir() if path.suffix not in {"", ".py"}} != set()
 
 
 def test_the_command_exists(pyproject: dict[str, Any]) -> None:

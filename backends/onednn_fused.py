@@ -1,0 +1,248 @@
+"""What ``dmq_ao.compile(mode="max")`` adds on CPUs: operators of our own, compiled for the machine on first use.
+
+Inductor's group norm over channels-last memory reads each group's few channels alone; here norm, SiLU and quantize are
+two passes over contiguous rows, and uint8 is written once. The integer kernels are oneDNN's, reached without Python.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dmq_ao import ops
+from dmq_ao.backends import onednn
+
+aten = torch.ops.aten
+_SOURCE = Path(__file__).with_name("onednn_kernels.cpp")
+_FLAGS = ["-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+
+
+@functools.cache
+def load_kernels() -> None:
+    """Compile the operators ``dmq_ao_cpu::*``, or take them from PyTorch's cache of extensions, and register them.
+
+    Raises:
+        RuntimeError: without a C++ compiler or ninja, with what to install.
+    """
+    from torch.utils import cpp_extension
+
+    try:
+        # A build of each source and set of flags has a folder of its own, so that two versions do not share one.
+        key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:12]
+        cpp_extension.load(f"dmq_ao_cpu_{key}", [str(_SOURCE)], extra_cflags=_FLAGS, is_python_module=False)
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            "the fused CPU kernels could not be compiled; install a C++ compiler (g++ or clang) and ninja (pip install"
+            f' ninja), or use mode="default". The compiler said: {error}'
+        ) from error
+    torch.library.register_fake("dmq_ao_cpu::group_norm_quantize", _fake_norm)
+    torch.library.register_fake("dmq_ao_cpu::attention", _fake_attention)
+    torch.library.register_fake("dmq_ao_cpu::conv", onednn.fake_conv)
+    torch.library.register_fake("dmq_ao_cpu::linear", onednn.fake_linear)
+
+
+def _fake_norm(
+    x: Tensor,
+    shift: Tensor | None,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale: Tensor,
+    zero_point: Tensor,
+    channel_scale: Tensor | None,
+    quant_max: int,
+    padding: Sequence[int],
+) -> Tensor:
+    sizes = [size + 2 * pad for size, pad in zip(x.shape[2:], padding[-(x.dim() - 2) :], strict=True)]
+    return x.new_empty((x.shape[0], *sizes, x.shape[1]), dtype=torch.uint8).movedim(-1, 1)
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    batch, heads, rows, width = query.shape
+    return query.new_empty((batch, rows, heads, width)).transpose(1, 2)
+
+
+def fuse(gm: GraphModule) -> GraphModule:
+    """Put the compiled operators into a graph that the oneDNN backend lowered, in place.
+
+    Before:  group_norm -> silu -> quantize -> int_conv      After:  group_norm_quantize -> conv
+    """
+    load_kernels()
+    for node in list(gm.graph.nodes):
+        if node.target is aten.dropout.default and node.args[2] is False:
+            node.replace_all_uses_with(node.all_input_nodes[0])  # torch.fx takes it for random and would keep it
+            gm.graph.erase_node(node)
+        elif node.target is ops.quantize:
+            _fuse_norm(gm, node)
+        elif node.target is torch.ops.dmq_ao.int_conv.default:
+            node.target = torch.ops.dmq_ao_cpu.conv.default
+            _take_padding(node)
+        elif node.target is torch.ops.dmq_ao.int_linear.default:
+            node.target = torch.ops.dmq_ao_cpu.linear.default
+        elif node.target is aten.scaled_dot_product_attention.default:
+            _fuse_attention(gm, node)
+        elif node.target is aten.matmul.default:
+            _fuse_written_out_attention(gm, node)
+        elif node.target is aten.conv2d.default:
+            _channels_last_input(gm, node)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return gm
+
+
+def _fuse_attention(gm: GraphModule, node: Node) -> None:
+    """Attention without mask, in bfloat16."""
+    q, k, v = node.all_input_nodes[:3]
+    plain = node.args == (q, k, v) and not (set(node.kwargs) - {"scale"})
+    width = _width(q)
+    if plain and width and {_width(k), _width(v)} == {width} and all(_rank(one) == 4 for one in (q, k, v)):
+        given = node.kwargs.get("scale")
+        _emit_attention(gm, node, (q, k, v), float(width) ** -0.5 if given is None else given)
+
+
+def _fuse_written_out_attention(gm: GraphModule, node: Node) -> None:
+    """``softmax(q @ k.transpose(1, 2) * scale, -1) @ v`` of one head, [B, N, D] each."""
+    shares, v = node.args
+    assert isinstance(shares, Node)
+    assert isinstance(v, Node)
+    softmax, _ = _behind(shares, None)
+    if softmax.target is not aten.softmax.int or softmax.args[1] not in (-1, 2) or not _only_reader(softmax):
+        return
+    scaled, _ = _behind(softmax.all_input_nodes[0], None)
+    scale: Any = 1.0
+    product = scaled
+    if scaled.target is aten.mul.Tensor and _only_reader(scaled):
+        product, scale = scaled.args  # type: ignore[assignment]
+    if not isinstance(scale, float) or product.target is not aten.matmul.default or not _only_reader(product):
+        return
+    q, turned = product.args
+    assert isinstance(q, Node)
+    assert isinstance(turned, Node)
+    swaps = ((1, 2), (2, 1), (-1, -2), (-2, -1))
+    if turned.target is not aten.transpose.int or tuple(turned.args[1:]) not in swaps:
+        return
+    heads = (q, turned.all_input_nodes[0], v)
+    if len({_width(one) for one in heads}) != 1 or any(_rank(one) != 3 for one in heads):
+        return
+    with gm.graph.inserting_before(node):
+        single = tuple(gm.graph.call_function(aten.unsqueeze.default, (one, 1)) for one in heads)
+    for one, whole in zip(single, heads, strict=True):
+        one.meta["val"] = whole.meta["val"].unsqueeze(1)
+    _emit_attention(gm, node, single, scale, squeeze=True)
+
+
+def _emit_attention(
+    gm: GraphModule, node: Node, heads: tuple[Node, ...], scale: Any, *, squeeze: bool = False
+) -> None:
+    width = _width(heads[0])
+    if width is None or width % 2 or any(one.meta["val"].dtype != torch.bfloat16 for one in heads):
+        return
+    with gm.graph.inserting_before(node):
+        fast = gm.graph.call_function(torch.ops.dmq_ao_cpu.attention.default, (*heads, scale))
+        if squeeze:
+            fast = gm.graph.call_function(aten.squeeze.dim, (fast, 1))
+    fast.meta = dict(node.meta)
+    node.replace_all_uses_with(fast)
+    gm.graph.erase_node(node)
+
+
+def _rank(node: Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def _width(node: Node) -> int | None:
+    """Size of the last axis, if the graph fixes it."""
+    size = node.meta["val"].shape[-1]
+    return size if isinstance(size, int) else None
+
+
+def _take_padding(conv: Node) -> None:
+    """Let the norm before a convolution, if nothing else reads it, write the padding too."""
+    norm = conv.args[0]
+    assert isinstance(norm, Node)
+    if norm.target is aten.contiguous.default:
+        norm = norm.all_input_nodes[0]
+    at = 8
+    around = conv.args[at]
+    if norm.target is not torch.ops.dmq_ao_cpu.group_norm_quantize.default or not _only_reader(norm):
+        return
+    conv.args = (norm, *conv.args[1:at], [0, 0], *conv.args[at + 1 :])
+    norm.args = (*norm.args[:-1], around)
+
+
+def _channels_last_input(gm: GraphModule, node: Node) -> None:
+    """Let a float convolution start the layout that the integer ones have."""
+    x = node.all_input_nodes[0]
+    with gm.graph.inserting_before(node):
+        turned = gm.graph.call_function(aten.contiguous.default, (x,), {"memory_format": torch.channels_last})
+    turned.meta = dict(x.meta)
+    node.replace_input_with(x, turned)
+
+
+def _fuse_norm(gm: GraphModule, quantize: Node) -> None:
+    x, scale, zero_point, channel_scale, ch_axis, _, quant_max = quantize.args
+    assert isinstance(x, Node)
+    assert isinstance(quant_max, int)
+    x, turn = _behind(x, aten.transpose.int)
+    x, silu = _behind(x, aten.silu.default)
+    norm, _ = _behind(x, None)
+    if norm.target is not aten.group_norm.default or not _only_reader(norm) or norm.kwargs or quant_max > 255:
+        return
+    rank = _rank(norm)
+    swapped = turn is not None and rank == 3 and {int(axis) % 3 for axis in turn.args[1:]} == {1, 2}  # type: ignore
+    axis = 1 if turn is None else 2
+    if rank not in (3, 4) or (turn is not None and not swapped) or ch_axis not in (axis, axis - rank):
+        return
+    given = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
+    source = given[0]
+    assert isinstance(source, Node)
+    value, shift = _shifted(source)
+    with gm.graph.inserting_before(quantize):
+        args = (value, shift, *given[1:5], silu is not None, scale, zero_point, channel_scale, quant_max, [0, 0])
+        codes = gm.graph.call_function(torch.ops.dmq_ao_cpu.group_norm_quantize.default, args)
+        if turn is not None:
+            codes = gm.graph.call_function(aten.transpose.int, (codes, *turn.args[1:]))
+    quantize.replace_all_uses_with(codes)
+    gm.graph.erase_node(quantize)
+
+
+def _behind(node: Node, target: object) -> tuple[Node, Node | None]:
+    """The node before ``target``, past what changes no value, and ``target``'s node; the node itself if not there."""
+    while _only_reader(node) and (node.target is aten.clone.default or _is_float_cast(node)):
+        node = node.all_input_nodes[0]
+    if target is None or node.target is not target or not _only_reader(node):
+        return node, None
+    return node.all_input_nodes[0], node
+
+
+def _is_float_cast(node: Node) -> bool:
+    return node.target is aten.to.dtype and isinstance(node.args[1], torch.dtype) and node.args[1].is_floating_point
+
+
+def _only_reader(node: Node) -> bool:
+    return len(node.users) == 1
+
+
+def _shifted(value: Node) -> tuple[Node, Node | None]:
+    """``h + t[:, :, None, None]`` as ``h`` and ``t`` [B, C]; anything else as it is."""
+    total, _ = _behind(value, None)
+    if total.target is not aten.add.Tensor or not _only_reader(total) or len(total.all_input_nodes) != 2:
+        return value, None
+    if total.kwargs.get("alpha", 1) != 1:
+        return value, None
+    h, t = total.all_input_nodes
+    spatial = h.meta["val"].dim() - 2
+    for _ in range(spatial):
+        if t.target is not aten.unsqueeze.default or t.args[1] not in (-1, t.meta["val"].dim() - 1):
+            return value, None
+        t = t.all_input_nodes[0]
+    return (h, t) if t.meta["val"].dim() == 2 else (value, None)
