@@ -10,6 +10,7 @@ timesteps and the same-seed PSNR against float, and writes the quantized denoise
 import argparse
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ def load_module(file: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules["loaders"] = module  # torch.compile looks its classes up there
     spec.loader.exec_module(module)
     return module
 
