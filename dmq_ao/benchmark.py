@@ -14,6 +14,7 @@ from torch import nn
 from dmq_ao import recipes
 from dmq_ao.calibrate import calibrate
 from dmq_ao.calibration import CalibrationSet
+from dmq_ao.compile import Mode
 from dmq_ao.config import Recipe
 from dmq_ao.diffusers_adapter import denoiser_folder, is_quantized, load_denoiser, load_pipeline, record_pipeline
 from dmq_ao.evaluation import latency, machine, speedup
@@ -71,6 +72,7 @@ def run_benchmark(
     repeats: int = 15,
     threads: int | None = None,
     backend: str = "auto",
+    mode: Mode = "default",
     prompt: str | None = None,
     progress: bool = False,
     say: Callable[[str], None] = print,
@@ -86,6 +88,7 @@ def run_benchmark(
         repeats: timed calls of each.
         threads: of torch, while this runs; None leaves them as they are.
         backend: as for ``dmq_ao.convert``.
+        mode: as for ``dmq_ao.compile``.
         prompt: for pipelines that want one.
         progress: show progress bars.
         say: told what is going on.
@@ -103,12 +106,13 @@ def run_benchmark(
             quantized = _convert(teacher, samples, recipe, backend)
             inputs = _first_rows(samples, batch_size)
         say("compile float32 and quantized")
-        calls, compile_seconds = compiled_calls({"float": teacher, "quantized": quantized}, inputs)
+        calls, compile_seconds = compiled_calls({"float": teacher, "quantized": quantized}, inputs, mode)
         times = latency(calls, repeats=repeats, progress=progress)
         return {
             "model": model,
             "recipe": quantized.recipe.to_dict(),
             "backend": quantized.backend,
+            "mode": mode,
             "batch_size": batch_size,
             "latency_ms": {name: vars(timed) for name, timed in times.items()},
             "speedup": speedup(times, "float")["quantized"],

@@ -108,7 +108,8 @@ def benchmark_text(report: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             aligned(rows),
-            f"\nquantized ({_scheme(report)}) is {report['speedup']:.2f}x as fast as float32, both compiled;"
+            f"\nquantized ({_scheme(report)}) is {report['speedup']:.2f}x as fast as float32, both compiled"
+            f" (mode {report['mode']});"
             f" batch {report['batch_size']}, {repeats} calls of each in turns",
             f"kernels: {kernels or 'none'}",
             machine_line(report),

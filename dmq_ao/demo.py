@@ -11,6 +11,7 @@ from torch import nn
 
 from dmq_ao import recipes
 from dmq_ao.calibrate import calibrate
+from dmq_ao.compile import Mode
 from dmq_ao.diffusers_adapter import DEMO, load_pipeline, record_pipeline
 from dmq_ao.evaluation import machine, write_report
 from dmq_ao.evaluation.table import FLOAT
@@ -29,6 +30,7 @@ def run_demo(
     folder: str | Path,
     *,
     backend: str = "auto",
+    mode: Mode | None = None,
     images: int = 16,
     num_samples: int = 160,
     with_latency: bool = True,
@@ -39,6 +41,7 @@ def run_demo(
     Args:
         folder: where the report goes.
         backend: as for ``dmq_ao.convert``.
+        mode: as for ``dmq_ao.compile``; None takes ``"max"`` where the onednn backend runs.
         images: same-seed images to compare.
         num_samples: calibration samples.
         with_latency: compile float and integer denoisers and time them, which is most of the run.
@@ -72,8 +75,9 @@ def run_demo(
             variants.append({**row, "calibration_seconds": found.seconds})
     float_ms = None
     if with_latency:
-        say(f"compile {len(denoisers)} denoisers and time them in turns")
-        times = compiled_latency(denoisers, samples.example(LATENCY_BATCH))
+        mode = mode or ("max" if quantized.backend == "onednn" else "default")
+        say(f"compile {len(denoisers)} denoisers (mode {mode}) and time them in turns")
+        times = compiled_latency(denoisers, samples.example(LATENCY_BATCH), mode=mode)
         float_ms = times[FLOAT].median_ms
         for row in variants:
             row["latency_ms"] = times[row["name"]].median_ms
@@ -87,7 +91,7 @@ def run_demo(
             "calibration": f"{len(samples)} samples of {TRAJECTORIES} trajectories, seeds from {CALIBRATION_SEED}",
             "one-step error": f"{len(states)} states of float trajectories, seeds from {HELD_OUT_SEED}",
             "images": f"{images}, seeds from {IMAGE_SEED}",
-            "latency": f"batch {LATENCY_BATCH}, torch.compile, float32 and integers in turns",
+            "latency": f"batch {LATENCY_BATCH}, compiled (integers in mode {mode}), float32 and integers in turns",
             "backend": backend,
         },
         "float": {"file_bytes": float_bytes(teacher), "latency_ms": float_ms},

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dmq_ao.calibration import CalibrationSet, record
+from dmq_ao.compile import compile
 from dmq_ao.config import InvalidFile
 from dmq_ao.evaluation.report import json_ready
 from dmq_ao.module import QuantizedDenoiser
@@ -110,9 +111,11 @@ def _quiet(pipeline: Any) -> Any:
 
 
 def compile_denoiser(pipeline: Any) -> None:
-    """``torch.compile`` a pipeline's denoiser, in place."""
+    """Compile a pipeline's denoiser in place: ``torch.compile``, or ``dmq_ao.compile`` where it is quantized."""
     name = denoiser_name(pipeline)
-    setattr(pipeline, name, torch.compile(getattr(pipeline, name)))
+    denoiser = getattr(pipeline, name)
+    quantized = isinstance(denoiser, QuantizedDenoiser)
+    setattr(pipeline, name, compile(denoiser) if quantized else torch.compile(denoiser))
 
 
 def save_pipeline(pipeline: Any, folder: str | Path, report: Mapping[str, Any] | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dmq_ao.calibration import CalibrationSet
+from dmq_ao.compile import Mode, compile
 from dmq_ao.diffusers_adapter import record_pipeline, sample
 from dmq_ao.evaluation import Latency, folder_bytes, image_fidelity, latency, one_step_error
 from dmq_ao.module import QuantizedDenoiser
@@ -97,14 +98,19 @@ def float_bytes(denoiser: nn.Module) -> int:
 
 
 def compiled_calls(
-    denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any]
+    denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any], mode: Mode = "default"
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float]]:
-    """Compile denoisers for ``inputs``: calls without arguments by name, and the seconds that the first each took."""
+    """Compile denoisers for ``inputs``: calls without arguments by name, and the seconds that the first each took.
+
+    Quantized ones by ``dmq_ao.compile`` in ``mode``, float ones by ``torch.compile``.
+    """
     torch._dynamo.reset()
     calls: dict[str, Callable[[], object]] = {}
     seconds = {}
     for name, denoiser in denoisers.items():
-        calls[name] = partial(torch.no_grad()(torch.compile(denoiser)), **inputs)
+        integer = isinstance(denoiser, QuantizedDenoiser)
+        compiled = compile(denoiser, mode) if integer else torch.compile(denoiser)  # type: ignore[arg-type]
+        calls[name] = partial(torch.no_grad()(compiled), **inputs)
         started = time.perf_counter()
         calls[name]()
         seconds[name] = time.perf_counter() - started
@@ -112,8 +118,13 @@ def compiled_calls(
 
 
 def compiled_latency(
-    denoisers: Mapping[str, nn.Module], inputs: Mapping[str, Any], *, repeats: int = 15, progress: bool = False
+    denoisers: Mapping[str, nn.Module],
+    inputs: Mapping[str, Any],
+    *,
+    mode: Mode = "default",
+    repeats: int = 15,
+    progress: bool = False,
 ) -> dict[str, Latency]:
-    """Median times of ``torch.compile``d denoisers, float and quantized, called in turns on the same inputs."""
-    calls, _ = compiled_calls(denoisers, inputs)
+    """Median times of compiled denoisers, float and quantized (in ``mode``), called in turns on the same inputs."""
+    calls, _ = compiled_calls(denoisers, inputs, mode)
     return latency(calls, repeats=repeats, progress=progress)

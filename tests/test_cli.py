@@ -190,7 +190,7 @@ def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.slow
 def test_demo_writes_its_report(tmp_path: Path) -> None:
-    assert len(document("demo", "-o", tmp_path, "--images", 2, "--no-latency")["variants"]) == 6
+    assert len(document("demo", "-o", tmp_path, "--images", 2, "--no-latency")["variants"]) == 4
     assert (tmp_path / "report.html").exists()
 
 
