@@ -177,11 +177,11 @@ def test_doctor_notices_a_wrong_sum(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def run_demo(folder: Path, **options: Any) -> dict[str, Any]:
         options.pop("say")("working")
-        assert options == {"backend": "reference", "images": 3, "with_latency": False}
+        assert options == {"backend": "reference", "mode": "max", "images": 3, "with_latency": False}
         return {"title": "demo", "variants": [{"name": "W4A8"}]}
 
     monkeypatch.setattr(demo, "run_demo", run_demo)
-    result = run("demo", "-o", tmp_path, "--backend", "reference", "--images", 3, "--no-latency")
+    result = run("demo", "-o", tmp_path, "--backend", "reference", "--mode", "max", "--images", 3, "--no-latency")
     assert result.exit_code == 0, result.stderr
     assert "W4A8" in result.stdout
     assert str(tmp_path / "report.html") in result.stdout
