@@ -204,6 +204,24 @@ void run(const T* x, int64_t batch, int64_t channels, const Frame& frame, const 
   });
 }
 
+// 1 / (scale * channel_scale), [1 or B, C], of a scale [1 or B] and a channel_scale of none, [C] or [B, C].
+std::vector<float> reciprocals(const Tensor& scale, const optional<Tensor>& channel_scale, int64_t channels) {
+  Tensor kept[2];
+  const float* scales = numbers_of(scale, kept[0]);
+  const float* factors = numbers_of(channel_scale, kept[1]);
+  const int64_t factor_rows = factors == nullptr ? 1 : kept[1].numel() / channels;
+  const int64_t rows = std::max(scale.numel(), factor_rows);
+  std::vector<float> result(rows * channels);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float step = scales[scale.numel() == 1 ? 0 : row];
+    const float* factor = factors == nullptr ? nullptr : factors + (factor_rows == 1 ? 0 : row) * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      result[row * channels + c] = 1.0f / (factor == nullptr ? step : step * factor[c]);
+    }
+  }
+  return result;
+}
+
 // Codes of group_norm(x + shift), with SiLU if asked, and `padding` rows and columns of the zero point around.
 // x is [B, C, ...]; the codes are laid out channels-last.
 Tensor group_norm_quantize(const Tensor& given, const optional<Tensor>& shift, int64_t groups,
@@ -224,12 +242,10 @@ Tensor group_norm_quantize(const Tensor& given, const optional<Tensor>& shift, i
   if (shift.has_value()) shifts = shift->expand({batch, channels});
   const Norm norm{groups, eps, numbers_of(weight, kept[0]), numbers_of(bias, kept[1]), numbers_of(shifts, kept[2]),
                   silu};
-  Tensor steps = scale.to(at::kFloat).reshape({-1, 1});
-  if (channel_scale.has_value()) steps = steps * channel_scale->to(at::kFloat).reshape({-1, channels});
-  steps = steps.reciprocal().expand({-1, channels}).contiguous();
-  const Tensor zeros = zero_point.to(at::kFloat).contiguous();
-  const float* zero = zeros.data_ptr<float>();
-  const Codes out{steps.data_ptr<float>(), steps.size(0) == 1 ? 0 : channels,
+  const std::vector<float> steps = reciprocals(scale, channel_scale, channels);
+  const Tensor zeros = zero_point.to(at::kInt).contiguous();
+  const int32_t* zero = zeros.data_ptr<int32_t>();
+  const Codes out{steps.data(), static_cast<int64_t>(steps.size()) == channels ? 0 : channels,
                   std::vector<float>(zero, zero + zeros.numel()), static_cast<float>(quant_max),
                   codes.data_ptr<uint8_t>()};
   if (x.scalar_type() == at::kBFloat16) {
@@ -247,11 +263,8 @@ constexpr int64_t kQueries = 64, kKeys = 512;  // a tile of scores, 128 KiB, sta
 
 // Keys of one head, [n, d], as brgemm wants its right-hand side [d, n]: pairs of d side by side.
 void pack_keys(const c10::BFloat16* k, int64_t stride, int64_t n, int64_t d, c10::BFloat16* packed) {
-  for (int64_t pair = 0; pair < d / 2; ++pair, packed += 2 * n) {
-    for (int64_t i = 0; i < n; ++i) {
-      packed[2 * i] = k[i * stride + 2 * pair];
-      packed[2 * i + 1] = k[i * stride + 2 * pair + 1];
-    }
+  for (int64_t i = 0; i < n; ++i, k += stride) {
+    for (int64_t pair = 0; pair < d / 2; ++pair) std::memcpy(packed + 2 * (pair * n + i), k + 2 * pair, 4);
   }
 }
 
