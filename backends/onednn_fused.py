@@ -144,7 +144,9 @@ def _emit_attention(
     gm: GraphModule, node: Node, heads: tuple[Node, ...], scale: Any, *, squeeze: bool = False
 ) -> None:
     width = _width(heads[0])
-    if width is None or width % 2 or any(one.meta["val"].dtype != torch.bfloat16 for one in heads):
+    if width is None or width % 2 or not (isinstance(scale, float) and scale > 0):
+        return
+    if any(one.meta["val"].dtype != torch.bfloat16 for one in heads):
         return
     with gm.graph.inserting_before(node):
         fast = gm.graph.call_function(torch.ops.dmq_ao_cpu.attention.default, (*heads, scale))

@@ -259,6 +259,8 @@ Tensor group_norm_quantize(const Tensor& given, const optional<Tensor>& shift, i
 
 // ------------------------------------------------------------------------------------------------ attention
 
+constexpr int64_t kLanes = 16;
+constexpr float kNever = -1e30f;  // a score whose share is next to nothing, and still is when it is scaled
 constexpr int64_t kQueries = 64, kKeys = 512;  // a tile of scores, 128 KiB, stays in the second-level cache
 
 // Keys of one head, [n, d], as brgemm wants its right-hand side [d, n]: pairs of d side by side.
@@ -301,6 +303,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, do
   const auto dense = [](const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
   const Tensor q = dense(query), k = dense(key), v = dense(value);
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), d = q.size(3), m = k.size(2);
+  TORCH_CHECK_VALUE(scale > 0, "attention takes a scale above zero, got ", scale);
   TORCH_CHECK_VALUE(d % 2 == 0 && k.size(3) == d && v.size(3) == d && v.size(2) == m && m > 0,
                     "attention takes q [B, H, N, D], k and v [B, H, M, D] with an even D, got ", q.sizes(), k.sizes(),
                     v.sizes());
@@ -321,9 +324,10 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, do
     }
   });
   const int64_t tiles = (n + kQueries - 1) / kQueries;
+  const int64_t line = (width + kLanes - 1) / kLanes * kLanes;  // whole vectors: the rest of a row counts as never
   at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scores(kQueries * width), sums(kQueries * d);
-    std::vector<Half> shares(kQueries * width);
+    std::vector<float> scores(kQueries * line), sums(kQueries * d);
+    std::vector<Half> shares(kQueries * line);
     float most[kQueries], total[kQueries];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % tiles * kQueries, rows = std::min(kQueries, n - first);
@@ -332,27 +336,28 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, do
       std::fill_n(most, rows, -std::numeric_limits<float>::infinity());
       std::fill_n(total, rows, 0.0f);
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t count = std::min(width, m - block * width), wide = (count + 1) / 2 * 2;
-        at::native::cpublas::brgemm(rows, count, d, q.stride(2), count, wide, false, here, keys + block * even,
+        const int64_t count = std::min(width, m - block * width);
+        at::native::cpublas::brgemm(rows, count, d, q.stride(2), count, line, false, here, keys + block * even,
                                     scores.data());
         for (int64_t row = 0; row < rows; ++row) {
           const float before = most[row];
           float added = 0.0f;
-          shares[row * wide + wide - 1] = Half(0.0f);
-          most[row] = softmax_row(scores.data() + row * wide, count, static_cast<float>(scale), before, added,
-                                  shares.data() + row * wide);
+          std::fill(scores.data() + row * line + count, scores.data() + (row + 1) * line, kNever);
+          most[row] = softmax_row(scores.data() + row * line, line, static_cast<float>(scale), before, added,
+                                  shares.data() + row * line);
           const float fade = block == 0 ? 0.0f : exponential(before - most[row]);
           total[row] = total[row] * fade + added;
           if (block > 0 && fade != 1.0f) {
             for (int64_t c = 0; c < d; ++c) sums[row * d + c] *= fade;
           }
         }
-        at::native::cpublas::brgemm(rows, d, wide, wide, d, d, block > 0, shares.data(), keys + (blocks + block) * even,
-                                    sums.data());
+        at::native::cpublas::brgemm(rows, d, (count + 1) / 2 * 2, line, d, d, block > 0, shares.data(),
+                                    keys + (blocks + block) * even, sums.data());
       }
       for (int64_t row = 0; row < rows; ++row) {
         Half* to = out.data_ptr<Half>() + ((i / tiles / heads * n + first + row) * heads + i / tiles % heads) * d;
-        for (int64_t c = 0; c < d; ++c) to[c] = narrow(sums[row * d + c] / total[row]);
+        const float whole = 1.0f / total[row];
+        for (int64_t c = 0; c < d; ++c) to[c] = narrow(sums[row * d + c] * whole);
       }
     }
     at::native::cpublas::brgemm_release();
