@@ -6,9 +6,12 @@ two passes over contiguous rows, and uint8 is written once. The integer kernels 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-from collections.abc import Sequence
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ def load_kernels() -> None:
     try:
         # A build of each source and set of flags has a folder of its own, so that two versions do not share one.
         key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:12]
-        cpp_extension.load(f"dmq_ao_cpu_{key}", [str(_SOURCE)], extra_cflags=_FLAGS, is_python_module=False)
+        with _pip_ninja():
+            cpp_extension.load(f"dmq_ao_cpu_{key}", [str(_SOURCE)], extra_cflags=_FLAGS, is_python_module=False)
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             "the fused CPU kernels could not be compiled; install a C++ compiler (g++ or clang) and ninja (pip install"
@@ -46,6 +50,19 @@ def load_kernels() -> None:
     torch.library.register_fake("dmq_ao_cpu::attention", _fake_attention)
     torch.library.register_fake("dmq_ao_cpu::conv", onednn.fake_conv)
     torch.library.register_fake("dmq_ao_cpu::linear", onednn.fake_linear)
+
+
+@contextlib.contextmanager
+def _pip_ninja() -> Iterator[None]:
+    """The ninja that pip installed, found even where the environment is not activated."""
+    before = os.environ.get("PATH", "")
+    if importlib.util.find_spec("ninja") is not None:
+        folder = importlib.import_module("ninja").BIN_DIR
+        os.environ["PATH"] = os.pathsep.join([before, folder]) if before else folder
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
 
 
 def _fake_norm(

@@ -1,6 +1,7 @@
 """``dmq_ao.compile``: the same numbers, one compilation for all shapes and timesteps, and errors that help."""
 
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from tests.plain import Plain, flow, plain_samples, relative, seeded
 MAX = pytest.param(
     "max",
     marks=pytest.mark.skipif(
-        not has_vnni() or shutil.which("ninja") is None or shutil.which("c++") is None,
+        not has_vnni() or find_spec("ninja") is None or shutil.which("c++") is None,
         reason="no VNNI, no ninja or no C++ compiler",
     ),
 )

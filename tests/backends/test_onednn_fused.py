@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.plain import flow, record, relative, seeded
 pytestmark = [
     pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI: there are no integer kernels"),
     pytest.mark.skipif(
-        shutil.which("c++") is None or shutil.which("ninja") is None, reason="no C++ compiler or no ninja"
+        shutil.which("c++") is None or find_spec("ninja") is None, reason="no C++ compiler or no ninja"
     ),
 ]
 needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
