@@ -67,7 +67,10 @@ def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    config = x86.get_default_x86_inductor_quantization_config()
+    quantizer = x86.X86InductorQuantizer()
+    for kind in (nn.Conv2d, nn.Linear):  # set_global also takes sums of whole numbers, and fails on them
+        quantizer.set_module_type_qconfig(kind, config)
     prepared = prepare_pt2e(_exported(net, inputs).module(), quantizer)
     with torch.no_grad():
         for one in calibration:
@@ -132,6 +135,7 @@ def onnxruntime_int8(net: nn.Module, inputs: Inputs, calibration: Sequence[Input
             Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
