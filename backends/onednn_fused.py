@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dmq_ao import ops
+from dmq_ao import graph, ops
 from dmq_ao.backends import onednn
 
 aten = torch.ops.aten
@@ -111,6 +111,8 @@ def fuse(gm: GraphModule) -> GraphModule:
             _fuse_written_out_attention(gm, node)
         elif node.target is aten.conv2d.default:
             _channels_last_input(gm, node)
+        elif node.target is aten.conv_transpose2d.input:
+            _tiles_as_linear(gm, node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -198,6 +200,35 @@ def _take_padding(conv: Node) -> None:
     norm.args = (*norm.args[:-1], around)
 
 
+def _tiles_as_linear(gm: GraphModule, node: Node) -> None:
+    """A transposed convolution whose outputs do not overlap (patches back to pixels) as one product.
+
+    Before:  conv_transpose2d(x, w, b, stride=kernel)
+    After:   linear(x as [B, H, W, C], w as [O * k * l, C], b k * l times), its tiles laid side by side
+    """
+    given = _arguments(node)
+    x, weight, bias = given["input"], given["weight"], given["bias"]
+    kernel = list(weight.meta["val"].shape[2:])
+    plain = set(given["padding"]) == set(given["output_padding"]) == {0} and given["groups"] == 1
+    if weight.op != "get_attr" or given["stride"] != kernel or not plain or set(given["dilation"]) != {1}:
+        return
+    matrix = graph.attribute(gm, weight).detach().permute(1, 2, 3, 0).flatten(0, 2).contiguous()
+    call = gm.graph.call_function
+    with gm.graph.inserting_before(node):
+        rows = graph.add_tensor(gm, f"{weight.target}.rows", matrix)
+        spread = None
+        if bias is not None:
+            repeated = graph.attribute(gm, bias).detach().repeat_interleave(kernel[0] * kernel[1])
+            spread = graph.add_tensor(gm, f"{bias.target}.rows", repeated)
+        tiles = call(aten.linear.default, (call(aten.permute.default, (x, [0, 2, 3, 1])), rows, spread))
+        tiles = call(aten.unflatten.int, (tiles, -1, [-1, *kernel]))  # [B, H, W, O, k, l]
+        tiles = call(aten.permute.default, (tiles, [0, 3, 1, 4, 2, 5]))
+        result = call(aten.flatten.using_ints, (call(aten.flatten.using_ints, (tiles, 4, 5)), 2, 3))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+
+
 def _channels_last_input(gm: GraphModule, node: Node) -> None:
     """Let a float convolution start the layout that the integer ones have."""
     x = node.all_input_nodes[0]
@@ -232,6 +263,14 @@ def _fuse_norm(gm: GraphModule, quantize: Node) -> None:
             codes = gm.graph.call_function(aten.transpose.int, (codes, *turn.args[1:]))
     quantize.replace_all_uses_with(codes)
     gm.graph.erase_node(quantize)
+
+
+def _arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator by name, defaults included."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = node.target._schema.arguments
+    given = dict(zip((one.name for one in arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {one.name: given.get(one.name, one.default_value) for one in arguments}
 
 
 def _behind(node: Node, target: object) -> tuple[Node, Node | None]:

@@ -139,7 +139,10 @@ def onnxruntime_int8(net: nn.Module, inputs: Inputs, calibration: Sequence[Input
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
         )
-        session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        # Its threads would go on spinning after a call, and slow whoever is timed next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(target, options, providers=["CPUExecutionProvider"])
 
     def call(**inputs: Any) -> Tensor:
         return torch.from_numpy(session.run(None, {name: _numpy(value) for name, value in inputs.items()})[0])

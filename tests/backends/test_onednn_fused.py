@@ -213,6 +213,21 @@ def _meta(arg: object) -> object:
     return torch.empty(arg.shape, dtype=torch.int8, device="meta") if isinstance(arg, Tensor) else arg
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "tiles"), [((2, 3), (2, 3), True), ((7, 7), (7, 7), True), ((3, 3), (2, 2), False)]
+)
+def test_tiles_of_a_transposed_convolution_are_one_product(
+    kernel: tuple[int, int], stride: tuple[int, int], tiles: bool, bias: bool
+) -> None:
+    layer = nn.ConvTranspose2d(4, 3, kernel, stride, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 4, 3, 5)
+    gm = torch.export.export(layer, (x,)).module()
+    fused = onednn_fused.fuse(gm)
+    assert ("conv_transpose2d" not in fused.code) == tiles
+    torch.testing.assert_close(fused(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
 def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils import cpp_extension
 
