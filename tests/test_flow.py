@@ -673,8 +673,8 @@ def test_quantize_in_place(tiny_unet2d: tuple[nn.Module, Inputs]) -> None:
     assert report.samples == 8
     assert json.loads(json.dumps(report.to_dict()))["sqnr_db"] == report.sqnr_db
     actual = images()
-    error = (actual - expected).abs().max()
-    assert 0 < error < 0.1
+    error = (actual - expected).square().mean().sqrt()  # the largest of all pixels hangs on single codes
+    assert 0 < error < 0.03
 
 
 def test_quantize_wants_a_denoiser() -> None:
