@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ def load_kernels() -> None:
     from torch.utils import cpp_extension
 
     try:
-        # A build of each source and set of flags has a folder of its own, so that two versions do not share one.
-        key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(_FLAGS).encode()).hexdigest()[:12]
+        # A build has a folder of its own for each source, torch and CPU: homes are shared, machine code is not.
+        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        where = [*_FLAGS, torch.__version__, platform.machine(), str(sorted(cpu.items()))]
+        key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(where).encode()).hexdigest()[:12]
         with _pip_ninja():
             cpp_extension.load(f"dmq_ao_cpu_{key}", [str(_SOURCE)], extra_cflags=_FLAGS, is_python_module=False)
     except (RuntimeError, OSError) as error:
