@@ -39,7 +39,7 @@ def load_kernels() -> None:
 
     try:
         # A build has a folder of its own for each source, torch and CPU: homes are shared, machine code is not.
-        cpu = getattr(torch.cpu, "get_capabilities", dict)()
+        cpu: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         where = [*_FLAGS, torch.__version__, platform.machine(), str(sorted(cpu.items()))]
         key = hashlib.sha256(_SOURCE.read_bytes() + " ".join(where).encode()).hexdigest()[:12]
         with _pip_ninja():
