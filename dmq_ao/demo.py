@@ -91,8 +91,8 @@ def run_demo(
             "calibration": f"{len(samples)} samples of {TRAJECTORIES} trajectories, seeds from {CALIBRATION_SEED}",
             "one-step error": f"{len(states)} states of float trajectories, seeds from {HELD_OUT_SEED}",
             "images": f"{images}, seeds from {IMAGE_SEED}",
-            "latency": f"batch {LATENCY_BATCH}, compiled, float32 and integers in turns; integers in mode {mode}, errors"
-            " and images without it",
+            "latency": f"batch {LATENCY_BATCH}, compiled, float32 and integers in turns; integers in mode {mode},"
+            " errors and images without it",
             "backend": backend,
         },
         "float": {"file_bytes": float_bytes(teacher), "latency_ms": float_ms},
