@@ -123,10 +123,11 @@ def fuse(gm: GraphModule) -> GraphModule:
 
 def _fuse_attention(gm: GraphModule, node: Node) -> None:
     """Attention without mask, in bfloat16."""
-    q, k, v = node.all_input_nodes[:3]
-    plain = node.args == (q, k, v) and not (set(node.kwargs) - {"scale"})
+    if len(node.args) != 3 or set(node.kwargs) - {"scale"}:
+        return
+    q, k, v = (one for one in node.args if isinstance(one, Node))
     width = _width(q)
-    if plain and width and {_width(k), _width(v)} == {width} and all(_rank(one) == 4 for one in (q, k, v)):
+    if width and {_width(k), _width(v)} == {width} and all(_rank(one) == 4 for one in (q, k, v)):
         given = node.kwargs.get("scale")
         _emit_attention(gm, node, (q, k, v), float(width) ** -0.5 if given is None else given)
 

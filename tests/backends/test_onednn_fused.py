@@ -213,6 +213,16 @@ def _meta(arg: object) -> object:
     return torch.empty(arg.shape, dtype=torch.int8, device="meta") if isinstance(arg, Tensor) else arg
 
 
+def test_attention_of_one_tensor_to_itself_is_no_stumbling_block() -> None:
+    class Itself(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    x = torch.randn(2, 2, 5, 8)
+    fused = onednn_fused.fuse(torch.export.export(Itself(), (x,)).module())
+    torch.testing.assert_close(fused(x), Itself()(x))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("kernel", "stride", "tiles"), [((2, 3), (2, 3), True), ((7, 7), (7, 7), True), ((3, 3), (2, 2), False)]
