@@ -104,7 +104,7 @@ def run_benchmark(
             teacher, samples = _float(model, prompt)
             say(f"{model}: prepare, calibrate, convert")
             quantized = _convert(teacher, samples, recipe, backend)
-            inputs = _first_rows(samples, batch_size)
+            inputs = first_rows(samples, batch_size)
         say("compile float32 and quantized")
         calls, compile_seconds = compiled_calls({"float": teacher, "quantized": quantized}, inputs, mode)
         times = latency(calls, repeats=repeats, progress=progress)
@@ -142,7 +142,7 @@ def _convert(teacher: nn.Module, samples: CalibrationSet, recipe: Recipe, backen
     return convert(prepared, backend)
 
 
-def _first_rows(samples: CalibrationSet, batch_size: int) -> Mapping[str, Any]:
+def first_rows(samples: CalibrationSet, batch_size: int) -> Mapping[str, Any]:
     """A call of exactly ``batch_size`` rows of one timestep, as a sampler makes it."""
     rows = torch.nonzero(samples.step == samples.step[0])[:, 0]
     chosen = samples.select(rows[torch.arange(batch_size) % len(rows)])

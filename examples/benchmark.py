@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import recipes
-from dmq_ao.benchmark import NAMED, named_denoiser
+from dmq_ao.benchmark import NAMED, first_rows, named_denoiser
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.evaluation import latency, machine, one_step_error, peak_rss_bytes
@@ -93,9 +93,7 @@ def case_of(model: str, loaders: Path | None, folder: Path) -> Case:
             raise SystemExit(f"{model} is loaded by --loaders FILE; without one there are {sorted(NAMED)}")
         subject = custom(loaders, model, *SAMPLES.get(model, (160, 32)), 0, folder / "recorded")
         net, samples, states = subject.net, subject.samples, subject.states
-    rows = torch.nonzero(samples.step == samples.step[0])[:, 0]
-    chosen = samples.select(rows[torch.arange(size) % len(rows)])
-    return Case(net, next(iter(chosen.batches(size))), samples, states, size)
+    return Case(net, first_rows(samples, size), samples, states, size)
 
 
 def ours(case: Case, names: Sequence[str], report: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Call]]:
