@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, ops
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, shift_fits_int8, shifted_codes
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, joined, outline, shift_fits_int8, shifted_codes
+from dmq_ao.passes.join_siblings import join_siblings
 
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
 _library.define(
@@ -213,10 +214,18 @@ class OneDNN:
     def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
         """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
         kernels: dict[str, Kernel] = {}
+        outlines = {name: outline(records, name) for name in graph.layer_nodes(gm) if name in records}
         for name, node in graph.layer_nodes(gm).items():
-            if name in records:
-                why = _why_not(records[name], node)
-                kernels[name] = Kernel("float on dequantized values", why) if why else _lower(gm, node, records[name])
+            why = _why_not(outlines[name], node) if name in outlines else ""
+            if why:
+                kernels[name] = Kernel("float on dequantized values", why)
+                del outlines[name]
+        joint = join_siblings(gm, outlines)
+        for name, node in graph.layer_nodes(gm).items():
+            members = joint.get(name, (name,) if name in outlines else ())
+            if members:
+                kernel = _lower(gm, node, joined([records[member] for member in members]))
+                kernels |= dict.fromkeys(members, kernel)
         _hoist_tables(gm)
         gm.graph.eliminate_dead_code()
         gm.recompile()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
         UnsupportedByBackend,
     )
     from dmq_ao.module import QuantizedDenoiser
-    from dmq_ao.quantize import convert, load, prepare, quantize, save
+    from dmq_ao.quantize import convert, prepare, quantize
+    from dmq_ao.saving import load, save
 
 __all__ = [
     "CalibrationReport",
@@ -54,7 +55,7 @@ __all__ = [
     "record",
     "save",
 ]
-_HOMES = ("config", "annotate", "calibrate", "calibration", "compile", "module", "quantize")
+_HOMES = ("config", "annotate", "calibrate", "calibration", "compile", "module", "quantize", "saving")
 
 
 class _Package(ModuleType):

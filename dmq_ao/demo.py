@@ -16,7 +16,8 @@ from dmq_ao.diffusers_adapter import DEMO, load_pipeline, record_pipeline
 from dmq_ao.evaluation import machine, write_report
 from dmq_ao.evaluation.table import FLOAT
 from dmq_ao.measure import compiled_latency, float_bytes, held_out_states, images_of, variant_report
-from dmq_ao.quantize import convert, prepare, save
+from dmq_ao.quantize import convert, prepare
+from dmq_ao.saving import save
 
 STEPS = 20
 CALIBRATION_SEED, HELD_OUT_SEED, IMAGE_SEED = 1000, 2000, 0

@@ -25,7 +25,8 @@ from dmq_ao.compile import compile
 from dmq_ao.config import InvalidFile
 from dmq_ao.evaluation.report import json_ready
 from dmq_ao.module import QuantizedDenoiser
-from dmq_ao.quantize import DENOISER_NAMES, denoiser_name, load, save
+from dmq_ao.quantize import DENOISER_NAMES, denoiser_name
+from dmq_ao.saving import load, save
 from dmq_ao.serialization import CONFIG, KEY
 
 DEMO = "demo"

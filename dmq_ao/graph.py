@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
+from dmq_ao import size_rules
 from dmq_ao.patch_embed import any_size
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 SAMPLE_NAMES = ("sample", "hidden_states", "x")
 META = "dmq_ao"
 LAYER = "dmq_ao.layer"
+SOURCE = "dmq_ao.source"  # on a node that reads a tensor of a layer record: (layer, field)
 _PREFIX = "denoiser."
 
 aten = torch.ops.aten
@@ -57,6 +59,7 @@ class Signature:
         return_type: dataclass that the denoiser returns under ``return_dict=True``; None for a bare tensor or tuple.
         returns_tuple: without ``return_dict`` the denoiser returns a tuple.
         example: shape and dtype of each tensor, enough to export again.
+        rules: equations between sizes that the graph relies on, see ``size_rules``.
     """
 
     parameters: tuple[str, ...]
@@ -68,6 +71,7 @@ class Signature:
     return_type: type | None
     returns_tuple: bool
     example: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False)
+    rules: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -216,14 +220,17 @@ def capture(
     if per_row and timestep is not None:
         rows = tensors | {timestep: tensors[timestep].expand(len(tensors[batch])).clone()}
         try:
-            gm = _export(module, rows)
+            program = _export(module, rows)
             tensors = rows
         except Exception:
             if tensors[timestep].dim() == 1:
                 raise
-            per_row, gm = False, _export(module, tensors)
+            per_row, program = False, _export(module, tensors)
     else:
-        gm = _export(module, tensors)
+        program = _export(module, tensors)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, GraphModule)
+    gm._forward_pre_hooks.clear()  # they also refuse sizes that only compute another way; ``rules`` say what must hold
     return_type, returns_tuple = _return_type(denoiser, tensors, constants)
     gm.meta[META] = Signature(
         parameters=tuple(inspect.signature(denoiser.forward).parameters),
@@ -235,6 +242,7 @@ def capture(
         return_type=return_type,
         returns_tuple=returns_tuple,
         example={name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
+        rules=size_rules.of_program(program, tuple(tensors), {name: x.shape for name, x in tensors.items()}),
     )
     _name_layers(gm)
     return gm
@@ -298,15 +306,12 @@ def _two_rows(tensors: Mapping[str, Tensor], batch: str) -> dict[str, Tensor]:
     return {name: torch.cat([x, x]) if x.dim() > 0 and len(x) == 1 else x for name, x in tensors.items()}
 
 
-def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> GraphModule:
+def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
     shapes = {name: dict.fromkeys(range(x.dim()), Dim.AUTO) for name, x in tensors.items()}
     with any_size(module):
-        program = torch.export.export(
+        return torch.export.export(
             module, tuple(tensors.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
         )
-    exported = program.module()
-    assert isinstance(exported, GraphModule)
-    return exported
 
 
 def _return_type(
@@ -422,15 +427,25 @@ def add_tensor(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     return gm.graph.get_attr(free)
 
 
-def set_parameter(gm: GraphModule, target: str, tensor: Tensor) -> None:
-    """Put a tensor at a dotted path, creating the modules on the way."""
+def add_record_tensor(gm: GraphModule, layer: str, field: str, tensor: Tensor) -> Node:
+    """``add_tensor`` of what ``layer.record_tensor`` gives for a field of a layer's record, noted on the node."""
+    read = add_tensor(gm, f"{layer}.{field}", tensor)
+    read.meta[SOURCE] = (layer, field)
+    return read
+
+
+def set_tensor(root: nn.Module, target: str, tensor: Tensor) -> None:
+    """Put a tensor at a dotted path, creating the modules on the way: floats as parameters, the rest as buffers."""
     *path, last = target.split(".")
-    module: nn.Module = gm
+    module = root
     for part in path:
         if not hasattr(module, part):
             module.add_module(part, nn.Module())
         module = getattr(module, part)
-    setattr(module, last, nn.Parameter(tensor, requires_grad=False))
+    if path and tensor.is_floating_point():
+        setattr(module, last, nn.Parameter(tensor, requires_grad=False))
+    else:
+        module.register_buffer(last, tensor, persistent=False)
 
 
 def delete_parameter(gm: GraphModule, target: str) -> None:

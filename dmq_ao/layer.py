@@ -7,6 +7,7 @@ The graph, the files and the kernels all read the record::
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +149,7 @@ class LayerRecord:
     def stored_bits(self) -> int:
         """Bits that the record takes in a file."""
         weight, activation = self.weight, self.activation
-        bits = -(-weight.codes.numel() // 8) * 8 * weight.bits + 32 * weight.scale.numel()
+        bits = 8 * numerics.packed_bytes(weight.codes.numel(), weight.bits) + 32 * weight.scale.numel()
         bits += 0 if weight.symmetric else 8 * weight.zero_point.numel()
         bits += 0 if self.bias is None else 32 * self.bias.numel()
         if activation is None:
@@ -157,6 +158,50 @@ class LayerRecord:
         bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
         bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
+
+
+def outline(records: Mapping[str, LayerRecord], name: str) -> LayerRecord:
+    """The record of a layer for looking at all but its codes: those stay in the file if the records come from one."""
+    read: Callable[[str], LayerRecord] = getattr(records, "without_codes", records.__getitem__)
+    return read(name)
+
+
+def joined(records: Sequence[LayerRecord]) -> LayerRecord:
+    """The record of layers that read the same codes as one layer, their outputs one after the other."""
+    if len(records) == 1:
+        return records[0]
+    first, weights = records[0], [record.weight for record in records]
+    weight = WeightRecord(
+        first.weight.bits,
+        first.weight.symmetric,
+        torch.cat([one.codes for one in weights]),
+        torch.cat([one.scale for one in weights]),
+        torch.cat([one.zero_point for one in weights]),
+    )
+    return LayerRecord("+".join(record.name for record in records), first.kind, weight, first.activation)
+
+
+def record_tensor(record: LayerRecord, field: str) -> Tensor:
+    """A tensor of a record by the name that a converted graph knows it by.
+
+    Raises:
+        ValueError: for an unknown field, or one that this record does not have.
+    """
+    weight, activation = record.weight, record.activation
+    found: Tensor | None = None
+    if field in ("codes", "weight_scale", "weight_zero_point"):
+        found = getattr(weight, field.removeprefix("weight_"))
+    elif field == "corrected_bias":
+        found = record.bias
+    elif activation is not None and field in ("input_scale", "input_zero_point"):
+        found = getattr(activation, field.removeprefix("input_"))
+    elif activation is not None and field == "dequantize_step":
+        found = activation.channel_step
+    elif activation is not None and field in ("timesteps", "channel_scale", "quantize_step"):
+        found = getattr(activation, field)
+    if found is None:
+        raise ValueError(f"the record of {record.name} has no {field!r}")
+    return found
 
 
 def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 1) -> tuple[Tensor, int]:
@@ -168,14 +213,18 @@ def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 
         groups: of a grouped convolution, whose weight is [out, channels / groups, ...].
 
     Returns:
-        int32 codes of the weight's shape and the largest exponent D; a channel of exponent e is shifted by ``D - e``.
+        Codes of the weight's shape, int8 where all fit and else int16, and the largest exponent D; a channel of
+        exponent e is shifted by ``D - e``.
     """
     codes = weight.codes
-    centred = codes.to(torch.int32) - numerics.along(weight.zero_point[:, 0], 0, codes.dim())
+    largest = 0 if exponents is None else int(exponents.max())
+    dtype = torch.int8 if shift_fits_int8(weight.bits, weight.symmetric, largest) else torch.int16
+    centred = codes.to(dtype)
+    if not weight.symmetric:
+        centred = centred - numerics.along(weight.zero_point[:, 0], 0, codes.dim()).to(dtype)
     if exponents is None:
         return centred, 0
-    largest = int(exponents.max())
-    shifts = (largest - exponents.to(torch.int32)).reshape(groups, -1).repeat_interleave(codes.shape[0] // groups, 0)
+    shifts = (largest - exponents.to(dtype)).reshape(groups, -1).repeat_interleave(codes.shape[0] // groups, 0)
     return centred << shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2)), largest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import chain
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from dmq_ao import size_rules
 from dmq_ao.config import Recipe
 from dmq_ao.graph import Signature, flatten_inputs
+from dmq_ao.graph_file import StoredGraph
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
 
 
@@ -35,16 +38,18 @@ class QuantizedDenoiser(nn.Module):
         backend: str,
         float_tensors: Mapping[str, Tensor],
         sqnr_db: Mapping[str, float],
+        stored_graph: StoredGraph | None,
     ) -> None:
         """Wrap a lowered graph; made by ``dmq_ao.convert`` and ``dmq_ao.load``."""
         super().__init__()
         self.graph_module = gm
         self.signature, self.recipe, self.backend = signature, recipe, backend
-        self.plan, self.records, self.kernels = dict(plan), dict(records), dict(kernels)
+        self.plan, self.records, self.kernels = dict(plan), records, dict(kernels)
         self.sqnr_db = dict(sqnr_db)
         # Not a submodule: it has no bytes, only names, shapes and config to answer for the original model.
         self.__dict__["skeleton"] = skeleton
         self.__dict__["float_tensors"] = dict(float_tensors)
+        self.stored_graph = stored_graph
         self.requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
@@ -116,6 +121,14 @@ class QuantizedDenoiser(nn.Module):
             )
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedDenoiser:
+        """A copy that shares the prepacked weights: they are oneDNN's, which cannot copy them, and never change."""
+        memo |= {id(tensor): tensor for tensor in self.graph_module.buffers() if tensor.is_mkldnn}
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Not here: ``dmq_ao.save`` writes a quantized denoiser.
 
@@ -135,8 +148,9 @@ class QuantizedDenoiser(nn.Module):
                 whole ones.
         """
         tensors = self._tensors(args, kwargs)
-        # Under torch.compile the graph's own guards speak, uncaught: a handler here would break the graph.
-        result = self.graph_module(*tensors) if torch.compiler.is_compiling() else self._run(tensors)
+        if not torch.compiler.is_compiling():  # there, each rule would be one more guard to check in every call
+            self._check_sizes(tensors)
+        result = self.graph_module(*tensors)
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         return_type = self.signature.return_type
         if return_type is not None and kwargs.get("return_dict", True):
@@ -168,16 +182,15 @@ class QuantizedDenoiser(nn.Module):
                 )
         return tensors
 
-    def _run(self, tensors: list[Any]) -> Any:
-        try:
-            return self.graph_module(*tensors)
-        except AssertionError as error:
-            shapes = {n: tuple(x.shape) for n, x in zip(self.signature.names, tensors, strict=True)}
-            example = {n: shape for n, (shape, _) in self.signature.example.items()}
+    def _check_sizes(self, tensors: list[Any]) -> None:
+        shapes = {name: tuple(x.shape) for name, x in zip(self.signature.names, tensors, strict=True)}
+        rule = size_rules.broken(self.signature.rules, shapes)
+        if rule is not None:
+            example = {name: shape for name, (shape, _) in self.signature.example.items()}
             raise ValueError(
-                f"shapes {shapes} do not fit the exported graph ({error}); its example inputs had {example}. Batch and"
-                " resolution may differ from them, sizes that the weights fix may not"
-            ) from error
+                f"shapes {shapes} do not fit the exported graph, which needs {rule}; its example inputs had {example}."
+                " Batch and resolution may differ from them, sizes that the weights fix may not"
+            )
 
     def _checked(self, name: str, value: Any) -> Tensor:
         shape, dtype = self.signature.example[name]

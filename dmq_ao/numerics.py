@@ -90,14 +90,22 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed
 
 
+def packed_bytes(numel: int, bits: int) -> int:
+    """Bytes that ``numel`` codes of ``bits`` bits take once packed."""
+    return -(-numel // 8) * bits
+
+
 def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
-    """The inverse of ``pack``: int16 codes, one-dimensional, ``numel`` of them."""
-    expected = -(-numel // 8) * bits
+    """The inverse of ``pack``: uint8 codes, one-dimensional, ``numel`` of them."""
+    expected = packed_bytes(numel, bits)
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise ValueError(f"{numel} codes of {bits} bits take {expected} uint8, got {packed.numel()} {packed.dtype}")
-    word = (packed.reshape(-1, bits).to(torch.int64) << (8 * torch.arange(bits))).sum(-1, keepdim=True)
-    codes: Tensor = (word >> (bits * torch.arange(8))) & (2**bits - 1)
-    return codes.to(torch.int16).reshape(-1)[:numel]
+    if 8 % bits == 0:  # no code crosses a byte
+        codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+    else:
+        word = (packed.reshape(-1, bits).to(torch.int64) << (8 * torch.arange(bits))).sum(-1, keepdim=True)
+        codes = (word >> (bits * torch.arange(8))) & (2**bits - 1)
+    return codes.to(torch.uint8).reshape(-1)[:numel]
 
 
 def sqnr(actual: Tensor, expected: Tensor) -> float:

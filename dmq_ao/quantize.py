@@ -1,4 +1,4 @@
-"""The verbs: prepare, calibrate, convert, save, load, and ``quantize``, which is the first three in one."""
+"""The verbs: prepare, calibrate, convert, and ``quantize``, which is all three in one; ``saving`` has the others."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from dmq_ao import graph, serialization
+from dmq_ao import graph, graph_file, values
 from dmq_ao.annotate import PLAN, RECIPE, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
-from dmq_ao.backends import choose
+from dmq_ao.backends import Backend, choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
-from dmq_ao.config import InvalidFile, Ranges, Recipe
+from dmq_ao.config import Ranges, Recipe
 from dmq_ao.layer import LayerRecord
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.observers import ActivationObserver
@@ -102,25 +102,31 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
     with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
         copied = copy.deepcopy(prepared, dict(shared))
         for target, tensor in meta.get(TUNED, {}).items():
-            graph.set_parameter(copied, target, tensor)
+            graph.set_tensor(copied, target, tensor)
         quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
     quantized.meta.update(meta)
+    values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
     float_tensors = _float_tensors(quantized)
-    lowered, kernels = chosen.lower(quantized, records)
-    _drop_unused(lowered)
-    result = QuantizedDenoiser(
-        gm=graph.allow_train_eval(lowered),
+    return lower(
+        quantized,
+        chosen,
+        stored_graph=graph_file.stored(quantized, float_tensors),
         signature=graph.signature_of(prepared),
         skeleton=meta[_SKELETON],
         recipe=meta[RECIPE],
         plan=plan,
         records=records,
-        kernels=kernels,
-        backend=chosen.name,
         float_tensors=float_tensors,
         sqnr_db=meta.get(SQNR, {}),
     )
-    return result.eval()
+
+
+def lower(gm: GraphModule, backend: Backend, **known: Any) -> QuantizedDenoiser:
+    """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
+    lowered, kernels = backend.lower(gm, known["records"])
+    _drop_unused(lowered)
+    graph.allow_train_eval(lowered)
+    return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
 
 
 def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
@@ -143,7 +149,7 @@ def _with_biases(gm: GraphModule, records: Mapping[str, LayerRecord]) -> GraphMo
         bias = records[name].bias if name in records else None
         if bias is not None:
             with gm.graph.inserting_before(node):
-                read = graph.add_tensor(gm, f"{name}.corrected_bias", bias.to(node.meta["val"].dtype))
+                read = graph.add_record_tensor(gm, name, "corrected_bias", bias.to(node.meta["val"].dtype))
             node.args = (*node.args[:2], read, *node.args[3:])
     gm.recompile()
     return gm
@@ -227,110 +233,4 @@ def denoiser_name(pipeline: Any) -> str:
     raise TypeError(
         f"{type(pipeline).__name__} has no denoiser under {' or '.join(DENOISER_NAMES)}; give a pipeline, or use"
         " prepare, calibrate and convert on the module itself"
-    )
-
-
-def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
-    """Write packed integers and config to a diffusers model folder. Nothing half-written stays behind.
-
-    Raises:
-        TypeError: when ``quantized`` is not a converted denoiser.
-    """
-    quantized = getattr(quantized, "_orig_mod", quantized)
-    if not isinstance(quantized, QuantizedDenoiser):
-        raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
-    skeleton, signature = quantized.skeleton, quantized.signature
-    config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}
-    stored = serialization.Stored(
-        recipe=quantized.recipe,
-        records=quantized.records,
-        float_tensors=quantized.float_tensors,
-        model_config={**config, "_class_name": type(skeleton).__name__} if config else {},
-        parameters=_identity(skeleton),
-        example=signature.example,
-        constants=signature.constants,
-        timestep_arg=signature.timestep,
-        sqnr_db=quantized.sqnr_db,
-    )
-    serialization.write(stored, folder)
-
-
-def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto") -> QuantizedDenoiser:
-    """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
-
-    Args:
-        folder: what ``save`` wrote.
-        model: the float module that was quantized, for models that are not diffusers'; its weights are not used.
-        backend: as for ``convert``.
-
-    Raises:
-        InvalidFile: for a damaged or foreign folder, or one of another model.
-        ValueError: when the folder is not of a diffusers model and no ``model`` is given.
-    """
-    stored = serialization.read(folder)
-    denoiser = _float_model(stored, model, folder)
-    _check_identity(stored, denoiser, folder)
-    if model is not None:
-        # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
-        denoiser = copy.deepcopy(denoiser)
-    _set_float_tensors(denoiser, stored)
-    example = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored.example.items()}
-    inputs = graph.unflatten_inputs({**stored.constants, **example})
-    prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
-    found = observers(prepared)
-    if set(found) != set(stored.records):
-        raise InvalidFile(
-            f"{folder}: quantized layers differ; only in the file: {sorted(set(stored.records) - set(found))}, only in"
-            f" the model: {sorted(set(found) - set(stored.records))}. Load with the model that was quantized"
-        )
-    for name, (weight, activation) in found.items():
-        record = stored.records[name]
-        weight.restore(record.weight, record.bias)
-        if activation is not None and record.activation is not None:
-            activation.restore(record.activation)
-    prepared.meta[SQNR] = dict(stored.sqnr_db)
-    return convert(prepared, backend)
-
-
-def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def _float_model(stored: serialization.Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
-    if model is not None:
-        return model
-    class_name = stored.model_config.get("_class_name")
-    if class_name is None:
-        raise ValueError(
-            f"{folder} is not of a diffusers model; give the float module: load({str(folder)!r}, model=...)"
-        )
-    import diffusers
-
-    model_class = getattr(diffusers, class_name, None)
-    if model_class is None:
-        raise InvalidFile(
-            f"{folder}: this diffusers {diffusers.__version__} has no {class_name}; install one that has, or give the"
-            f" float module: load({str(folder)!r}, model=...)"
-        )
-    built: nn.Module = model_class.from_config(dict(stored.model_config))
-    return built
-
-
-def _set_float_tensors(denoiser: nn.Module, stored: serialization.Stored) -> None:
-    """Give a float model the stored tensors, each in its own dtype: some models keep a part of them in float32."""
-    denoiser.to(next(d for _, d in stored.example.values() if d.is_floating_point))
-    own = denoiser.state_dict(keep_vars=True)
-    for name, tensor in stored.float_tensors.items():
-        own[name].data = tensor.to(own[name].device)
-
-
-def _check_identity(stored: serialization.Stored, model: nn.Module, folder: str | Path) -> None:
-    actual, expected = _identity(model), dict(stored.parameters)
-    if actual == expected:
-        return
-    missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
-    shapes = [f"{n} {expected[n]} != {actual[n]}" for n in expected if n in actual and actual[n] != expected[n]]
-    raise InvalidFile(
-        f"{folder} is of another model than {type(model).__name__}: missing from the model {missing}, not in the file"
-        f" {extra}, shapes (file != model) {shapes}. Load with the model that was quantized"
     )

@@ -1,4 +1,4 @@
-"""A quantized denoiser on disk: ``config.json`` and packed integers in safetensors. Bytes under test, nothing pickled.
+"""A quantized denoiser on disk: ``config.json``, packed integers in safetensors, and ``graph.json``. Nothing pickled.
 
 Keys of the tensors, by original layer name::
 
@@ -6,6 +6,7 @@ Keys of the tensors, by original layer name::
     <layer>.weight_scale          [out, groups] float32          <layer>.weight_zero_point   [out, groups] uint8
     <layer>.input_scale           [rows] float32                 <layer>.input_zero_point    [rows] uint8
     <layer>.input_timesteps       [rows] float32, per step       <layer>.input_exponents     [channels] int8, if voted
+    graph.<name>                  a constant of the stored graph (see ``graph_file``)
     anything else                 a tensor that stayed in float, under its own name
 """
 
@@ -18,14 +19,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dmq_ao import numerics
@@ -35,6 +36,20 @@ from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord, zero_point
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 TENSORS = "diffusion_pytorch_model.safetensors"
+GRAPH = "graph.json"
+_CONSTANT = "graph."
+# What a layer's record takes in the file of tensors, after the layer's name.
+_FIELDS = (
+    "weight",
+    "weight_scale",
+    "weight_zero_point",
+    "input_scale",
+    "input_zero_point",
+    "input_timesteps",
+    "input_exponents",
+    "input_channel_scale",
+    "corrected_bias",
+)
 KEY = "quantization_config"
 
 
@@ -52,6 +67,8 @@ class Stored:
         constants: values of the other arguments.
         timestep_arg: name of the timestep, None without one.
         sqnr_db: output noise per layer, as calibration measured it.
+        graph: JSON text of the converted graph, see ``graph_file``; None when it cannot be stored.
+        graph_constants: tensors of that graph that are of no layer and not of the original model.
     """
 
     recipe: Recipe
@@ -63,6 +80,93 @@ class Stored:
     constants: Mapping[str, Any]
     timestep_arg: str | None
     sqnr_db: Mapping[str, float]
+    graph: str | None = None
+    graph_constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class StoredRecords(Mapping[str, LayerRecord]):
+    """The layer records of a file, each read when asked for: memory holds one copy of the codes, the kernels'."""
+
+    def __init__(self, file: Path, layers: Mapping[str, Any], checksum: str) -> None:
+        """``checksum`` is that of ``file`` now; a file that changes is not read from any more.
+
+        Raises:
+            KeyError, ValueError: for codes that are missing, or of another size than ``layers`` says.
+        """
+        self._file, self._layers, self._checksum = file.absolute(), dict(layers), checksum
+        self._seen = _stamp(self._file)
+        with safe_open(self._file, "pt") as opened:
+            self._names = frozenset(opened.keys())
+            for name, layer in self._layers.items():
+                _check_size(name, layer, opened)
+
+    def __getitem__(self, name: str) -> LayerRecord:
+        """The record of a layer.
+
+        Raises:
+            KeyError: for an unknown layer.
+            InvalidFile: when the file is gone or changed, or does not hold the record.
+        """
+        return self._read(name, self.tensor_names(name), _record)
+
+    def without_codes(self, name: str) -> LayerRecord:
+        """The record with codes on the meta device; raises what reading it whole does."""
+        keys = [key for key in self.tensor_names(name) if key != f"{name}.weight"]
+        return self._read(name, keys, _record_without_codes)
+
+    def _read(self, name: str, keys: list[str], build: Callable[..., LayerRecord]) -> LayerRecord:
+        layer = self._layers[name]
+        self._check_unchanged()
+        with safe_open(self._file, "pt") as opened:
+            # Cloned, for what is read maps the file, and all that was ever looked at would count as memory.
+            left = {key: opened.get_tensor(key).clone() for key in keys}
+        try:
+            return build(name, layer, left)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise InvalidFile(f"{self._file}: {name}: {error}; it is damaged or was edited, save again") from error
+
+    def tensor_names(self, name: str) -> list[str]:
+        """The tensors of a layer's record in the file."""
+        return [key for part in _FIELDS if (key := f"{name}.{part}") in self._names]
+
+    @property
+    def all_names(self) -> frozenset[str]:
+        """Every tensor of the file."""
+        return self._names
+
+    def _check_unchanged(self) -> None:
+        if not self._file.exists():
+            raise InvalidFile(f"{self._file} is gone, and the codes were still in it; load again from where it is now")
+        if (stamp := _stamp(self._file)) != self._seen:
+            if _sha256(self._file) != self._checksum:
+                raise InvalidFile(f"{self._file} has changed since it was loaded; load again")
+            self._seen = stamp  # written again with the same bytes
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a record of that layer; reads nothing."""
+        return name in self._layers
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names."""
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        """How many layers."""
+        return len(self._layers)
+
+
+def _check_size(name: str, layer: Mapping[str, Any], opened: Any) -> None:
+    key, numel = f"{name}.weight", math.prod(layer["shape"])
+    if key not in set(opened.keys()):
+        raise KeyError(key)
+    expected, found = numerics.packed_bytes(numel, layer["bits"]), opened.get_slice(key).get_shape()
+    if found != [expected]:
+        raise ValueError(f"{key}: {numel} codes of {layer['bits']} bits take {expected} uint8, got {found}")
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    status = file.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write(stored: Stored, folder: str | Path) -> None:
@@ -78,13 +182,16 @@ def write(stored: Stored, folder: str | Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
         tensors = {name: value.contiguous() for name, value in _tensors(stored).items()}
         save_file(tensors, Path(partial) / TENSORS, {"format": "pt"})
-        checksum = _sha256(Path(partial) / TENSORS)
-        config = json.dumps(_config(stored, checksum), indent=2, sort_keys=True, allow_nan=False)
+        checksums = {TENSORS: _sha256(Path(partial) / TENSORS)}
+        if stored.graph is not None:
+            (Path(partial) / GRAPH).write_text(stored.graph)
+            checksums[GRAPH] = _sha256(Path(partial) / GRAPH)
+        config = json.dumps(_config(stored, checksums), indent=2, sort_keys=True, allow_nan=False)
         (Path(partial) / CONFIG).write_text(config + "\n")
         # safetensors makes its file private; a model folder has the permissions of any other file.
         shutil.copymode(Path(partial) / CONFIG, Path(partial) / TENSORS)
-        # The config names the checksum of the tensors, so a kill between the two renames is noticed on loading.
-        for name in (TENSORS, CONFIG):
+        # The config names the checksums of the others, so a kill between two renames is noticed on loading.
+        for name in (*checksums, CONFIG):
             os.replace(Path(partial) / name, folder / name)
 
 
@@ -98,21 +205,28 @@ def read(folder: str | Path) -> Stored:
     folder = Path(folder)
     config = _read_config(folder / CONFIG)
     mine = config[KEY]
-    file = folder / TENSORS
+    checksums = {TENSORS: mine.get("sha256")} | ({GRAPH: mine["graph_sha256"]} if mine.get("graph_sha256") else {})
+    for name, checksum in checksums.items():
+        _check(folder / name, checksum)
+    try:
+        records = StoredRecords(folder / TENSORS, mine["layers"], str(mine["sha256"]))
+        text = (folder / GRAPH).read_text() if GRAPH in checksums else None
+        return _from_parts(config, records, folder / TENSORS, text)
+    except SafetensorError as error:
+        raise InvalidFile(f"{folder / TENSORS}: not a safetensors file ({error}); copy or save it again") from error
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise InvalidFile(f"{folder}: {error}; the folder is damaged or was edited, save it again") from error
+
+
+def _check(file: Path, checksum: str | None) -> None:
     if not file.exists():
-        raise InvalidFile(f"{file} is missing; {folder} must hold {CONFIG} and {TENSORS} as dmq_ao.save wrote them")
-    if _sha256(file) != mine.get("sha256"):
+        raise InvalidFile(
+            f"{file} is missing; {file.parent} must hold {CONFIG}, {TENSORS} and {GRAPH} as dmq_ao.save wrote them"
+        )
+    if _sha256(file) != checksum:
         raise InvalidFile(
             f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy both again"
         )
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise InvalidFile(f"{file}: not a safetensors file ({error}); copy or save it again") from error
-    try:
-        return _from_parts(config, tensors)
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InvalidFile(f"{folder}: {error}; the folder is damaged or was edited, save it again") from error
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -135,13 +249,14 @@ def _read_config(file: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _config(stored: Stored, checksum: str) -> dict[str, Any]:
+def _config(stored: Stored, checksums: Mapping[str, str]) -> dict[str, Any]:
     producer = {name: importlib.metadata.version(name) for name in ("dmq_ao", "torch", "torchao")}
     mine = {
         "quant_method": "dmq_ao",
         "format_version": FORMAT_VERSION,
         "producer": producer,
-        "sha256": checksum,
+        "sha256": checksums[TENSORS],
+        "graph_sha256": checksums.get(GRAPH),
         "recipe": stored.recipe.to_dict(),
         "layers": layer_configs(stored.records),
         "float_tensors": sorted(stored.float_tensors),
@@ -179,6 +294,7 @@ def _input_config(activation: ActivationRecord | None) -> dict[str, Any] | None:
 
 def _tensors(stored: Stored) -> dict[str, Tensor]:
     tensors = {name: value.detach().cpu() for name, value in stored.float_tensors.items()}
+    tensors |= {f"{_CONSTANT}{name}": value.cpu() for name, value in stored.graph_constants.items()}
     return {name: value.clone() for name, value in tensors.items()} | layer_tensors(stored.records)
 
 
@@ -217,10 +333,12 @@ def layer_records(layers: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict
     return {name: _record(name, layer, tensors) for name, layer in layers.items()}
 
 
-def _from_parts(config: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
+def _from_parts(config: dict[str, Any], records: StoredRecords, file: Path, text: str | None) -> Stored:
     mine = config[KEY]
-    left = dict(tensors)
-    records = layer_records(mine["layers"], left)
+    taken = {name for layer in records for name in records.tensor_names(layer)}
+    with safe_open(file, "pt") as opened:
+        left = {name: opened.get_tensor(name).clone() for name in sorted(records.all_names - taken)}
+    constants = {name.removeprefix(_CONSTANT): left.pop(name) for name in list(left) if name.startswith(_CONSTANT)}
     parameters = {name: tuple(shape) for name, shape in mine["parameters"].items()}
     _check_float_tensors(left, mine["float_tensors"], parameters)
     return Stored(
@@ -233,6 +351,8 @@ def _from_parts(config: dict[str, Any], tensors: dict[str, Tensor]) -> Stored:
         constants=mine["constants"],
         timestep_arg=mine["timestep_arg"],
         sqnr_db={name: float(db) for name, db in mine["sqnr_db"].items()},
+        graph=text,
+        graph_constants=constants,
     )
 
 
@@ -249,18 +369,26 @@ def _check_float_tensors(
 
 def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
     """Take one layer's tensors out of ``left``."""
-    bits, symmetric, shape = layer["bits"], layer["symmetric"], layer["shape"]
-    offset = numerics.code_range(bits, symmetric)[0]
-    codes = numerics.unpack(left.pop(f"{name}.weight"), bits, int(torch.tensor(shape).prod())) + offset
+    return _with_codes(name, layer, left, _codes(left.pop(f"{name}.weight"), layer))
+
+
+def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
+    dtype = torch.int8 if layer["symmetric"] else torch.uint8
+    return _with_codes(name, layer, left, torch.empty(layer["shape"], dtype=dtype, device="meta"))
+
+
+def _codes(packed: Tensor, layer: Mapping[str, Any]) -> Tensor:
+    bits, shape = layer["bits"], layer["shape"]
+    codes = numerics.unpack(packed, bits, math.prod(shape)).reshape(shape)
+    # Bytes wrap around: what is below zero then reads right as a signed one.
+    return codes.sub_(2 ** (bits - 1)).view(torch.int8) if layer["symmetric"] else codes
+
+
+def _with_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor], codes: Tensor) -> LayerRecord:
+    bits, symmetric = layer["bits"], layer["symmetric"]
     scale = left.pop(f"{name}.weight_scale")
     zero_point = torch.zeros_like(scale) if symmetric else left.pop(f"{name}.weight_zero_point")
-    weight = WeightRecord(
-        bits,
-        symmetric,
-        codes.to(torch.int8 if symmetric else torch.uint8).reshape(shape),
-        scale,
-        zero_point.to(torch.int32),
-    )
+    weight = WeightRecord(bits, symmetric, codes, scale, zero_point.to(torch.int32))
     bias = left.pop(f"{name}.corrected_bias", None)
     return LayerRecord(name, layer["kind"], weight, _activation(name, layer["input"], left), bias)
 

@@ -224,12 +224,12 @@ class ActivationObserver(ObserverBase):
     ) -> Node | None:
         if step is None:
             return None
-        read = graph.add_tensor(model, f"{self.layer}.{name}", step)
+        read = graph.add_record_tensor(model, self.layer, name, step)
         if step.dim() == 1:
             return read
         assert isinstance(node.args[1], Node)
         assert record.timesteps is not None
-        rows = _row_node(model, node.args[1], record.timesteps)
+        rows = _row_node(model, node.args[1], self.layer, record.timesteps)
         return model.graph.call_function(graph.aten.index_select.default, (read, 0, rows))
 
     def _emit_qparams(
@@ -239,17 +239,17 @@ class ActivationObserver(ObserverBase):
         if record.ranges is Ranges.DYNAMIC:
             if record.channel_scale is not None:
                 divisor = numerics.along(record.channel_scale, record.ch_axis, source.meta["val"].dim())
-                divisor_node = graph.add_tensor(model, f"{self.layer}.channel_scale", divisor)
+                divisor_node = graph.add_record_tensor(model, self.layer, "channel_scale", divisor)
                 source = call(graph.aten.div.Tensor, (source, divisor_node))
             both = call(ops.dynamic_qparams, (source, record.bits))
             return call(operator.getitem, (both, 0)), call(operator.getitem, (both, 1))
-        scale = graph.add_tensor(model, f"{self.layer}.input_scale", record.scale)
-        zero_point = graph.add_tensor(model, f"{self.layer}.input_zero_point", record.zero_point)
+        scale = graph.add_record_tensor(model, self.layer, "input_scale", record.scale)
+        zero_point = graph.add_record_tensor(model, self.layer, "input_zero_point", record.zero_point)
         if record.timesteps is None:
             return scale, zero_point
         timestep = node.args[1]
         assert isinstance(timestep, Node)
-        rows = _row_node(model, timestep, record.timesteps)
+        rows = _row_node(model, timestep, self.layer, record.timesteps)
         select = torch.ops.aten.index_select.default
         return call(select, (scale, 0, rows)), call(select, (zero_point, 0, rows))
 
@@ -273,12 +273,12 @@ def _divided(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
     return x if channel_scale is None else x / numerics.along(channel_scale.to(x.device), ch_axis, x.dim())
 
 
-def _row_node(model: GraphModule, timestep: Node, timesteps: Tensor) -> Node:
+def _row_node(model: GraphModule, timestep: Node, layer: str, timesteps: Tensor) -> Node:
     """The look-up of table rows by timestep, one node for all layers that share the table's timesteps."""
     for user in timestep.users:
         if user.target == ops.row and torch.equal(graph.attribute(model, user.args[1]), timesteps):  # type: ignore[arg-type]
             return user
     with model.graph.inserting_after(timestep):
-        table = graph.add_tensor(model, "timesteps", timesteps)
+        table = graph.add_record_tensor(model, layer, "timesteps", timesteps)
     with model.graph.inserting_after(table):
         return model.graph.call_function(ops.row, (timestep, table))

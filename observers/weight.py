@@ -94,9 +94,9 @@ class WeightObserver(ObserverBase):
         weight = graph.attribute(model, source)
         record = self.record(weight)
         with model.graph.inserting_before(node):
-            codes = graph.add_tensor(model, f"{self.layer}.codes", record.codes)
-            scale = graph.add_tensor(model, f"{self.layer}.weight_scale", record.scale)
-            zero_point = graph.add_tensor(model, f"{self.layer}.weight_zero_point", record.zero_point)
+            codes = graph.add_record_tensor(model, self.layer, "codes", record.codes)
+            scale = graph.add_record_tensor(model, self.layer, "weight_scale", record.scale)
+            zero_point = graph.add_record_tensor(model, self.layer, "weight_zero_point", record.zero_point)
             real = model.graph.call_function(ops.dequantize_weight, (codes, scale, zero_point, weight.dtype))
         node.replace_all_uses_with(real)
         model.graph.erase_node(node)

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, ops
+from dmq_ao.values import VAL, Value
 
 aten = torch.ops.aten
 
@@ -145,8 +145,8 @@ class _Narrowing:
 
     def _mark(self, node: Node) -> None:
         self.narrow.add(node)
-        if "val" in node.meta:
-            node.meta["val"] = _retyped(node.meta["val"], self.dtype)
+        if VAL in node.meta:
+            node.meta[VAL] = _retyped(node.meta[VAL], self.dtype)
 
     def _round(self, node: Node) -> None:
         """Narrow the result of a node that also reads a wide value."""
@@ -164,7 +164,7 @@ class _Narrowing:
                     cast = graph.add_tensor(self.gm, f"{source.target}.{_word(dtype)}", tensor)
                 else:
                     cast = self.gm.graph.call_function(aten.to.dtype, (source, dtype))
-            cast.meta = {**source.meta, "val": _retyped(source.meta.get("val"), dtype)}
+            cast.meta = {**source.meta, VAL: _retyped(source.meta.get(VAL), dtype)}
             node.replace_input_with(source, cast)
 
 
@@ -173,11 +173,11 @@ def _word(dtype: torch.dtype) -> str:
 
 
 def _is_float32(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.float32
+    value = node.meta.get(VAL)
+    return isinstance(value, Value) and value.dtype == torch.float32
 
 
 def _retyped(value: Any, dtype: torch.dtype) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_retyped(item, dtype) for item in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_retyped(item, dtype) for item in value)
+    return value.to(dtype) if isinstance(value, Value) else value

@@ -40,7 +40,7 @@ def _split(gm: GraphModule, layer: graph.Layer, source: Node) -> None:
     total: Node | None = None
     with gm.graph.inserting_before(layer.node):
         for index, (part, piece) in enumerate(zip(parts, weight.split(sizes, dim=1), strict=True)):
-            graph.set_parameter(gm, f"{target}.part{index}.weight", piece.contiguous())
+            graph.set_tensor(gm, f"{target}.part{index}.weight", piece.contiguous())
             piece_node = gm.graph.get_attr(f"{target}.part{index}.weight")
             piece_node.meta["val"] = weight_node.meta["val"].narrow(1, 0, piece.shape[1])
             bias = layer.node.args[2] if index == 0 and len(layer.node.args) > 2 else None

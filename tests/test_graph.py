@@ -804,7 +804,7 @@ def test_added_tensors_get_free_names(gm: GraphModule) -> None:
 
 
 def test_parameters_are_set_and_deleted_at_any_depth(gm: GraphModule) -> None:
-    graph.set_parameter(gm, "denoiser.merge.part0.weight", torch.ones(2))
+    graph.set_tensor(gm, "denoiser.merge.part0.weight", torch.ones(2))
     assert gm.get_parameter("denoiser.merge.part0.weight").sum() == 2
     graph.delete_parameter(gm, "denoiser.merge.part0.weight")
     with pytest.raises(AttributeError):

@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed as dmq_ao.<name>
 
 FLOORS = (
-    "as_json numerics patch_embed",
+    "as_json numerics patch_embed size_rules values",
     "config",
     "ops layer graph",
+    "graph_file",
     "roles",
     "observers passes objectives calibration evaluation moments state stream",
     "annotate learn recipes serialization backends module doctor",
@@ -20,6 +21,7 @@ FLOORS = (
     "observe reconstruct distill sensitivity",
     "calibrate",
     "quantize compile",
+    "saving",
     "diffusers_adapter",
     "measure",
     "demo benchmark compare gallery ptq",

@@ -135,6 +135,43 @@ def test_the_bare_linear_is_the_backends(rows: int) -> None:
     actual = torch.ops.dmq_ao_cpu.linear(*args)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
+    other = torch.randn(3, 5, 6)
+    added = torch.ops.dmq_ao_cpu.linear_add(*args[:-1], other, torch.float32)
+    torch.testing.assert_close(added, actual + other, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
+
+
+@needs_bfloat16
+def test_the_sum_in_a_product_is_rounded_once() -> None:
+    codes, weight = random_codes(3, 5, 17), random_weight(6, 17)
+    scale, zero_point, weight_scale = torch.rand(1), torch.tensor([9], dtype=torch.int32), torch.rand(6)
+    packed, bias = torch.ops.onednn.qlinear_prepack(weight, None), torch.randn(6)
+    args = (codes, scale, zero_point, packed, weight_scale, sums(weight, weight_scale), bias)
+    other = (torch.randn(3, 6, 5) * 1e4).bfloat16().transpose(1, 2)  # not contiguous
+    fused = torch.ops.dmq_ao_cpu.linear_add(*args, other, torch.bfloat16)
+    whole = torch.ops.dmq_ao_cpu.linear(*args, torch.float32) + other.float()
+    torch.testing.assert_close(fused, whole.bfloat16(), rtol=2**-7, atol=0)
+    assert float((fused.float() - whole).abs().sum()) <= 1.01 * float((whole.bfloat16().float() - whole).abs().sum())
+
+
+@needs_bfloat16
+def test_a_sum_that_broadcasts_stays_a_sum() -> None:
+    class Broadcasts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.inner, self.last = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(self.inner(x) + x.mean(1, keepdim=True) + t.to(x.dtype)[:, None, None])
+
+    model = seeded(Broadcasts)
+    samples = record(model, lambda step: model(torch.randn(4, 5, 8), torch.full((4,), step)))
+    quantized = flow(model, minmax("w8a8"), samples, backend="onednn")[0]
+    fused, x, t = fastest(quantized.graph_module), torch.randn(4, 5, 8), torch.arange(4)
+    assert not [node for node in fused.graph.nodes if "linear_add" in str(node.target)]
+    with torch.no_grad():
+        assert relative(fused(x, t), quantized.graph_module(x, t)) < 0.02
+
 
 class Block(nn.Module):
     """A residual block with a timestep, attention by two ways of writing it, and a shortcut."""
@@ -177,7 +214,8 @@ def test_a_block_is_fused_and_keeps_its_output(block: dmq_ao.QuantizedDenoiser) 
     assert targets.count("dmq_ao_cpu.group_norm_quantize.default") == 3
     assert targets.count("dmq_ao_cpu.attention.default") == 2
     assert targets.count("dmq_ao_cpu.conv.default") == 2
-    assert targets.count("dmq_ao_cpu.linear.default") == 4
+    assert targets.count("dmq_ao_cpu.linear.default") == 1  # queries, keys and values
+    assert targets.count("dmq_ao_cpu.linear_add.default") == 1
     assert not [name for name in targets if "group_norm.default" in name or name.startswith("dmq_ao.int_")]
     norms = [node for node in fused.graph.nodes if "group_norm_quantize" in str(node.target)]
     assert [node.args[1] is not None for node in norms] == [False, True, False]  # the timestep goes into the second
@@ -200,7 +238,7 @@ def test_the_compiler_is_told_the_layouts(block: dmq_ao.QuantizedDenoiser) -> No
 
     with torch.no_grad():
         Calls(fused).run(torch.randn(2, 3, 8, 8), torch.tensor([900, 0]))
-    assert len({target for target, _ in calls}) == 4
+    assert len({target for target, _ in calls}) == 5
     for target, args in calls:
         actual = target(*args)
         told = target(

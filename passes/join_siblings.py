@@ -1,0 +1,84 @@
+"""One product where several linears read the same codes (queries, keys and values of an attention)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dmq_ao import graph
+from dmq_ao.layer import LayerRecord
+from dmq_ao.values import VAL, Value
+
+_VIEWS = (graph.aten.view.default, graph.aten.reshape.default)
+
+
+def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[str, tuple[str, ...]]:
+    """Join linears of one quantized input and one width of codes, in place.
+
+    Before:  linear(x, w_q), linear(x, w_k), linear(x, w_v)      After:  split(linear(x, [w_q; w_k; w_v]))
+
+    Each output is the same sum as before, and a view of the joint result; outputs that somebody flattens stay alone.
+
+    Args:
+        gm: a converted graph, before it is lowered.
+        records: of the layers that may be joined.
+
+    Returns:
+        Names of the joint layers, ``a+b+c``, and their members; ``layer.joined`` makes their records.
+    """
+    nodes = {name: node for name, node in graph.layer_nodes(gm).items() if name in records}
+    families: dict[tuple[object, ...], list[str]] = {}
+    for name, node in nodes.items():
+        record = records[name]
+        if node.target == graph.LINEAR and record.weight.scale.shape[1] == 1 and not _is_flattened(node):
+            key = (node.args[0], record.weight.bits, record.weight.symmetric)
+            families.setdefault(key, []).append(name)
+    joint = {}
+    for members in families.values():
+        if len(members) > 1:
+            name = "+".join(members)
+            _join(gm, name, [nodes[member] for member in members], [records[member] for member in members])
+            joint[name] = tuple(members)
+    return joint
+
+
+def _is_flattened(node: Node) -> bool:
+    """Whether a reader wants the output without gaps: it views it with fewer axes, or who knows how."""
+    value = node.meta.get(VAL)
+    if not isinstance(value, Value):
+        return True
+    views = [user.meta.get(VAL) for user in node.users if user.target in _VIEWS]
+    return any(not isinstance(view, Value) or view.dim() < value.dim() for view in views)
+
+
+def _join(gm: GraphModule, name: str, nodes: Sequence[Node], records: Collection[LayerRecord]) -> None:
+    sizes = [record.weight.codes.shape[0] for record in records]
+    first: Value = nodes[0].meta[VAL]
+    call = gm.graph.call_function
+    with gm.graph.inserting_before(nodes[0]):
+        bias = _bias(gm, name, nodes, sizes, first.dtype)
+        total = call(graph.LINEAR, (nodes[0].args[0], nodes[0].args[1], bias))
+        total.meta = {VAL: Value((*first.shape[:-1], sum(sizes)), first.dtype), graph.LAYER: name}
+        parts = call(graph.aten.split_with_sizes.default, (total, sizes, -1))
+        parts.meta[VAL] = tuple(node.meta[VAL] for node in nodes)
+        for index, node in enumerate(nodes):
+            part = call(operator.getitem, (parts, index))
+            part.meta[VAL] = node.meta[VAL]
+            node.replace_all_uses_with(part)
+    for node in nodes:
+        gm.graph.erase_node(node)
+
+
+def _bias(gm: GraphModule, name: str, nodes: Sequence[Node], sizes: Sequence[int], dtype: torch.dtype) -> Node | None:
+    given = [node.args[2] if len(node.args) > 2 else None for node in nodes]
+    if not any(isinstance(bias, Node) for bias in given):
+        return None
+    biases: list[Tensor] = [
+        graph.attribute(gm, bias).detach() if isinstance(bias, Node) else torch.zeros(size, dtype=dtype)
+        for bias, size in zip(given, sizes, strict=True)
+    ]
+    return graph.add_tensor(gm, f"{name}.bias".replace("+", "_"), torch.cat(biases))

@@ -1,0 +1,97 @@
+"""A graph written as JSON and read back is the same graph; what the format has no word for is refused by name."""
+
+from __future__ import annotations
+
+import json
+import operator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
+
+from dmq_ao import graph_file
+from dmq_ao.graph_file import NotReadable, NotStorable
+from dmq_ao.values import VAL, Value, describe, value_of
+
+aten = torch.ops.aten
+
+
+def built(*calls: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> GraphModule:
+    """A graph of one input and calls whose argument ``...`` stands for what came before."""
+    root, made = nn.Module(), Graph()
+    root.register_buffer("table", torch.arange(6.0).reshape(2, 3))
+    last = made.placeholder("x")
+    last.meta[VAL] = torch.empty(2, 3, device="meta")
+    for target, args, kwargs in calls:
+        last = made.call_function(target, tuple(last if arg is ... else arg for arg in args), kwargs)
+    made.output(made.call_function(aten.add.Tensor, (last, made.get_attr("table"))))
+    gm = GraphModule(root, made)
+    describe(gm, keep=())
+    return gm
+
+
+CALLS = [
+    (aten.mul.Tensor, (..., float("inf")), {}),
+    (aten.clamp.default, (..., -1e30, 1e30), {}),
+    (aten.reshape.default, (..., [3, -1]), {}),
+    (operator.getitem, (..., (slice(0, 2), None)), {}),
+    (aten.to.dtype, (..., torch.float64), {}),
+    (aten._to_copy.default, (...,), {"dtype": torch.float32, "layout": torch.strided, "device": torch.device("cpu")}),
+    (aten.contiguous.default, (...,), {"memory_format": torch.contiguous_format}),
+    (aten.reshape.default, (..., [2, -1]), {}),
+    (aten.slice.Tensor, (..., 1, 0, 1), {}),
+]
+
+
+def test_a_graph_comes_back() -> None:
+    gm = built(*CALLS)
+    description = json.loads(json.dumps(graph_file.to_json(gm, ()), allow_nan=False))
+    again = graph_file.from_json(description, lambda target, home: gm.table)
+    x = torch.randn(2, 3)
+    assert torch.equal(again(x), gm(x))
+    assert [(n.name, n.target) for n in again.graph.nodes][:-1] == [(n.name, n.target) for n in gm.graph.nodes][:-1]
+    assert next(iter(again.graph.nodes)).meta[VAL] == Value((2, 3), torch.float32)
+    assert graph_file.to_json(again, ()) == graph_file.to_json(gm, ())
+
+
+def test_constants_travel_beside_the_graph() -> None:
+    gm = built(*CALLS)
+    stored = graph_file.stored(gm, ())
+    assert stored is not None
+    assert set(stored.constants) == {"table"}
+    assert graph_file.stored(gm, ("table",)).constants == {}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ((print, (...,), {}), "operator <built-in function print>"),
+        ((aten.mul.Tensor, (..., 1j), {}), "argument 1j of type complex"),
+        ((torch.ops.prims.sin.default, (...,), {}), "operator prims.sin.default"),
+    ],
+)
+def test_what_has_no_word_is_not_stored(call: tuple[Any, tuple[Any, ...], dict[str, Any]], named: str) -> None:
+    gm = built(call)
+    with pytest.raises(NotStorable) as caught:
+        graph_file.to_json(gm, ())
+    assert named in str(caught.value)
+    assert graph_file.stored(gm, ()) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["aten.nothing.default", "builtins.eval", "torch.load", "aten.__name__.x", "os.system"]
+)
+def test_only_known_operators_are_read(name: str) -> None:
+    description = graph_file.to_json(built(CALLS[0]), ())
+    next(node for node in description["nodes"] if node["op"] == "call_function")["target"] = name
+    with pytest.raises(NotReadable, match="no operator"):
+        graph_file.from_json(description, lambda target, home: torch.zeros(2, 3))
+
+
+def test_values() -> None:
+    assert value_of([torch.zeros(2), 3]) == (Value((2,), torch.float32), None)
+    assert Value((2, None), torch.float32).to(torch.bfloat16) == Value((2, None), torch.bfloat16)
+    assert Value((2,), torch.int64).to(torch.bfloat16) == Value((2,), torch.int64)
+    assert Value((2, None), torch.float32).dim() == 2
