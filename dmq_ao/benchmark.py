@@ -1,10 +1,11 @@
-"""Integer kernels against float32, both compiled, timed in turns on the same inputs."""
+"""Integer kernels against float32, and against other tools if wanted, timed in turns on the same inputs."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +19,32 @@ from dmq_ao.compile import Mode
 from dmq_ao.config import Recipe
 from dmq_ao.diffusers_adapter import denoiser_folder, is_quantized, load_denoiser, load_pipeline, record_pipeline
 from dmq_ao.evaluation import latency, machine, speedup
+from dmq_ao.evaluation.peers import COMPILED_FP32, check_installed
 from dmq_ao.graph import Signature, unflatten_inputs
-from dmq_ao.measure import compiled_calls
+from dmq_ao.measure import compiled_calls, held_out_states
 from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.named import NAMED, SEED, STEPS, named_denoiser
+from dmq_ao.peer_benchmark import Case, Ours, side_by_side
 from dmq_ao.quantize import convert, denoiser_name, prepare
 
-SAMPLES, STEPS, SEED = 16, 4, 0
+BATCH_SIZE, SAMPLES = 4, 16
+HELD_OUT_SEED = 1000  # of the trajectories for errors; calibration counts up from SEED and does not come so far
 
 Timed = tuple[nn.Module, QuantizedDenoiser, Mapping[str, Any]]  # float, quantized, keyword arguments of a call
 
 
-def cifar_unet() -> nn.Module:
-    """The UNet of DDPM on CIFAR-10 (36M parameters, 32x32), with random weights: speed does not depend on them."""
-    import diffusers
+@dataclass(frozen=True)
+class _Settings:
+    """What of the options both kinds of benchmark read."""
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        built: nn.Module = diffusers.UNet2DModel(
-            sample_size=32,
-            block_out_channels=(128, 256, 256, 256),
-            layers_per_block=2,
-            attention_head_dim=64,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        )
-    return built.eval()
-
-
-NAMED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {"cifar-unet": (cifar_unet, (3, 32, 32))}
-
-
-def named_denoiser(name: str) -> tuple[nn.Module, CalibrationSet]:
-    """A denoiser that needs no files, with noise to calibrate on.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
-    if name not in NAMED:
-        raise ValueError(f"no denoiser is called {name!r}; there are {sorted(NAMED)}")
-    build, shape = NAMED[name]
-    generator = torch.Generator().manual_seed(SEED)
-    step = torch.arange(STEPS).repeat_interleave(SAMPLES // STEPS)
-    timestep = torch.linspace(999, 0, STEPS).long()[step]
-    return build(), CalibrationSet({"sample": torch.randn(SAMPLES, *shape, generator=generator)}, {}, timestep, step)
+    recipe: Recipe
+    batch_size: int
+    repeats: int
+    backend: str
+    mode: Mode
+    prompt: str | None
+    progress: bool
+    say: Callable[[str], None]
 
 
 def run_benchmark(
@@ -68,78 +52,120 @@ def run_benchmark(
     bits: str = "w4a8",
     *,
     power_of_two: bool = False,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     repeats: int = 15,
     threads: int | None = None,
     backend: str = "auto",
     mode: Mode = "default",
     prompt: str | None = None,
+    peers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Time a denoiser in float32 and quantized, both compiled.
+    """Time a denoiser in float32 and quantized, both compiled; and other tools with them, if asked for.
 
     Args:
         model: a pipeline folder (float or quantized), a Hub id, ``"demo"`` or a name in ``NAMED``. A quantized folder
             is timed as it is, against its architecture with random weights.
         bits: as for ``recipes.minmax``; and so is the next.
         power_of_two: see there.
-        batch_size: rows of a call.
+        batch_size: rows of a call; None for that of the named denoiser, and 4 for others.
         repeats: timed calls of each.
-        threads: of torch, while this runs; None leaves them as they are.
+        threads: of torch and the peers, while this runs; None leaves them as they are.
         backend: as for ``dmq_ao.convert``.
         mode: as for ``dmq_ao.compile``.
         prompt: for pipelines that want one.
+        peers: names of ``dmq_ao.evaluation.peers.PEERS``, timed in the same rounds as ours and compiled float32.
         progress: show progress bars.
         say: told what is going on.
 
     Returns:
-        Medians and percentiles in ms, the ratio of medians, seconds of compilation, kernels and the machine.
+        ``model``, ``recipe``, ``backend``, ``mode``, ``batch_size``, ``kernels``, ``machine`` and ``date``. Without
+        peers also ``latency_ms`` (median and percentiles) and ``compile_seconds``, each of ``float`` and
+        ``quantized``, and ``speedup``, the ratio of medians. With peers what ``side_by_side`` returns.
+
+    Raises:
+        ValueError: for peers of a quantized folder, which has no float weights to give them.
+        MissingPackage: when a peer's packages are not installed.
     """
     recipe = recipes.minmax(bits, power_of_two=power_of_two)
+    check_installed(peers)
+    if peers and _is_quantized_folder(model):
+        raise ValueError(f"{model} holds no float weights, and peers start from those; give the float model instead")
+    rows = batch_size or (NAMED[model].batch_size if model in NAMED else BATCH_SIZE)
+    settings = _Settings(recipe, rows, repeats, backend, mode, prompt, progress, say)
     with _threads(threads):
-        if _is_quantized_folder(model):
-            teacher, quantized, inputs = _stored(model, batch_size, backend)
+        if peers:
+            name = f"dmq_ao {bits.upper()}{'+PTS' if power_of_two else ''}{', max' if mode == 'max' else ''}"
+            quantized, measured = _against_peers(model, settings, name, peers)
         else:
-            teacher, samples = _float(model, prompt)
-            say(f"{model}: prepare, calibrate, convert")
-            quantized = _convert(teacher, samples, recipe, backend)
-            inputs = first_rows(samples, batch_size)
-        say("compile float32 and quantized")
-        calls, compile_seconds = compiled_calls({"float": teacher, "quantized": quantized}, inputs, mode)
-        times = latency(calls, repeats=repeats, progress=progress)
+            quantized, measured = _against_float(model, settings)
         return {
             "model": model,
             "recipe": quantized.recipe.to_dict(),
             "backend": quantized.backend,
             "mode": mode,
-            "batch_size": batch_size,
-            "latency_ms": {name: vars(timed) for name, timed in times.items()},
-            "speedup": speedup(times, "float")["quantized"],
-            "compile_seconds": compile_seconds,
+            "batch_size": rows,
+            **measured,
             "kernels": quantized.kernel_counts,
             "machine": machine(),
             "date": time.strftime("%Y-%m-%d"),
         }
 
 
+def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, dict[str, Any]]:
+    if _is_quantized_folder(model):
+        teacher, quantized, inputs = _stored(model, settings.batch_size, settings.backend)
+    else:
+        teacher, samples, _ = _float(model, settings.prompt)
+        quantized = _convert(model, teacher, samples, settings)
+        inputs = first_rows(samples, settings.batch_size)
+    settings.say("compile float32 and quantized")
+    calls, compile_seconds = compiled_calls({"float": teacher, "quantized": quantized}, inputs, settings.mode)
+    times = latency(calls, repeats=settings.repeats, progress=settings.progress)
+    return quantized, {
+        "latency_ms": {name: vars(timed) for name, timed in times.items()},
+        "speedup": speedup(times, "float")["quantized"],
+        "compile_seconds": compile_seconds,
+    }
+
+
+def _against_peers(
+    model: str, settings: _Settings, name: str, peers: Sequence[str]
+) -> tuple[QuantizedDenoiser, dict[str, Any]]:
+    teacher, samples, pipeline = _float(model, settings.prompt)
+    states = samples  # of a named denoiser: noise is noise
+    if pipeline is not None:
+        states = held_out_states(pipeline, steps=STEPS, seed=HELD_OUT_SEED, prompt=settings.prompt)
+    started = time.perf_counter()
+    quantized = _convert(model, teacher, samples, settings)
+    ours = {name: Ours(quantized, settings.mode, time.perf_counter() - started)}
+    case = Case(teacher, first_rows(samples, settings.batch_size), samples, states, settings.batch_size)
+    names = list(dict.fromkeys((COMPILED_FP32, *peers)))
+    measured = side_by_side(case, names, ours, repeats=settings.repeats, progress=settings.progress, say=settings.say)
+    return quantized, measured
+
+
 def _is_quantized_folder(model: str) -> bool:
     return Path(model).is_dir() and is_quantized(denoiser_folder(model))
 
 
-def _float(model: str, prompt: str | None) -> tuple[nn.Module, CalibrationSet]:
+def _float(model: str, prompt: str | None) -> tuple[nn.Module, CalibrationSet, Any]:
+    """A denoiser, samples to calibrate it on, and the pipeline that it stands in, if it does."""
     if model in NAMED:
-        return named_denoiser(model)
+        return *named_denoiser(model), None
     pipeline = load_pipeline(model)
     samples = record_pipeline(pipeline, num_samples=SAMPLES, steps=STEPS, seed=SEED, prompt=prompt)
-    denoiser: nn.Module = getattr(pipeline, denoiser_name(pipeline))
-    return denoiser, samples
+    return getattr(pipeline, denoiser_name(pipeline)), samples, pipeline
 
 
-def _convert(teacher: nn.Module, samples: CalibrationSet, recipe: Recipe, backend: str) -> QuantizedDenoiser:
-    prepared = prepare(teacher, recipe, samples.example(), timestep_arg=samples.timestep_arg, backend=backend)
-    calibrate(prepared, samples, progress=False)
-    return convert(prepared, backend)
+def _convert(model: str, teacher: nn.Module, samples: CalibrationSet, settings: _Settings) -> QuantizedDenoiser:
+    settings.say(f"{model}: prepare, calibrate, convert")
+    prepared = prepare(
+        teacher, settings.recipe, samples.example(), timestep_arg=samples.timestep_arg, backend=settings.backend
+    )
+    calibrate(prepared, samples, progress=False, batch_size=min(settings.batch_size, 8))
+    return convert(prepared, settings.backend)
 
 
 def first_rows(samples: CalibrationSet, batch_size: int) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dmq_ao.evaluation.peer_table import peer_notes, peer_rows
 from dmq_ao.evaluation.table import machine_line, number, size_text
 
 LEVELS = {"ok": "ok  ", "note": "note", "slow": "slow", "broken": "FAIL"}
@@ -22,7 +23,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    return cell.replace(".", "").replace("-", "").isdigit() or cell in ("", "–", "∞")
+    return cell.replace(".", "").replace("-", "").removesuffix("%").isdigit() or cell in ("", "–", "∞")
 
 
 def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -98,23 +99,32 @@ def _remarkable(layers: Sequence[Mapping[str, Any]], noisiest: int = 10) -> list
 
 
 def benchmark_text(report: Mapping[str, Any]) -> str:
-    """Medians, percentiles and their ratio, and the machine."""
+    """Medians with their spread, what they amount to, and the machine."""
+    kernels = ", ".join(f"{count} {name}" for name, count in report["kernels"].items())
+    table, *notes = _peers_lines(report) if "rows" in report else _float_lines(report)
+    return "\n".join([table, "", *notes, f"kernels: {kernels or 'none'}", machine_line(report)])
+
+
+def _float_lines(report: Mapping[str, Any]) -> list[str]:
     rows = [["", "median ms", "p10", "p90", "compile s"]]
     for name, timed in report["latency_ms"].items():
         figures = [f"{timed[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")]
         rows.append([name, *figures, f"{report['compile_seconds'][name]:.1f}"])
     repeats = report["latency_ms"]["float"]["repeats"]
-    kernels = ", ".join(f"{count} {name}" for name, count in report["kernels"].items())
-    return "\n".join(
-        [
-            aligned(rows),
-            f"\nquantized ({_scheme(report)}) is {report['speedup']:.2f}x as fast as float32, both compiled"
-            f" (mode {report['mode']});"
-            f" batch {report['batch_size']}, {repeats} calls of each in turns",
-            f"kernels: {kernels or 'none'}",
-            machine_line(report),
-        ]
-    )
+    return [
+        aligned(rows),
+        f"quantized ({_scheme(report)}) is {report['speedup']:.2f}x as fast as float32, both compiled"
+        f" (mode {report['mode']}); batch {report['batch_size']}, {repeats} calls of each in turns",
+    ]
+
+
+def _peers_lines(report: Mapping[str, Any]) -> list[str]:
+    repeats = next(row["repeats"] for row in report["rows"].values() if "repeats" in row)
+    return [
+        aligned(peer_rows(report)),
+        f"{report['model']}, batch {report['batch_size']}, {repeats} calls of each in turns",
+        *peer_notes(report),
+    ]
 
 
 def doctor_text(report: Mapping[str, Any]) -> str:

@@ -255,17 +255,32 @@ def inspect(
         "dmq-ao benchmark cifar-unet --mode max",
         "dmq-ao benchmark demo --bits w8a8 --batch-size 16 --threads 1",
         "dmq-ao benchmark out/",
+        "dmq-ao benchmark dit-s-2 --bits w8a8 --mode max --peers",
+        "dmq-ao benchmark cifar-unet --peer 'openvino*' --peer 'torch bf16*' --format json",
     )
 )
 def benchmark(
     model: Annotated[
-        str, typer.Argument(help="As for `quantize`; a quantized folder; or `cifar-unet` (random weights).")
+        str,
+        typer.Argument(
+            help="As for `quantize`; a quantized folder; or, with random weights, `cifar-unet`, `dit-s-2` or"
+            " `sd15-unet`."
+        ),
     ],
     bits: Bits = "w4a8",
     power_of_two: Annotated[bool, typer.Option("--power-of-two", help="With channel exponents.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a call.")] = 4,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a call; 4 by default, 2 of `sd15-unet`.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, and of the peers.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Time torch, torchao, OpenVINO with NNCF and ONNX Runtime too.")
+    ] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only the peers of such a name ('openvino*'); repeatable."),
+    ] = None,
     prompt: Prompt = None,
     backend: BackendOption = Backend.AUTO,
     mode: ModeOption = Mode.DEFAULT,
@@ -276,12 +291,18 @@ def benchmark(
 
     Both denoisers are compiled and called in turns on the same inputs, so that a slow minute slows both. A quantized
     folder is timed as it is, against its own architecture in float32.
+
+    With peers, all are given the same calibration samples, and their sizes, compilation and one-step errors stand
+    beside the times. It needs pip install "dmq_ao[bench]"; a peer that fails has a row that says so.
     """
     with option_values("--bits"):
         recipes.parse_bits(bits)
     from dmq_ao import cli_output
     from dmq_ao.benchmark import run_benchmark
+    from dmq_ao.evaluation.peers import chosen_peers
 
+    with option_values("--peer"):
+        names = chosen_peers(peer or ["*"]) if peers or peer else []
     _hide_loading_bars()
     report = run_benchmark(
         model,
@@ -293,6 +314,7 @@ def benchmark(
         backend=backend.value,
         mode=mode.value,
         prompt=prompt,
+        peers=names,
         progress=True,
         say=say,
     )

@@ -15,12 +15,13 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner, Result
 
-from dmq_ao import cli_output, commands, demo, doctor, ptq, recipes
+from dmq_ao import benchmark, cli_output, commands, demo, doctor, ptq, recipes
 from dmq_ao.backends import ALL_BACKENDS
-from dmq_ao.benchmark import named_denoiser
 from dmq_ao.commands import app
 from dmq_ao.config import InvalidFile
 from dmq_ao.diffusers_adapter import demo_folder
+from dmq_ao.evaluation import peers
+from dmq_ao.evaluation.peers import PEERS, Peer
 from dmq_ao.observers import ALL_OBSERVERS
 
 COMMANDS = ("quantize", "sample", "compare", "inspect", "benchmark", "doctor", "demo")
@@ -205,13 +206,72 @@ def test_benchmark_times_both(made: tuple[Path, dict[str, Any]], quantized: bool
     assert f"is {found['speedup']:.2f}x as fast as float32" in cli_output.benchmark_text(found)
 
 
-def test_the_named_denoiser_is_that_of_cifar() -> None:
-    denoiser, samples = named_denoiser("cifar-unet")
-    assert sum(parameter.numel() for parameter in denoiser.parameters()) == pytest.approx(35.7e6, rel=0.01)
-    assert samples.inputs["sample"].shape[1:] == (3, 32, 32)
-    assert torch.equal(samples.inputs["sample"], named_denoiser("cifar-unet")[1].inputs["sample"])
-    with pytest.raises(ValueError, match="no denoiser is called 'x'"):
-        named_denoiser("x")
+def test_benchmark_tells_compile_time_of_both() -> None:
+    times = {"median_ms": 2.0, "p10_ms": 1.0, "p90_ms": 3.0, "repeats": 7}
+    report = {
+        "recipe": recipes.minmax("w4a8").to_dict(),
+        "mode": "max",
+        "batch_size": 3,
+        "latency_ms": {"float": times, "quantized": times},
+        "compile_seconds": {"float": 12.34, "quantized": 56.78},
+        "speedup": 1.5,
+        "kernels": {"onednn int8 linear": 2},
+    }
+    lines = cli_output.benchmark_text({**report, "machine": {}}).splitlines()
+    assert lines[0].split() == ["median", "ms", "p10", "p90", "compile", "s"]
+    assert lines[1].split() == ["float", "2.00", "1.00", "3.00", "12.3"]
+    assert lines[2].split() == ["quantized", "2.00", "1.00", "3.00", "56.8"]
+    assert "minmax w4a8) is 1.50x as fast as float32, both compiled (mode max); batch 3, 7 calls" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        pytest.param((), [], id="none"),
+        pytest.param(("--peers",), list(PEERS), id="all"),
+        pytest.param(("--peer", "torch FP32"), ["torch fp32"], id="a name"),
+        pytest.param(
+            ("--peers", "--peer", "onnx*", "--peer", "torch bf16*"),
+            ["torch bf16", "torch bf16 compiled", "ONNX Runtime int8"],
+            id="patterns",
+        ),
+    ],
+)
+def test_benchmark_passes_its_peers_on(
+    monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], chosen: list[str]
+) -> None:
+    row = {"median_ms": 2.0, "p10_ms": 1.0, "p90_ms": 3.0, "repeats": 7, "compile_seconds": 4.0}
+
+    def run_benchmark(model: str, bits: str, *, peers: list[str], batch_size: int | None, **_: Any) -> dict[str, Any]:
+        assert (model, bits, batch_size) == ("dit-s-2", "w8a8", None)
+        rows = {name: row for name in ("dmq_ao W8A8", *peers)}
+        return {"model": model, "batch_size": 4, "rows": rows, "kernels": {}, "machine": {}}
+
+    monkeypatch.setattr(benchmark, "run_benchmark", run_benchmark)
+    arguments = ("benchmark", "dit-s-2", "--bits", "w8a8", *options)
+    assert list(document(*arguments)["rows"]) == ["dmq_ao W8A8", *chosen]
+    text = run(*arguments).stdout
+    assert all(f"\n{name} " in text for name in chosen)
+    assert "dit-s-2, batch 4, 7 calls of each in turns" in text
+
+
+def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "OpenVINO fp32", Peer(peers.openvino, ("no_such_package",)))
+    monkeypatch.setattr(benchmark, "named_denoiser", lambda name: pytest.fail("built the denoiser"))
+    error = failure(1, "benchmark", "cifar-unet", "--peer", "openvino fp32")
+    assert error.startswith("error: no_such_package not installed, which 'OpenVINO fp32' need")
+    assert 'pip install "dmq_ao[bench]"' in error
+
+
+def test_an_unknown_peer_is_a_usage_error() -> None:
+    assert "'tensorrt*' matches no peer; there are 'torch fp32'," in failure(
+        2, "benchmark", "cifar-unet", "--peer", "tensorrt*"
+    )
+
+
+def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
+    error = failure(1, "benchmark", made[0], "--peer", "torch fp32")
+    assert f"{made[0]} holds no float weights" in error
 
 
 @pytest.mark.parametrize(

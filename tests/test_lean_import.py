@@ -30,7 +30,20 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    "name", ["diffusers", "transformers", "triton", "matplotlib", "typer", "torchmetrics", "scipy"]
+    "name",
+    [
+        "diffusers",
+        "transformers",
+        "triton",
+        "matplotlib",
+        "typer",
+        "torchmetrics",
+        "scipy",
+        "openvino",
+        "nncf",
+        "onnx",
+        "onnxruntime",
+    ],
 )
 def test_import_leaves_out(probe: dict[str, object], name: str) -> None:
     assert [module for module in probe["added"] if module.split(".")[0] == name] == []

@@ -8,6 +8,7 @@ from dmq_ao.evaluation.cost import (
     machine,
     mean_bits,
     peak_rss_bytes,
+    rss_bytes,
     speedup,
 )
 from dmq_ao.evaluation.fidelity import OneStep, image_fidelity, one_step_error, psnr, relative_error, sqnr
@@ -32,6 +33,7 @@ __all__ = [
     "relative_error",
     "render_html",
     "render_table",
+    "rss_bytes",
     "speedup",
     "sqnr",
     "write_report",

@@ -113,11 +113,20 @@ def folder_bytes(path: str | os.PathLike[str]) -> int:
 
 def peak_rss_bytes() -> int | None:
     """Largest resident memory that this process ever had, in bytes; None where it is not known (only Linux is)."""
+    # Not getrusage: a process starts with the peak there of the one that started it.
+    return _status_bytes("VmHWM")
+
+
+def rss_bytes() -> int | None:
+    """Resident memory of this process now, in bytes; None where it is not known (only Linux is)."""
+    return _status_bytes("VmRSS")
+
+
+def _status_bytes(key: str) -> int | None:
     if sys.platform != "linux":
         return None
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields[key].split()[0]) * 1024  # the file says kB and means KiB
 
 
 @dataclass(frozen=True)

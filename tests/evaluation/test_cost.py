@@ -19,6 +19,7 @@ from dmq_ao.evaluation import (
     machine,
     mean_bits,
     peak_rss_bytes,
+    rss_bytes,
     speedup,
 )
 
@@ -134,6 +135,18 @@ def test_peak_rss_is_bytes_on_linux(monkeypatch: pytest.MonkeyPatch) -> None:
         assert 20e6 < peak < 1e12
     monkeypatch.setattr(sys, "platform", "win32")
     assert peak_rss_bytes() is None
+    assert rss_bytes() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_the_peak_stays_when_memory_is_given_back() -> None:
+    before = rss_bytes()
+    assert before is not None
+    size = len(bytearray(b"x" * 2**28))
+    peak, after = peak_rss_bytes(), rss_bytes()
+    assert peak is not None
+    assert after is not None
+    assert peak > max(before, after) + size / 2
 
 
 def test_mean_bits_weighs_by_numbers() -> None:
