@@ -26,8 +26,8 @@ from dmq_ao.evaluation.peers import PEERS, Artifact, Call, Inputs, Plain
 from dmq_ao.graph import flatten_inputs, unflatten_inputs
 from dmq_ao.measure import by_timestep
 from dmq_ao.module import QuantizedDenoiser
-from dmq_ao.quantize import save
 from dmq_ao.roofline import int8_peak, integer_macs
+from dmq_ao.saving import save
 
 Row = dict[str, Any]
 

@@ -131,7 +131,7 @@ def load(spec: Mapping[str, Any]) -> dict[str, float]:
     inputs = unflatten_inputs({**load_file(spec["inputs"]), **spec["constants"]})
     before = rss_bytes()
     started = time.perf_counter()
-    denoiser = _float(spec) if spec["float"] else _quantized(spec)
+    denoiser = _float(spec) if spec["float"] else dmq_ao.load(spec["folder"])
     with torch.no_grad():
         denoiser(**inputs)
     seconds, peak = time.perf_counter() - started, peak_rss_bytes()
@@ -146,7 +146,7 @@ def _import_everything() -> None:
     import torch._dynamo
     import torch.export  # noqa: F401
 
-    import dmq_ao.quantize  # noqa: F401
+    import dmq_ao.saving  # noqa: F401
 
     for name in ("DiTTransformer2DModel", "UNet2DConditionModel", "UNet2DModel"):  # loaded by diffusers when asked for
         getattr(diffusers, name)
@@ -156,13 +156,6 @@ def _float(spec: Mapping[str, Any]) -> nn.Module:
     net = architecture(spec["model"], spec["loaders"] and Path(spec["loaders"]), spec["class"])
     net.load_state_dict(load_file(Path(spec["folder"]) / "model.safetensors"), assign=True)
     return net
-
-
-def _quantized(spec: Mapping[str, Any]) -> nn.Module:
-    """A diffusers model is built from the folder's config; any other is given, without weights."""
-    if spec["model"] in NAMED:
-        return dmq_ao.load(spec["folder"])
-    return dmq_ao.load(spec["folder"], model=architecture(spec["model"], Path(spec["loaders"]), spec["class"]))
 
 
 def table(model: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
