@@ -18,7 +18,7 @@ from dmq_ao.backends import choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import InvalidFile, Ranges, Recipe
-from dmq_ao.layer import LayerRecord
+from dmq_ao.layer import LayerRecord, packed_record
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.observers import ActivationObserver
 
@@ -79,23 +79,26 @@ def _pass_timestep(prepared: GraphModule) -> None:
     prepared.recompile()
 
 
-def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
+def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = False) -> QuantizedDenoiser:
     """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
 
     Args:
         prepared: from ``prepare``, after ``calibrate``.
         backend: ``"reference"`` (the q/dq graph), ``"onednn"`` (int8 on CPUs) or ``"auto"``.
+        packed: keep codes of at most 4 bits two a byte in memory and unpack them in every call, which takes time;
+            integer layers compute the same bits. Linears of weight-only layers then run on PyTorch's int4 kernel where
+            they are bfloat16: in a bfloat16 denoiser, or under ``dmq_ao.compile(mode="max")``.
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
         MissingStatistics: for an input that was never observed, by layer.
-        ValueError, UnsupportedByBackend: for a backend that is unknown or cannot run it.
+        ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, or cannot keep codes packed.
     """
     if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    chosen = choose(backend, device, plan)
+    chosen = choose(backend, device, plan, packed)
     records = _records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
@@ -106,6 +109,8 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
         quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
     quantized.meta.update(meta)
     float_tensors = _float_tensors(quantized)
+    if packed:
+        records = {name: packed_record(record) for name, record in records.items()}
     lowered, kernels = chosen.lower(quantized, records)
     _drop_unused(lowered)
     result = QuantizedDenoiser(
@@ -177,6 +182,7 @@ def quantize(
     samples: CalibrationSet,
     *,
     backend: str = "auto",
+    packed: bool = False,
     state_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -190,6 +196,7 @@ def quantize(
         recipe: what to quantize and how.
         samples: recorded from the same denoiser.
         backend: as for ``convert``.
+        packed: as for ``convert``.
         state_dir: as for ``calibrate``, and so are the rest.
         seed: chooses the samples on which the layers' noise is measured.
         progress: show a progress bar.
@@ -211,7 +218,7 @@ def quantize(
         batch_size=batch_size,
         max_memory=max_memory,
     )
-    setattr(target, name, convert(prepared, backend))
+    setattr(target, name, convert(prepared, backend, packed=packed))
     return report
 
 
@@ -255,13 +262,16 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
     serialization.write(stored, folder)
 
 
-def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto") -> QuantizedDenoiser:
+def load(
+    folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto", packed: bool = False
+) -> QuantizedDenoiser:
     """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
 
     Args:
         folder: what ``save`` wrote.
         model: the float module that was quantized, for models that are not diffusers'; its weights are not used.
         backend: as for ``convert``.
+        packed: as for ``convert``.
 
     Raises:
         InvalidFile: for a damaged or foreign folder, or one of another model.
@@ -289,7 +299,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "
         if activation is not None and record.activation is not None:
             activation.restore(record.activation)
     prepared.meta[SQNR] = dict(stored.sqnr_db)
-    return convert(prepared, backend)
+    return convert(prepared, backend, packed=packed)
 
 
 def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:
