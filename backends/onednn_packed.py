@@ -3,7 +3,7 @@
 Integer layers unpack to int8, shifts included, and oneDNN prepacks and multiplies that: the sums are those of codes
 prepacked once. Layers that multiply floats unpack to the codes that the quantize/dequantize graph dequantizes. Linears
 among them run on PyTorch's int4 kernel, which reads packed codes itself, where they are allowed bfloat16: it has no
-fast kernel for other types (in float32, 60 times slower than a product of dequantized weights).
+fast kernel for other types (float32 on x86: 60 times slower than a product of dequantized weights).
 """
 
 from __future__ import annotations
