@@ -29,13 +29,29 @@ class Backend(Protocol):
 ALL_BACKENDS: dict[str, Backend] = {"reference": Reference(), "onednn": OneDNN()}
 
 
-def choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan]) -> Backend:
+def choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan], packed: bool = False) -> Backend:
     """The backend called ``name``; ``"auto"`` takes the integer kernels of ``device`` if they can run ``plan``.
 
+    Args:
+        name: of a backend, or ``"auto"``.
+        device: where the denoiser is.
+        plan: what the recipe does with each layer.
+        packed: whether 4-bit codes are to stay packed in memory, which only ``"onednn"`` does.
+
     Raises:
-        ValueError: for an unknown name, or a backend of another device.
+        ValueError: for an unknown name, a backend of another device, or one that does not keep codes packed.
         UnsupportedByBackend: with the reasons, when the named backend cannot run the plan.
     """
+    backend = _choose(name, device, plan)
+    if packed and backend.name != "onednn":
+        raise ValueError(
+            f"packed=True keeps codes packed on the 'onednn' backend only, and this denoiser on {device} would run on"
+            f" {backend.name!r}; leave packed out, or use a recipe that backend='onednn' takes, on a CPU"
+        )
+    return backend
+
+
+def _choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan]) -> Backend:
     if name == "auto":
         integer = ALL_BACKENDS["onednn"]
         runs = device.type == "cpu" and not integer.unsupported(plan)

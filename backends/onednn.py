@@ -10,6 +10,9 @@ The kernels are operators of their own (``dmq_ao::int_conv``, ``dmq_ao::int_line
 only under global freezing. Scales and zero points are tensors, so a table looked up by timestep needs no
 recompilation. The zero point never reaches oneDNN, whose compensation for it is slow: padding is written as codes, and
 the rest, ``zero_point`` times the sum of the weights, is taken off the bias.
+
+A record that keeps its codes packed stays packed in the graph (``onednn_packed``): the kernels take a weight that
+oneDNN prepacked once, or plain int8 codes, which they prepack for the call.
 """
 
 from __future__ import annotations
@@ -24,7 +27,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, ops
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, joined, outline, shift_fits_int8, shifted_codes
+from dmq_ao.backends import onednn_packed
+from dmq_ao.layer import (
+    Kernel,
+    LayerPlan,
+    LayerRecord,
+    PackedRecords,
+    PackedWeight,
+    WeightRecord,
+    joined,
+    outline,
+    shift_fits_int8,
+    shifted_codes,
+)
 from dmq_ao.passes.join_siblings import join_siblings
 
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
@@ -71,6 +86,9 @@ def _int_conv(
     dtype: torch.dtype,
 ) -> Tensor:
     del kernel_size
+    if not weight.is_mkldnn:
+        geometry = (stride, padding, dilation, groups)
+        weight = torch.ops.onednn.qconv_prepack(weight, weight_scale, 1.0, 0, *geometry, None)
     weight_zero = torch.zeros_like(weight_scale, dtype=torch.int32)
 
     def kernel(part: Tensor, x_scale: float, x_zero: int) -> Tensor:
@@ -95,6 +113,8 @@ def _int_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    if not weight.is_mkldnn:
+        weight = torch.ops.onednn.qlinear_prepack(weight, None)
     weight_zero = torch.zeros_like(weight_scale, dtype=torch.int32)
 
     def kernel(part: Tensor, x_scale: float, x_zero: int) -> Tensor:
@@ -218,9 +238,9 @@ class OneDNN:
         for name, node in graph.layer_nodes(gm).items():
             why = _why_not(outlines[name], node) if name in outlines else ""
             if why:
-                kernels[name] = Kernel("float on dequantized values", why)
+                kernels[name] = onednn_packed.float_layer(gm, node, records[name], why)
                 del outlines[name]
-        joint = join_siblings(gm, outlines)
+        joint = {} if isinstance(records, PackedRecords) else join_siblings(gm, outlines)
         for name, node in graph.layer_nodes(gm).items():
             members = joint.get(name, (name,) if name in outlines else ())
             if members:
@@ -269,9 +289,9 @@ def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     why = []
     with gm.graph.inserting_before(node):
         fits = _fits(record)
-        groups = 1 if record.kind == "linear" else _Convolution.of(node, 2).groups
-        weight, largest = shifted_codes(record.weight, record.activation.exponents if fits else None, groups)
-        products = _bytes(gm, node, record.activation.bits, weight, 2.0**-largest)
+        folded = record.activation.exponents if fits else None
+        largest = 0 if folded is None else int(folded.max())
+        products = _bytes(gm, node, record.activation.bits, record.weight, folded, 2.0**-largest)
         if len(products) > 1:
             why.append(f"one product per byte of a {record.activation.bits}-bit input")
         if not fits:
@@ -285,21 +305,28 @@ def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
     times = f" x{len(products)}" if why else ""
-    return Kernel(f"onednn int8 {word}{times}", "; ".join(why))
+    when = onednn_packed.PER_CALL if isinstance(record.weight, PackedWeight) else ""
+    return Kernel(f"onednn int8 {word}{times}{when}", "; ".join(why))
 
 
 @dataclass(frozen=True, eq=False)
 class _Product:
-    """One integer kernel: uint8 codes times int8-sized codes of the weight, each counting ``factor * scale``."""
+    """One integer kernel: uint8 codes times int8-sized codes of the weight, each counting ``factor * scale``.
+
+    The weight's codes are shifted by ``exponents``, if there are any.
+    """
 
     codes: Node
     scale: Any
     zero_point: Any
-    weight: Tensor
+    weight: WeightRecord
+    exponents: Tensor | None
     factor: float
 
 
-def _bytes(gm: GraphModule, node: Node, bits: int, weight: Tensor, factor: float) -> list[_Product]:
+def _bytes(
+    gm: GraphModule, node: Node, bits: int, weight: WeightRecord, exponents: Tensor | None, factor: float
+) -> list[_Product]:
     """The products that a layer's input makes: one, or a high and a low byte of wide codes."""
     real = node.args[0]
     assert isinstance(real, Node)
@@ -307,7 +334,7 @@ def _bytes(gm: GraphModule, node: Node, bits: int, weight: Tensor, factor: float
     codes, scale, zero_point = real.args[:3]
     assert isinstance(codes, Node)
     if bits <= 8:
-        return [_Product(codes, scale, zero_point, weight, factor)]
+        return [_Product(codes, scale, zero_point, weight, exponents, factor)]
     call, shift = gm.graph.call_function, bits - 8
     high, zero_high = (
         call(graph.aten.bitwise_right_shift.Tensor_Scalar, (whole, shift)) for whole in (codes, zero_point)
@@ -315,8 +342,8 @@ def _bytes(gm: GraphModule, node: Node, bits: int, weight: Tensor, factor: float
     low, zero_low = (call(graph.aten.bitwise_and.Scalar, (whole, (1 << shift) - 1)) for whole in (codes, zero_point))
     high, low = (call(graph.aten.to.dtype, (part, torch.uint8)) for part in (high, low))
     return [
-        _Product(high, scale, zero_high, weight, factor * 2.0**shift),
-        _Product(low, scale, zero_low, weight, factor),
+        _Product(high, scale, zero_high, weight, exponents, factor * 2.0**shift),
+        _Product(low, scale, zero_low, weight, exponents, factor),
     ]
 
 
@@ -330,15 +357,18 @@ def _by_exponent(gm: GraphModule, record: LayerRecord, whole: _Product) -> list[
         index = torch.nonzero(exponents == exponent)[:, 0]
         index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
         chosen = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
-        factor = whole.factor * 2.0**-exponent
-        products.append(replace(whole, codes=chosen, factor=factor, weight=whole.weight.index_select(1, index)))
+        weight = replace(whole.weight, codes=whole.weight.codes.index_select(1, index))
+        products.append(replace(whole, codes=chosen, factor=whole.factor * 2.0**-exponent, weight=weight))
     return products
 
 
 def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, bias: Any) -> Node:
     """The nodes of one integer kernel."""
     call = gm.graph.call_function
-    codes, weight = product.codes, product.weight.to(torch.int8)
+    codes = product.codes
+    conv = None if record.kind == "linear" else _Convolution.of(node, 1 if record.kind == "conv1d" else 2)
+    groups = 1 if conv is None else conv.groups
+    weight = shifted_codes(product.weight, product.exponents, groups)[0].to(torch.int8)
     out_dtype: torch.dtype = node.meta["val"].dtype
     kernel_dtype = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
     # The layer's power of two goes into the weight scale: exact, and the table of input scales stays shared.
@@ -346,12 +376,11 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
     weight_sum = weight.flatten(1).sum(1, dtype=torch.int32) * weight_scale
     scale_node = graph.add_tensor(gm, f"{record.name}.kernel_scale", weight_scale)
     sum_node = graph.add_tensor(gm, f"{record.name}.kernel_sum", weight_sum)
-    conv = None if record.kind == "linear" else _Convolution.of(node, weight.dim() - 2)
     pointwise = conv is not None and conv.is_pointwise(weight)
     if conv is None or pointwise:
         if pointwise:
             weight, codes = weight.flatten(1), _turned(gm, codes, to=-1)
-        packed = graph.add_tensor(gm, f"{record.name}.packed", torch.ops.onednn.qlinear_prepack(weight, None))
+        packed = _weight(gm, record.name, product, groups, weight, torch.ops.onednn.qlinear_prepack, None)
         codes = call(graph.aten.contiguous.default, (codes,))
         target, geometry = torch.ops.dmq_ao.int_linear.default, ()
     else:
@@ -359,11 +388,11 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
         if record.kind == "conv1d":
             weight, codes = weight.unsqueeze(2), call(graph.aten.unsqueeze.default, (codes, 2))
             shape = ([1, *conv.stride], [0, *conv.padding], [1, *conv.dilation])
-        prepacked = torch.ops.onednn.qconv_prepack(weight, weight_scale, 1.0, 0, *shape, conv.groups, None)
-        packed = graph.add_tensor(gm, f"{record.name}.packed", prepacked)
+        args = (weight_scale, 1.0, 0, *shape, groups, None)
+        packed = _weight(gm, record.name, product, groups, weight, torch.ops.onednn.qconv_prepack, *args)
         codes = _channels_last(gm, codes)
         target = torch.ops.dmq_ao.int_conv.default
-        geometry = (*shape, conv.groups, list(weight.shape[2:]))  # type: ignore[assignment]
+        geometry = (*shape, groups, list(weight.shape[2:]))  # type: ignore[assignment]
     result = call(
         target, (codes, product.scale, product.zero_point, packed, scale_node, sum_node, bias, *geometry, kernel_dtype)
     )
@@ -374,6 +403,21 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
     if kernel_dtype != out_dtype:
         result = call(graph.aten.to.dtype, (result, out_dtype))
     return result
+
+
+def _weight(
+    gm: GraphModule,
+    name: str,
+    product: _Product,
+    groups: int,
+    codes: Tensor,
+    prepack: Callable[..., Tensor],
+    *args: Any,
+) -> Node:
+    """The node of a weight: prepacked once, or unpacked in every call where the record keeps it packed."""
+    if isinstance(product.weight, PackedWeight):
+        return onednn_packed.unpacked(gm, name, product.weight, product.exponents, groups, codes.shape)
+    return graph.add_tensor(gm, f"{name}.packed", prepack(codes, *args))
 
 
 def _turned(gm: GraphModule, value: Node, to: int) -> Node:

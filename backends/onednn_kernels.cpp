@@ -413,22 +413,38 @@ Tensor padded(const Tensor& codes, at::IntArrayRef around, uint8_t value) {
 }
 
 using Scalars = torch::List<optional<at::Scalar>>;
+using Sizes = torch::List<int64_t>;
+
+// A weight as oneDNN wants it; one that comes as plain codes is prepacked for this call.
+Tensor prepacked(const Tensor& weight, const Tensor& weight_scale, at::IntArrayRef stride, at::IntArrayRef padding,
+                 at::IntArrayRef dilation, int64_t groups) {
+  using Op = Tensor(Tensor, Tensor, double, int64_t, Sizes, Sizes, Sizes, int64_t, optional<Sizes>);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qconv_prepack", "").typed<Op>();
+  if (weight.is_mkldnn()) return weight;
+  return op.call(weight, weight_scale, 1.0, 0, Sizes(stride), Sizes(padding), Sizes(dilation), groups, {});
+}
+
+Tensor prepacked(const Tensor& weight) {
+  using Op = Tensor(Tensor, optional<Sizes>);
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qlinear_prepack", "").typed<Op>();
+  return weight.is_mkldnn() ? weight : op.call(weight, {});
+}
 
 Tensor conv(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, const Tensor& weight,
             const Tensor& weight_scale, const Tensor& weight_sum, const optional<Tensor>& bias, at::IntArrayRef stride,
             at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, at::IntArrayRef /*kernel_size*/,
             at::ScalarType dtype) {
-  using Sizes = torch::List<int64_t>;
   using Op = Tensor(Tensor, double, int64_t, Tensor, Tensor, Tensor, optional<Tensor>, Sizes, Sizes, Sizes, int64_t,
                     double, int64_t, optional<at::ScalarType>, std::string_view, Scalars,
                     optional<std::string_view>);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qconv_pointwise", "").typed<Op>();
+  const Tensor packed = prepacked(weight, weight_scale, stride, padding, dilation, groups);
   const Tensor weight_zero_point = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
   return by_rows(codes, scale, zero_point, [&](const Tensor& part, double s, int64_t z) {
     const bool around = z != 0 && (padding[0] != 0 || padding[1] != 0);
     const int64_t none[] = {0, 0};
-    return op.call(around ? padded(part, padding, static_cast<uint8_t>(z)) : part, s, 0, weight, weight_scale,
+    return op.call(around ? padded(part, padding, static_cast<uint8_t>(z)) : part, s, 0, packed, weight_scale,
                    weight_zero_point, offset(s * z, weight_sum, bias), Sizes(stride),
                    Sizes(around ? at::IntArrayRef(none) : padding), Sizes(dilation), groups, 1.0, 0, dtype, "none",
                    Scalars(), "");
@@ -442,9 +458,10 @@ Tensor linear(const Tensor& codes, const Tensor& scale, const Tensor& zero_point
                     optional<at::ScalarType>, std::string_view, Scalars, std::string_view);
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qlinear_pointwise", "").typed<Op>();
+  const Tensor packed = prepacked(weight);
   const Tensor weight_zero_point = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
   return by_rows(codes, scale, zero_point, [&](const Tensor& part, double s, int64_t z) {
-    return op.call(part, s, 0, weight, weight_scale, weight_zero_point, offset(s * z, weight_sum, bias), 1.0, 0, dtype,
+    return op.call(part, s, 0, packed, weight_scale, weight_zero_point, offset(s * z, weight_sum, bias), 1.0, 0, dtype,
                    "none", Scalars(), "");
   });
 }
@@ -459,12 +476,12 @@ Tensor linear_add(const Tensor& codes, const Tensor& scale, const Tensor& zero_p
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qlinear_pointwise", "binary").typed<Op>();
   const Tensor weight_zero_point = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  const Tensor whole = other.contiguous();
+  const Tensor whole = other.contiguous(), packed = prepacked(weight);
   int64_t row = 0;
   return by_rows(codes, scale, zero_point, [&](const Tensor& part, double s, int64_t z) {
     const Tensor added = whole.narrow(0, row, part.size(0));
     row += part.size(0);
-    return op.call(part, s, 0, weight, weight_scale, weight_zero_point, added, offset(s * z, weight_sum, bias), 1.0, 0,
+    return op.call(part, s, 0, packed, weight_scale, weight_zero_point, added, offset(s * z, weight_sum, bias), 1.0, 0,
                    dtype, 1.0, 0, "add", 1.0, "none", Scalars(), "");
   });
 }

@@ -182,10 +182,10 @@ def _stored(folder: str, batch_size: int, backend: str) -> Timed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         teacher = type(architecture).from_config(dict(architecture.config)).to(quantized.dtype).eval()
-    return teacher, quantized, _noise(quantized.signature, batch_size)
+    return teacher, quantized, noise(quantized.signature, batch_size)
 
 
-def _noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
+def noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
     """Normal noise in the shapes of the example inputs; ones for whole numbers (labels, masks) and the timestep."""
     generator = torch.Generator().manual_seed(SEED)
     rows = signature.example[signature.batch][0][0]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from dmq_ao.backends import onednn_fused
+from dmq_ao.backends import onednn_fused, onednn_packed
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.passes import lower_precision
 
@@ -63,9 +63,8 @@ def _without_own_tensors(guards: Sequence[Any]) -> list[bool]:
 
 def fastest(gm: GraphModule) -> GraphModule:
     """The plan of ``"max"``: another graph of the same tensors."""
-    return onednn_fused.fuse(
-        lower_precision(gm) if multiplies_bfloat16() else GraphModule(gm, copy.deepcopy(gm.graph))
-    )
+    plan = GraphModule(gm, copy.deepcopy(gm.graph))
+    return onednn_fused.fuse(lower_precision(onednn_packed.use_int4(plan)) if multiplies_bfloat16() else plan)
 
 
 def multiplies_bfloat16() -> bool:

@@ -40,12 +40,15 @@ def demo_folder() -> Path:
     return Path(str(resources.files("dmq_ao") / "demo_denoiser"))
 
 
-def load_pipeline(source: str | Path, *, backend: str = "auto", dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    source: str | Path, *, backend: str = "auto", packed: bool = False, dtype: torch.dtype = torch.float32
+) -> Any:
     """Load a pipeline; a denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
 
     Args:
         source: a diffusers pipeline folder, a Hub id, or ``"demo"``.
-        backend: for a quantized denoiser, as in ``dmq_ao.load``.
+        backend: for a quantized denoiser, as in ``dmq_ao.load``; and so is the next.
+        packed: see there.
         dtype: of a float denoiser.
 
     Raises:
@@ -65,7 +68,7 @@ def load_pipeline(source: str | Path, *, backend: str = "auto", dtype: torch.dty
             f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
-    quantized = {name: load(folder / name, backend=backend) for name in found}
+    quantized = {name: load(folder / name, backend=backend, packed=packed) for name in found}
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
@@ -74,13 +77,15 @@ def load_pipeline(source: str | Path, *, backend: str = "auto", dtype: torch.dty
     return _quiet(pipeline)
 
 
-def load_denoiser(folder: str | Path, *, backend: str = "auto") -> QuantizedDenoiser:
+def load_denoiser(folder: str | Path, *, backend: str = "auto", packed: bool = False) -> QuantizedDenoiser:
     """Load only the quantized denoiser of a pipeline folder, or of a folder that ``dmq_ao.save`` wrote.
+
+    ``backend`` and ``packed`` are as in ``dmq_ao.load``.
 
     Raises:
         InvalidFile: when there is none.
     """
-    return load(denoiser_folder(folder), backend=backend)
+    return load(denoiser_folder(folder), backend=backend, packed=packed)
 
 
 def denoiser_folder(folder: str | Path) -> Path:

@@ -7,14 +7,17 @@ The graph, the files and the kernels all read the record::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dmq_ao import numerics
 from dmq_ao.config import PowerOfTwo, Ranges, TensorConfig
+
+# Up to here two codes share a byte.
+PACKED_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,41 @@ class WeightRecord:
         return values.reshape(self.codes.shape)
 
 
+class PackedWeight(WeightRecord):
+    """The same record in half the memory: two codes a byte, for weights of at most ``PACKED_BITS`` bits.
+
+    ``codes`` are unpacked whenever they are read.
+
+    Attributes:
+        packed: [ceil(out / 2), inputs] uint8, ``numerics.pack_rows`` of the codes plus ``offset``.
+        offset: what a stored code is more than a code, so that it is not negative.
+        shape: of the codes.
+    """
+
+    packed: Tensor
+    offset: int
+    shape: torch.Size
+
+    def __init__(self, bits: int, symmetric: bool, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        """Pack ``codes``; the arguments are those of ``WeightRecord``, so that ``dataclasses.replace`` works.
+
+        Raises:
+            ValueError: for codes that do not fit half a byte.
+        """
+        offset = -numerics.code_range(bits, symmetric)[0]
+        packed = numerics.pack_rows(codes.flatten(1) + offset)
+        own = {"packed": packed, "offset": offset, "shape": codes.shape}
+        same = {"bits": bits, "symmetric": symmetric, "scale": scale, "zero_point": zero_point}
+        for name, value in (own | same).items():
+            object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+    @property
+    def codes(self) -> Tensor:
+        """[out, ...] of the weight's own shape."""
+        codes = numerics.unpack_rows(self.packed, self.shape[0]) - self.offset
+        return codes.to(torch.int8 if self.symmetric else torch.uint8).reshape(self.shape)
+
+
 @dataclass(frozen=True, eq=False)
 class LayerRecord:
     """One quantized layer.
@@ -204,6 +242,44 @@ def record_tensor(record: LayerRecord, field: str) -> Tensor:
     return found
 
 
+def packed_record(record: LayerRecord) -> LayerRecord:
+    """The record with its weight's codes two a byte; itself when they are wider than half a byte."""
+    weight = record.weight
+    if weight.bits > PACKED_BITS or isinstance(weight, PackedWeight):
+        return record
+    return replace(
+        record, weight=PackedWeight(weight.bits, weight.symmetric, weight.codes, weight.scale, weight.zero_point)
+    )
+
+
+class PackedRecords(Mapping[str, LayerRecord]):
+    """Records whose codes are packed as they are read, for a graph that keeps them so."""
+
+    def __init__(self, records: Mapping[str, LayerRecord]) -> None:
+        self.records = records
+
+    def __getitem__(self, name: str) -> LayerRecord:
+        """The packed record of a layer."""
+        return packed_record(self.records[name])
+
+    def without_codes(self, name: str) -> LayerRecord:
+        """As ``outline`` gives it."""
+        return outline(self.records, name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """How many layers."""
+        return len(self.records)
+
+
+def channel_shifts(exponents: Tensor, groups: int = 1) -> Tensor:
+    """How far codes of each input channel are shifted left to have the finest step: [groups, channels / groups]."""
+    return (exponents.max() - exponents).to(torch.int32).reshape(groups, -1)
+
+
 def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 1) -> tuple[Tensor, int]:
     """Weight codes less their zero point, shifted left so that every input channel has the layer's finest step.
 
@@ -224,7 +300,7 @@ def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 
         centred = centred - numerics.along(weight.zero_point[:, 0], 0, codes.dim()).to(dtype)
     if exponents is None:
         return centred, 0
-    shifts = (largest - exponents.to(dtype)).reshape(groups, -1).repeat_interleave(codes.shape[0] // groups, 0)
+    shifts = channel_shifts(exponents, groups).to(dtype).repeat_interleave(codes.shape[0] // groups, 0)
     return centred << shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2)), largest
 
 

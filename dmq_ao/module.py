@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -17,6 +17,24 @@ from dmq_ao.config import Recipe
 from dmq_ao.graph import Signature, flatten_inputs
 from dmq_ao.graph_file import StoredGraph
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what the tensors are stored in; opaque ones of oneDNN do not tell, their elements are counted."""
+    sizes = {}
+    for tensor in tensors:
+        if tensor.is_mkldnn:
+            sizes[id(tensor)] = tensor.numel() * tensor.element_size()
+        else:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
+
+
+def _tensors_of(record: LayerRecord) -> Iterator[Tensor]:
+    parts = (record.weight, record.activation, record)
+    values = chain.from_iterable(vars(part).values() for part in parts if part is not None)
+    return (value for value in values if isinstance(value, Tensor))
 
 
 class QuantizedDenoiser(nn.Module):
@@ -94,6 +112,27 @@ class QuantizedDenoiser(nn.Module):
         stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.float_tensors.values())
         stored += sum(record.stored_bits for record in self.records.values())
         return float(stored / sum(tensor.numel() for tensor in self.skeleton.state_dict().values()))
+
+    @property
+    def graph_bytes(self) -> int:
+        """Bytes in memory of what the lowered graph reads: codes, scales, all that stayed in float.
+
+        Of codes that a kernel prepacked, the codes are counted, and not what it pads them with.
+        """
+        return _bytes(self._graph_tensors())
+
+    @property
+    def resident_bytes(self) -> int:
+        """``graph_bytes`` and those of the records, from which ``save`` writes; what they share is counted once.
+
+        Records of a loaded denoiser stay in its file, and take none.
+        """
+        held = self.records.values() if isinstance(self.records, dict) else ()
+        kept = (tensor for record in held for tensor in _tensors_of(record))
+        return _bytes(chain(self._graph_tensors(), self.float_tensors.values(), kept))
+
+    def _graph_tensors(self) -> Iterator[Tensor]:
+        return chain(self.graph_module.parameters(), self.graph_module.buffers())
 
     @property
     def dtype(self) -> torch.dtype:

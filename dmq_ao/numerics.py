@@ -108,6 +108,28 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     return codes.to(torch.uint8).reshape(-1)[:numel]
 
 
+def pack_rows(codes: Tensor) -> Tensor:
+    """Pack unsigned codes of at most 4 bits two a byte, as kernels unpack them: whole rows at a time.
+
+    Args:
+        codes: [rows, n], integers in 0 to 15.
+
+    Returns:
+        uint8 [ceil(rows / 2), n]; row ``i`` holds row ``i`` of the codes in its low halves and row
+        ``i + ceil(rows / 2)`` in its high ones.
+    """
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > 15):
+        raise ValueError(f"codes must be in [0, 15] to share a byte, got [{codes.min()}, {codes.max()}]")
+    low, high = torch.nn.functional.pad(codes.to(torch.uint8), (0, 0, 0, len(codes) % 2)).chunk(2)
+    return low | (high << 4)
+
+
+def unpack_rows(packed: Tensor, rows: int) -> Tensor:
+    """The inverse of ``pack_rows``: int8 codes [rows, n]."""
+    halves = torch.stack([packed & 15, packed >> 4])
+    return halves.view(torch.int8).flatten(0, 1)[:rows]
+
+
 def sqnr(actual: Tensor, expected: Tensor) -> float:
     """Signal-to-quantization-noise ratio in dB over all elements; infinite when equal.
 

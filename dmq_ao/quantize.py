@@ -18,7 +18,7 @@ from dmq_ao.backends import Backend, choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import Ranges, Recipe
-from dmq_ao.layer import LayerRecord
+from dmq_ao.layer import LayerRecord, PackedRecords, packed_record
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.observers import ActivationObserver
 
@@ -79,23 +79,26 @@ def _pass_timestep(prepared: GraphModule) -> None:
     prepared.recompile()
 
 
-def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
+def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = False) -> QuantizedDenoiser:
     """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
 
     Args:
         prepared: from ``prepare``, after ``calibrate``.
         backend: ``"reference"`` (the q/dq graph), ``"onednn"`` (int8 on CPUs) or ``"auto"``.
+        packed: keep codes of at most 4 bits two a byte in memory and unpack them in every call, which takes time;
+            integer layers compute the same bits. Linears of weight-only layers then run on PyTorch's int4 kernel where
+            they are bfloat16: in a bfloat16 denoiser, or under ``dmq_ao.compile(mode="max")``.
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
         MissingStatistics: for an input that was never observed, by layer.
-        ValueError, UnsupportedByBackend: for a backend that is unknown or cannot run it.
+        ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, or cannot keep codes packed.
     """
     if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    chosen = choose(backend, device, plan)
+    chosen = choose(backend, device, plan, packed)
     records = _records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
@@ -107,9 +110,12 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
     quantized.meta.update(meta)
     values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
     float_tensors = _float_tensors(quantized)
+    if packed:
+        records = {name: packed_record(record) for name, record in records.items()}
     return lower(
         quantized,
         chosen,
+        packed=packed,
         stored_graph=graph_file.stored(quantized, float_tensors),
         signature=graph.signature_of(prepared),
         skeleton=meta[_SKELETON],
@@ -121,9 +127,10 @@ def convert(prepared: GraphModule, backend: str = "auto") -> QuantizedDenoiser:
     )
 
 
-def lower(gm: GraphModule, backend: Backend, **known: Any) -> QuantizedDenoiser:
+def lower(gm: GraphModule, backend: Backend, *, packed: bool, **known: Any) -> QuantizedDenoiser:
     """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
-    lowered, kernels = backend.lower(gm, known["records"])
+    records = known["records"]
+    lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     _drop_unused(lowered)
     graph.allow_train_eval(lowered)
     return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
@@ -183,6 +190,7 @@ def quantize(
     samples: CalibrationSet,
     *,
     backend: str = "auto",
+    packed: bool = False,
     state_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -196,6 +204,7 @@ def quantize(
         recipe: what to quantize and how.
         samples: recorded from the same denoiser.
         backend: as for ``convert``.
+        packed: as for ``convert``.
         state_dir: as for ``calibrate``, and so are the rest.
         seed: chooses the samples on which the layers' noise is measured.
         progress: show a progress bar.
@@ -217,7 +226,7 @@ def quantize(
         batch_size=batch_size,
         max_memory=max_memory,
     )
-    setattr(target, name, convert(prepared, backend))
+    setattr(target, name, convert(prepared, backend, packed=packed))
     return report
 
 

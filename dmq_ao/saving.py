@@ -59,7 +59,9 @@ def _graph_text(quantized: QuantizedDenoiser, stored_graph: graph_file.StoredGra
     return json.dumps({**parts, "graph": json.loads(stored_graph.text)}, allow_nan=False)
 
 
-def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto") -> QuantizedDenoiser:
+def load(
+    folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto", packed: bool = False
+) -> QuantizedDenoiser:
     """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
 
     The codes stay in the file until somebody asks for ``records``: memory holds one copy of them, the kernels'.
@@ -69,6 +71,7 @@ def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "
         model: the float module that was quantized; its weights are not used. Wanted only for models that are not
             diffusers' and whose graph could not be stored, or not be read by this PyTorch.
         backend: as for ``convert``.
+        packed: as for ``convert``.
 
     Raises:
         InvalidFile: for a damaged or foreign folder, or one of another model.
@@ -77,14 +80,14 @@ def load(folder: str | Path, *, model: nn.Module | None = None, backend: str = "
     stored = serialization.read(folder)
     if stored.graph is not None:
         try:
-            return _from_graph(stored, stored.graph, model, folder, backend)
+            return _from_graph(stored, stored.graph, model, folder, backend, packed)
         except graph_file.NotReadable:
             pass  # of another PyTorch: the model's code can still be exported
-    return _exported_again(stored, model, folder, backend)
+    return _exported_again(stored, model, folder, backend, packed)
 
 
 def _from_graph(
-    stored: serialization.Stored, text: str, model: nn.Module | None, folder: str | Path, backend: str
+    stored: serialization.Stored, text: str, model: nn.Module | None, folder: str | Path, backend: str, packed: bool
 ) -> QuantizedDenoiser:
     with _damage_is_named(folder):
         parts = json.loads(text)
@@ -96,7 +99,8 @@ def _from_graph(
     _check_identity(stored, skeleton, folder)
     quantized = lower(
         gm,
-        choose(backend, torch.device("cpu"), plan),
+        choose(backend, torch.device("cpu"), plan, packed),
+        packed=packed,
         stored_graph=graph_file.StoredGraph(json.dumps(parts["graph"]), stored.graph_constants),
         signature=signature,
         skeleton=skeleton,
@@ -206,7 +210,7 @@ def _skeleton(stored: serialization.Stored, model: nn.Module | None, folder: str
 
 
 def _exported_again(
-    stored: serialization.Stored, model: nn.Module | None, folder: str | Path, backend: str
+    stored: serialization.Stored, model: nn.Module | None, folder: str | Path, backend: str, packed: bool
 ) -> QuantizedDenoiser:
     denoiser = _float_model(stored, model, folder)
     _check_identity(stored, denoiser, folder)
@@ -229,7 +233,7 @@ def _exported_again(
         if activation is not None and record.activation is not None:
             activation.restore(record.activation)
     prepared.meta[SQNR] = dict(stored.sqnr_db)
-    return convert(prepared, backend)
+    return convert(prepared, backend, packed=packed)
 
 
 def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:

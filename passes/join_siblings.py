@@ -56,7 +56,7 @@ def _is_flattened(node: Node) -> bool:
 
 
 def _join(gm: GraphModule, name: str, nodes: Sequence[Node], records: Collection[LayerRecord]) -> None:
-    sizes = [record.weight.codes.shape[0] for record in records]
+    sizes = [len(record.weight.scale) for record in records]
     first: Value = nodes[0].meta[VAL]
     call = gm.graph.call_function
     with gm.graph.inserting_before(nodes[0]):

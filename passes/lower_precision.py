@@ -110,6 +110,7 @@ class _Narrowing:
         self.gm, self.dtype = gm, dtype
         self.narrow: set[Node] = set()
         self.kernels = {torch.ops.dmq_ao.int_conv.default, torch.ops.dmq_ao.int_linear.default}
+        self.products = {*_PRODUCTS, torch.ops.dmq_ao.int4_linear.default}
 
     def run(self) -> None:
         """Visit every node once, inputs first."""
@@ -127,7 +128,7 @@ class _Narrowing:
             self.gm.graph.erase_node(node)
         elif node.target is aten.to.dtype and node.args[1] == torch.float32:  # meant its own type, which changed
             node.replace_all_uses_with(node.all_input_nodes[0])
-        elif node.target in _MOVES or node.target in _PRODUCTS:
+        elif node.target in _MOVES or node.target in self.products:
             self._cast(node, self._wide(node.all_input_nodes), self.dtype)
             self._mark(node)
         elif node.target in _NORMS:

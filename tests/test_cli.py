@@ -120,6 +120,14 @@ def test_sample_draws_a_grid_from_a_quantized_folder(made: tuple[Path, dict[str,
     assert grid.read_bytes().startswith(b"\x89PNG")
 
 
+def test_sample_keeps_codes_packed_when_asked(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    names = ("plain.png", "packed.png")
+    for name, more in zip(names, ((), ("--packed",)), strict=True):
+        document("sample", made[0], "-o", tmp_path / name, "--num", 1, "--steps", 2, *more)
+    plain, packed = ((tmp_path / name).read_bytes() for name in names)
+    assert plain == packed
+
+
 def test_sample_writes_a_picture_a_seed(tmp_path: Path) -> None:
     result = run("sample", "demo", "-o", tmp_path / "pictures", "--num", 2, "--steps", 2, "--seed", 3)
     assert result.exit_code == 0, result.stderr

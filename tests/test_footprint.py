@@ -63,7 +63,7 @@ def test_both_come_back_from_disk_as_they_were(footprint: ModuleType, made: Made
     footprint.save_file(dict(net.state_dict()), tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(footprint._float(spec)(**inputs), net(**inputs))
-        assert torch.equal(footprint._quantized(spec)(**inputs), quantized(**inputs))
+        assert torch.equal(dmq_ao.load(tmp_path)(**inputs), quantized(**inputs))
 
 
 @pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["here", "processes"])

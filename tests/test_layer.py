@@ -1,5 +1,7 @@
 """Shifting weight codes is dividing the input's step, exactly; and the widths at which the shift fits int8."""
 
+import copy
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmq_ao.config import Ranges
-from dmq_ao.layer import ActivationRecord, Kernel, WeightRecord, shift_fits_int8, shifted_codes
+from dmq_ao.layer import (
+    ActivationRecord,
+    Kernel,
+    LayerRecord,
+    PackedWeight,
+    WeightRecord,
+    packed_record,
+    shift_fits_int8,
+    shifted_codes,
+)
 from dmq_ao.numerics import code_range
 
 
@@ -49,6 +60,34 @@ def test_shifted_sum_is_the_divided_sum(
             divided += float((centred * plain).sum()) * 2.0 ** -exponents[first + c]
             integers += int((centred * shifted[o, c].long()).sum())
         assert divided == integers * 2.0**-largest
+
+
+@given(
+    bits=st.integers(1, 4),
+    symmetric=st.booleans(),
+    shape=st.sampled_from([(1, 3), (5, 4), (6, 3, 2), (7, 2, 3, 1)]),
+    seed=st.integers(0, 2**31),
+)
+def test_a_packed_weight_is_the_same_record_in_half_the_bytes(
+    bits: int, symmetric: bool, shape: tuple[int, ...], seed: int
+) -> None:
+    weight = weight_record(shape, bits, symmetric, torch.Generator().manual_seed(seed))
+    packed = packed_record(LayerRecord("layer", "linear", weight, None)).weight
+    assert isinstance(packed, PackedWeight)
+    assert packed.packed.numel() == (shape[0] + 1) // 2 * weight.codes[0].numel()
+    assert vars(packed).keys() == {"bits", "symmetric", "packed", "offset", "shape", "scale", "zero_point"}
+    for one in (packed, copy.deepcopy(packed), dataclasses.replace(packed, scale=packed.scale)):
+        assert isinstance(one, PackedWeight)
+        for field in dataclasses.fields(WeightRecord):
+            actual, expected = getattr(one, field.name), getattr(weight, field.name)
+            assert actual == expected if isinstance(expected, int) else torch.equal(actual, expected), field.name
+        assert one.codes.dtype == weight.codes.dtype
+        assert torch.equal(one.dequantize(), weight.dequantize())
+
+
+def test_wider_codes_are_left_as_they_are() -> None:
+    record = LayerRecord("layer", "linear", weight_record((4, 3), 5, True, torch.Generator()), None)
+    assert packed_record(record) is record
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

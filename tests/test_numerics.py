@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmq_ao import numerics
-from dmq_ao.numerics import EPS, choose_qparams, code_range, dequantize, fake_quantize, pack, quantize, sqnr, unpack
+from dmq_ao.numerics import (
+    EPS,
+    choose_qparams,
+    code_range,
+    dequantize,
+    fake_quantize,
+    pack,
+    pack_rows,
+    quantize,
+    sqnr,
+    unpack,
+    unpack_rows,
+)
 
 BITS = st.integers(1, 8)
 ENDS = st.floats(-1e4, 1e4, width=32)
@@ -198,6 +210,25 @@ def test_pack_refuses_codes_that_do_not_fit() -> None:
         pack(torch.tensor([3, 16]), 4)
     with pytest.raises(ValueError, match=r"codes must be in \[0, 255\] for 8 bits, got \[-1, 0\]"):
         pack(torch.tensor([-1, 0]), 8)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), SEEDS)
+def test_rows_share_bytes_and_come_back(rows: int, inputs: int, seed: int) -> None:
+    codes = random_codes(4, rows * inputs, seed).reshape(rows, inputs)
+    packed = pack_rows(codes)
+    half = math.ceil(rows / 2)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (half, inputs))
+    for row, line in enumerate(codes.tolist()):
+        assert [byte >> 4 * (row // half) & 15 for byte in packed[row % half].tolist()] == line
+    back = unpack_rows(packed, rows)
+    assert back.dtype == torch.int8
+    assert torch.equal(back.long(), codes.long())
+
+
+def test_rows_wider_than_half_a_byte_are_refused() -> None:
+    for codes, words in (([[3, 16]], r"got \[3, 16\]"), ([[-1, 0]], r"got \[-1, 0\]")):
+        with pytest.raises(ValueError, match=rf"codes must be in \[0, 15\] to share a byte, {words}"):
+            pack_rows(torch.tensor(codes))
 
 
 def test_unpack_refuses_other_sizes_and_dtypes() -> None:

@@ -387,6 +387,12 @@ def test_siblings_share_codes() -> None:
 
 FALLBACKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Recipe, str]] = {
     "weight-only": (lambda: nn.Conv2d(8, 5, 3), (8, 6, 5), minmax("w8a16"), "weight-only: the input is float"),
+    "weight-only in 4 bits": (
+        lambda: nn.Linear(8, 5),
+        (8,),
+        minmax("w4a16"),
+        "weight-only: the input is float (packed=True would keep two codes a byte)",
+    ),
     "weight-only in groups": (lambda: nn.Linear(8, 5), (8,), minmax("w4a16", group_size=4), "weight-only: the input"),
     "conv3d": (lambda: nn.Conv3d(8, 5, 2), (8, 4, 3, 3), minmax("w8a8"), "no int8 kernel for 3-d convolutions"),
     "per group": (

@@ -173,6 +173,28 @@ def test_a_sum_that_broadcasts_stays_a_sum() -> None:
         assert relative(fused(x, t), quantized.graph_module(x, t)) < 0.02
 
 
+def test_plain_codes_are_prepacked_for_the_call() -> None:
+    zero, scale = torch.tensor([7], dtype=torch.int32), torch.ones(1)
+    images, kernels = random_codes(2, 6, 7, 5), random_weight(4, 3, 3, 3)
+    images, geometry = images.contiguous(memory_format=torch.channels_last), geometry_of(kernels, groups=2, padding=1)
+    tokens, matrix = random_codes(3, 5, 17), random_weight(6, 17)
+    ones = torch.ones(4)
+    prepacked = torch.ops.onednn.qconv_prepack(kernels, ones, 1.0, 0, *geometry[:4], None)
+    for name in ("dmq_ao", "dmq_ao_cpu"):
+        library = getattr(torch.ops, name)
+        conv, linear = (library.int_conv, library.int_linear) if name == "dmq_ao" else (library.conv, library.linear)
+        actual, expected = (
+            conv(images, scale, zero, one, ones, sums(kernels, ones), None, *geometry, torch.float32)
+            for one in (kernels, prepacked)
+        )
+        assert torch.equal(actual, expected)
+        actual, expected = (
+            linear(tokens, scale, zero, one, torch.ones(6), sums(matrix, torch.ones(6)), None, torch.float32)
+            for one in (matrix, torch.ops.onednn.qlinear_prepack(matrix, None))
+        )
+        assert torch.equal(actual, expected)
+
+
 class Block(nn.Module):
     """A residual block with a timestep, attention by two ways of writing it, and a shortcut."""
 
