@@ -93,9 +93,19 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     return query.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
-def _fake_linear_add(codes: Tensor, *given: Any) -> Tensor:
-    *linear, _, dtype = given
-    return onednn.fake_linear(codes, *linear, dtype)
+def _fake_linear_add(
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    other: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    del other
+    return onednn.fake_linear(codes, scale, zero_point, weight, weight_scale, weight_sum, bias, dtype)
 
 
 def fuse(gm: GraphModule) -> GraphModule:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from dmq_ao import recipes
     from dmq_ao.annotate import DiffusionQuantizer
     from dmq_ao.calibrate import CalibrationReport, calibrate
-    from dmq_ao.calibration import CalibrationSet, record
+    from dmq_ao.calibration import CalibrationSet
+    from dmq_ao.calibration.record import record
     from dmq_ao.compile import compile
     from dmq_ao.config import (
         Granularity,
