@@ -46,6 +46,43 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
     return joint
 
 
+def join_projections(gm: GraphModule) -> None:
+    """Join float linears of one vector [B, C], in place: what every block makes of the timestep's embedding.
+
+    Before:  linear(silu(t), w_1), linear(silu(t), w_2) ..      After:  split(linear(silu(t), [w_1; w_2; ..]))
+
+    Each is a product of a few rows, whose cost is that of calling it.
+    """
+    families: dict[tuple[object, ...], list[Node]] = {}
+    for node in gm.graph.nodes:
+        if node.target == graph.LINEAR and _is_projection(node) and not _is_flattened(node):
+            vector = node.all_input_nodes[0]
+            before = vector.all_input_nodes[0] if vector.target is graph.aten.silu.default else None
+            families.setdefault((before or vector, before is None, len(node.args)), []).append(node)
+    for nodes in families.values():
+        if len(nodes) > 1:
+            _join_floats(gm, nodes)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+
+
+def _is_projection(node: Node) -> bool:
+    vector, *tensors = node.all_input_nodes
+    value = vector.meta.get(VAL)
+    stored = all(tensor.op == "get_attr" for tensor in tensors)
+    return stored and isinstance(value, Value) and value.dim() == 2 and value.dtype.is_floating_point
+
+
+def _join_floats(gm: GraphModule, nodes: Sequence[Node]) -> None:
+    columns = zip(*(node.all_input_nodes[1:] for node in nodes), strict=True)
+    stacked = [torch.cat([graph.attribute(gm, read).detach() for read in column]) for column in columns]
+    sizes = [len(graph.attribute(gm, node.all_input_nodes[1])) for node in nodes]
+    with gm.graph.inserting_before(nodes[0]):
+        reads = [graph.add_tensor(gm, "projections", tensor) for tensor in stacked]
+        total = gm.graph.call_function(graph.LINEAR, (nodes[0].args[0], *reads))
+        _split(gm, total, nodes, sizes)
+
+
 def _is_flattened(node: Node) -> bool:
     """Whether a reader wants the output without gaps: it views it with fewer axes, or who knows how."""
     value = node.meta.get(VAL)
@@ -62,13 +99,20 @@ def _join(gm: GraphModule, name: str, nodes: Sequence[Node], records: Collection
     with gm.graph.inserting_before(nodes[0]):
         bias = _bias(gm, name, nodes, sizes, first.dtype)
         total = call(graph.LINEAR, (nodes[0].args[0], nodes[0].args[1], bias))
-        total.meta = {VAL: Value((*first.shape[:-1], sum(sizes)), first.dtype), graph.LAYER: name}
-        parts = call(graph.aten.split_with_sizes.default, (total, sizes, -1))
-        parts.meta[VAL] = tuple(node.meta[VAL] for node in nodes)
-        for index, node in enumerate(nodes):
-            part = call(operator.getitem, (parts, index))
-            part.meta[VAL] = node.meta[VAL]
-            node.replace_all_uses_with(part)
+        total.meta[graph.LAYER] = name
+        _split(gm, total, nodes, sizes)
+
+
+def _split(gm: GraphModule, total: Node, nodes: Sequence[Node], sizes: Sequence[int]) -> None:
+    """Replace ``nodes`` by the parts of ``total``, at the insertion point."""
+    first: Value = nodes[0].meta[VAL]
+    total.meta[VAL] = Value((*first.shape[:-1], sum(sizes)), first.dtype)
+    parts = gm.graph.call_function(graph.aten.split_with_sizes.default, (total, list(sizes), -1))
+    parts.meta[VAL] = tuple(node.meta[VAL] for node in nodes)
+    for index, node in enumerate(nodes):
+        part = gm.graph.call_function(operator.getitem, (parts, index))
+        part.meta[VAL] = node.meta[VAL]
+        node.replace_all_uses_with(part)
     for node in nodes:
         gm.graph.erase_node(node)
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import dmq_ao
+from dmq_ao import graph
 from dmq_ao.backends import onednn
+from dmq_ao.passes import join_projections
 from dmq_ao.recipes import minmax
+from dmq_ao.values import describe
 from tests.plain import flow, record, seeded
 
 pytestmark = pytest.mark.skipif(not onednn.has_vnni(), reason="this CPU has no VNNI: there are no integer kernels")
@@ -69,3 +73,32 @@ def test_different_widths_stay_apart(model: nn.Module, samples: dmq_ao.Calibrati
     )
     quantized = flow(model, recipe, samples, backend="onednn")[0]
     assert products(quantized) == len(quantized.kernels) - 1
+
+
+class Timed(nn.Module):
+    """Blocks that each make something of the timestep: two behind a SiLU, one without bias, one bare."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.time, self.first = nn.Linear(1, 8), nn.Linear(4, 6)
+        self.one, self.two, self.bare = nn.Linear(8, 6), nn.Linear(8, 12), nn.Linear(8, 6)
+        self.plain = nn.Linear(8, 6, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        vector, act = self.time(t.to(x.dtype)[:, None] / 1000), nn.functional.silu
+        x = self.first(x) + self.one(act(vector))[:, None] + self.bare(vector)[:, None]
+        scale, shift = self.two(act(vector))[:, None].chunk(2, -1)
+        return x * scale + shift + self.plain(act(vector))[:, None]
+
+
+def test_projections_of_the_timestep_are_one_product() -> None:
+    model = seeded(Timed)
+    gm = graph.capture(model, {"x": torch.randn(4, 5, 4), "t": torch.arange(4)})
+    describe(gm, keep=())
+    plan = GraphModule(gm, gm.graph)
+    join_projections(plan)
+    linears = [node for node in plan.graph.nodes if node.target == graph.LINEAR]
+    assert len(linears) == 5  # time, first, one + two, bare, plain
+    x, t = torch.randn(3, 7, 4), torch.tensor([900, 300, 0])
+    with torch.no_grad():
+        torch.testing.assert_close(plan(x, t), model(x, t))
