@@ -54,7 +54,6 @@ def load_kernels() -> None:
     torch.library.register_fake("dmq_ao_cpu::attention", _fake_attention)
     torch.library.register_fake("dmq_ao_cpu::conv", onednn.fake_conv)
     torch.library.register_fake("dmq_ao_cpu::linear", onednn.fake_linear)
-    torch.library.register_fake("dmq_ao_cpu::linear_add", _fake_linear_add)
 
 
 @contextlib.contextmanager
@@ -93,21 +92,6 @@ def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     return query.new_empty((batch, rows, heads, width)).transpose(1, 2)
 
 
-def _fake_linear_add(
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    weight_sum: Tensor,
-    bias: Tensor | None,
-    other: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    del other
-    return onednn.fake_linear(codes, scale, zero_point, weight, weight_scale, weight_sum, bias, dtype)
-
-
 def fuse(gm: GraphModule) -> GraphModule:
     """Put the compiled operators into a graph that the oneDNN backend lowered, in place.
 
@@ -133,9 +117,6 @@ def fuse(gm: GraphModule) -> GraphModule:
             _channels_last_input(gm, node)
         elif node.target is aten.conv_transpose2d.input:
             _tiles_as_linear(gm, node)
-    for node in list(gm.graph.nodes):
-        if node.target is aten.add.Tensor:
-            _fuse_sum(gm, node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
@@ -261,68 +242,6 @@ def _channels_last_input(gm: GraphModule, node: Node) -> None:
         turned = gm.graph.call_function(aten.contiguous.default, (x,), {"memory_format": torch.channels_last})
     turned.meta = dict(x.meta)
     node.replace_input_with(x, turned)
-
-
-def _fuse_sum(gm: GraphModule, add: Node) -> None:
-    """A residual added inside the product before it: the sum is rounded once, and no tensor is read again.
-
-    Before:  linear -> moved axes ---+ add(h, ..)       After:  h -> axes moved back -> linear_add -> moved axes
-    """
-    if add.kwargs or len(add.args) != 2 or not all(isinstance(side, Node) for side in add.args):
-        return
-    for side, other in (add.args, add.args[::-1]):
-        assert isinstance(side, Node)
-        assert isinstance(other, Node)
-        moves, linear = _moved(side)
-        if linear is not None and _like(side, other) and _like(side, add):
-            _emit_sum(gm, add, linear, other, moves)
-            return
-
-
-def _moved(value: Node) -> tuple[list[Node], Node | None]:
-    """The moves of axes between a product and ``value``, last first, and the product; None if it is something else."""
-    moves: list[Node] = []
-    while _only_reader(value):
-        if value.target is torch.ops.dmq_ao_cpu.linear.default:
-            return moves, value
-        if not (value.target in (aten.movedim.int, aten.transpose.int) or _splits_pixels(value)):
-            break
-        moves.append(value)
-        value = value.all_input_nodes[0]
-    return moves, None
-
-
-def _splits_pixels(node: Node) -> bool:
-    """[B, C, H * W] to [B, C, H, W]."""
-    if node.target not in (aten.view.default, aten.reshape.default):
-        return False
-    before, after = node.all_input_nodes[0].meta.get(VAL), node.meta.get(VAL)
-    if not isinstance(before, Value) or not isinstance(after, Value) or (before.dim(), after.dim()) != (3, 4):
-        return False
-    return before.shape[1] == after.shape[1] is not None
-
-
-def _like(value: Node, other: Node) -> bool:
-    """Whether two values have the same shape, as far as the graph knows, and dtype."""
-    return VAL in value.meta and value.meta[VAL] == other.meta.get(VAL)
-
-
-def _emit_sum(gm: GraphModule, add: Node, linear: Node, other: Node, moves: list[Node]) -> None:
-    call = gm.graph.call_function
-    *args, dtype = linear.args
-    with gm.graph.inserting_before(add):
-        for move in moves:
-            if _splits_pixels(move):
-                other = call(aten.flatten.using_ints, (other, 2))
-            elif move.target is aten.transpose.int:
-                other = call(aten.transpose.int, (other, *move.args[1:]))
-            else:
-                other = call(aten.movedim.int, (other, move.args[2], move.args[1]))
-        result = call(torch.ops.dmq_ao_cpu.linear_add.default, (*args, other, dtype))
-        for move in reversed(moves):
-            result = call(move.target, (result, *move.args[1:]))  # type: ignore[arg-type]
-            result.meta = dict(move.meta)
-    add.replace_all_uses_with(result)
 
 
 def _fuse_norm(gm: GraphModule, quantize: Node) -> None:

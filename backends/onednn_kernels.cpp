@@ -466,26 +466,6 @@ Tensor linear(const Tensor& codes, const Tensor& scale, const Tensor& zero_point
   });
 }
 
-// `linear` plus `other`, of the shape of the result, added before the sum is rounded and written.
-Tensor linear_add(const Tensor& codes, const Tensor& scale, const Tensor& zero_point, const Tensor& weight,
-                  const Tensor& weight_scale, const Tensor& weight_sum, const optional<Tensor>& bias,
-                  const Tensor& other, at::ScalarType dtype) {
-  using Op = Tensor(Tensor, double, int64_t, Tensor, Tensor, Tensor, optional<Tensor>, optional<Tensor>, double,
-                    int64_t, optional<at::ScalarType>, double, int64_t, std::string_view, double, std::string_view,
-                    Scalars, std::string_view);
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qlinear_pointwise", "binary").typed<Op>();
-  const Tensor weight_zero_point = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  const Tensor whole = other.contiguous(), packed = prepacked(weight);
-  int64_t row = 0;
-  return by_rows(codes, scale, zero_point, [&](const Tensor& part, double s, int64_t z) {
-    const Tensor added = whole.narrow(0, row, part.size(0));
-    row += part.size(0);
-    return op.call(part, s, 0, packed, weight_scale, weight_zero_point, added, offset(s * z, weight_sum, bias), 1.0, 0,
-                   dtype, 1.0, 0, "add", 1.0, "none", Scalars(), "");
-  });
-}
-
 }  // namespace
 
 TORCH_LIBRARY(dmq_ao_cpu, m) {
@@ -500,9 +480,6 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
   m.def(
       "linear(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor weight_sum,"
       " Tensor? bias, ScalarType dtype) -> Tensor");
-  m.def(
-      "linear_add(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale,"
-      " Tensor weight_sum, Tensor? bias, Tensor other, ScalarType dtype) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dmq_ao_cpu, CompositeExplicitAutograd, m) {
@@ -510,5 +487,4 @@ TORCH_LIBRARY_IMPL(dmq_ao_cpu, CompositeExplicitAutograd, m) {
   m.impl("attention", attention);
   m.impl("conv", conv);
   m.impl("linear", linear);
-  m.impl("linear_add", linear_add);
 }

@@ -135,65 +135,6 @@ def test_the_bare_linear_is_the_backends(rows: int) -> None:
     actual = torch.ops.dmq_ao_cpu.linear(*args)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
-    other = torch.randn(3, 5, 6)
-    added = torch.ops.dmq_ao_cpu.linear_add(*args[:-1], other, torch.float32)
-    torch.testing.assert_close(added, actual + other, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-
-
-@needs_bfloat16
-def test_the_sum_in_a_product_is_rounded_once() -> None:
-    codes, weight = random_codes(3, 5, 17), random_weight(6, 17)
-    scale, zero_point, weight_scale = torch.rand(1), torch.tensor([9], dtype=torch.int32), torch.rand(6)
-    packed, bias = torch.ops.onednn.qlinear_prepack(weight, None), torch.randn(6)
-    args = (codes, scale, zero_point, packed, weight_scale, sums(weight, weight_scale), bias)
-    other = (torch.randn(3, 6, 5) * 1e4).bfloat16().transpose(1, 2)  # not contiguous
-    fused = torch.ops.dmq_ao_cpu.linear_add(*args, other, torch.bfloat16)
-    whole = torch.ops.dmq_ao_cpu.linear(*args, torch.float32) + other.float()
-    torch.testing.assert_close(fused, whole.bfloat16(), rtol=2**-7, atol=0)
-    assert float((fused.float() - whole).abs().sum()) <= 1.01 * float((whole.bfloat16().float() - whole).abs().sum())
-
-
-@needs_bfloat16
-def test_a_sum_that_broadcasts_stays_a_sum() -> None:
-    class Broadcasts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.inner, self.last = (nn.Linear(8, 8) for _ in range(3))
-
-        def forward(self, x: Tensor, t: Tensor) -> Tensor:
-            x = self.first(x)
-            return self.last(self.inner(x) + x.mean(1, keepdim=True) + t.to(x.dtype)[:, None, None])
-
-    model = seeded(Broadcasts)
-    samples = record(model, lambda step: model(torch.randn(4, 5, 8), torch.full((4,), step)))
-    quantized = flow(model, minmax("w8a8"), samples, backend="onednn")[0]
-    fused, x, t = fastest(quantized.graph_module), torch.randn(4, 5, 8), torch.arange(4)
-    assert not [node for node in fused.graph.nodes if "linear_add" in str(node.target)]
-    with torch.no_grad():
-        assert relative(fused(x, t), quantized.graph_module(x, t)) < 0.02
-
-
-def test_plain_codes_are_prepacked_for_the_call() -> None:
-    zero, scale = torch.tensor([7], dtype=torch.int32), torch.ones(1)
-    images, kernels = random_codes(2, 6, 7, 5), random_weight(4, 3, 3, 3)
-    images, geometry = images.contiguous(memory_format=torch.channels_last), geometry_of(kernels, groups=2, padding=1)
-    tokens, matrix = random_codes(3, 5, 17), random_weight(6, 17)
-    ones = torch.ones(4)
-    prepacked = torch.ops.onednn.qconv_prepack(kernels, ones, 1.0, 0, *geometry[:4], None)
-    for name in ("dmq_ao", "dmq_ao_cpu"):
-        library = getattr(torch.ops, name)
-        conv, linear = (library.int_conv, library.int_linear) if name == "dmq_ao" else (library.conv, library.linear)
-        actual, expected = (
-            conv(images, scale, zero, one, ones, sums(kernels, ones), None, *geometry, torch.float32)
-            for one in (kernels, prepacked)
-        )
-        assert torch.equal(actual, expected)
-        actual, expected = (
-            linear(tokens, scale, zero, one, torch.ones(6), sums(matrix, torch.ones(6)), None, torch.float32)
-            for one in (matrix, torch.ops.onednn.qlinear_prepack(matrix, None))
-        )
-        assert torch.equal(actual, expected)
-
 
 class Block(nn.Module):
     """A residual block with a timestep, attention by two ways of writing it, and a shortcut."""
@@ -236,8 +177,7 @@ def test_a_block_is_fused_and_keeps_its_output(block: dmq_ao.QuantizedDenoiser) 
     assert targets.count("dmq_ao_cpu.group_norm_quantize.default") == 3
     assert targets.count("dmq_ao_cpu.attention.default") == 2
     assert targets.count("dmq_ao_cpu.conv.default") == 2
-    assert targets.count("dmq_ao_cpu.linear.default") == 1  # queries, keys and values
-    assert targets.count("dmq_ao_cpu.linear_add.default") == 1
+    assert targets.count("dmq_ao_cpu.linear.default") == 2  # queries, keys and values are one
     assert not [name for name in targets if "group_norm.default" in name or name.startswith("dmq_ao.int_")]
     norms = [node for node in fused.graph.nodes if "group_norm_quantize" in str(node.target)]
     assert [node.args[1] is not None for node in norms] == [False, True, False]  # the timestep goes into the second
@@ -260,7 +200,7 @@ def test_the_compiler_is_told_the_layouts(block: dmq_ao.QuantizedDenoiser) -> No
 
     with torch.no_grad():
         Calls(fused).run(torch.randn(2, 3, 8, 8), torch.tensor([900, 0]))
-    assert len({target for target, _ in calls}) == 5
+    assert len({target for target, _ in calls}) == 4
     for target, args in calls:
         actual = target(*args)
         told = target(
