@@ -14,6 +14,12 @@ from enum import Enum
 from typing import Any
 
 from dmq_ao.as_json import plain, typed
+from dmq_ao.stages import Reduce as Reduce
+from dmq_ao.stages import Selection as Selection
+from dmq_ao.stages import SelectMethod as SelectMethod
+from dmq_ao.stages import StepWeights as StepWeights
+from dmq_ao.stages import Weighting as Weighting
+from dmq_ao.stages import at_least
 
 MAX_BITS = 8
 # A wider input is multiplied as two bytes; beyond this nothing is left to gain over float.
@@ -62,22 +68,6 @@ class Ties(str, Enum):
 
     COARSE = "coarse"
     FINE = "fine"
-
-
-class Weighting(str, Enum):
-    """How much a sample's loss counts, by its step: alike, more where little of the loss is, falling, or by table."""
-
-    UNIFORM = "uniform"
-    FOCAL = "focal"
-    LINEAR = "linear"
-    TABLE = "table"
-
-
-class Reduce(str, Enum):
-    """How the losses of one step become the step's share: their mean, or the sum of the published code."""
-
-    MEAN = "mean"
-    SUM = "sum"
 
 
 class Init(str, Enum):
@@ -209,36 +199,6 @@ class QuantConfig:
 
 
 @dataclass(frozen=True)
-class StepWeights:
-    """Weight of a sample by its step on the sampler's list (DMQ, arXiv 2507.12933, adaptive timestep weighting).
-
-    Attributes:
-        kind: of weighting.
-        gamma: focusing exponent of ``FOCAL``, ``(1 - share of the loss) ** gamma``; slope of ``LINEAR``,
-            ``1 + gamma * (1 - step / steps)``.
-        momentum: of the running loss of each step.
-        reduce: mean over a step's samples, right for uneven counts; or their sum, as published.
-        table: one weight a step, noisiest first, for ``TABLE``.
-    """
-
-    kind: Weighting = Weighting.FOCAL
-    gamma: float = 20.0
-    momentum: float = 0.95
-    reduce: Reduce = Reduce.MEAN
-    table: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if (self.kind is Weighting.TABLE) != bool(self.table):
-            raise ValueError(f"table= goes with kind=TABLE, got {self.kind.value} and {len(self.table)} weights")
-        if any(not weight >= 0 for weight in self.table) or (self.table and not any(self.table)):
-            raise ValueError(f"weights must be 0 or more and not all 0, got {self.table}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
-
-
-@dataclass(frozen=True)
 class ChannelScaling:
     """Learned equivalent scaling: a factor per input channel, divided out of the input, multiplied into the weight.
 
@@ -273,7 +233,7 @@ class ChannelScaling:
     batch_ranges: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=0, batch_size=1, positions=1, outputs=1, patience=1)
+        at_least(self, steps=0, batch_size=1, positions=1, outputs=1, patience=1)
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.migration <= 1:
@@ -315,7 +275,7 @@ class Rounding:
     warmup: float = 0.2
 
     def __post_init__(self) -> None:
-        _at_least(self, positions=1, steps=1, batch_size=1)
+        at_least(self, positions=1, steps=1, batch_size=1)
         if self.damping <= 0 or self.lr <= 0:
             raise ValueError(f"damping and lr must be positive, got {self.damping} and {self.lr}")
         if not 0 <= self.warmup < 1 or self.regularizer < 0:
@@ -344,7 +304,7 @@ class Protection:
     samples: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, samples=1)
+        at_least(self, samples=1)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0, at most 1; got {self.share}")
         if not 0 <= self.input_share <= 1:
@@ -376,15 +336,9 @@ class Distillation:
     checks: int = 6
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, batch_size=1, checks=1)
+        at_least(self, steps=1, batch_size=1, checks=1)
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-
-
-def _at_least(config: object, **limits: int) -> None:
-    for name, limit in limits.items():
-        if getattr(config, name) < limit:
-            raise ValueError(f"{name} must be {limit} or more, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -395,7 +349,8 @@ class Recipe:
         name: of the method, for reports.
         config: widths and ranges.
         split_concat: give each part of a concatenated input its own range.
-        num_samples: calibration samples that ``dmq_ao.quantize`` and the command line record.
+        num_samples: calibration samples that the command line records.
+        select: how it shares them out among the timesteps.
         scaling: learned channel scales; None for none.
         rounding: None rounds to nearest.
         bias_correction: take the mean error of each layer's output out of its bias.
@@ -407,6 +362,7 @@ class Recipe:
     config: QuantConfig
     split_concat: bool = True
     num_samples: int = 256
+    select: Selection = Selection()
     scaling: ChannelScaling | None = None
     rounding: Rounding | None = None
     bias_correction: bool = False

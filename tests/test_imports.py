@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed as dmq_ao.<name>
 
 FLOORS = (
-    "as_json numerics patch_embed",
+    "as_json numerics patch_embed stages",
     "config",
     "ops layer graph",
     "roles",

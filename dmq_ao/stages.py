@@ -1,0 +1,112 @@
+"""What a recipe says about choosing samples, weighting steps and learning blocks: frozen, validated values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Weighting(str, Enum):
+    """How much a sample's loss counts, by its step: alike, more where little of the loss is, falling, or by table."""
+
+    UNIFORM = "uniform"
+    FOCAL = "focal"
+    LINEAR = "linear"
+    TABLE = "table"
+
+
+class Reduce(str, Enum):
+    """How the losses of one step become the step's share: their mean, or the sum of the published code."""
+
+    MEAN = "mean"
+    SUM = "sum"
+
+
+class SelectMethod(str, Enum):
+    """How many calibration samples each timestep gets.
+
+    ``UNIFORM``: the same number. ``NORMAL``: by a normal density over the schedule (PTQ4DM, arXiv 2211.15736).
+    ``TDAC``: by density and diversity of the denoiser's features (EDA-DM, arXiv 2401.04585).
+    """
+
+    UNIFORM = "uniform"
+    NORMAL = "normal"
+    TDAC = "tdac"
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Weight of a sample by its step on the sampler's list (DMQ, arXiv 2507.12933, adaptive timestep weighting).
+
+    Attributes:
+        kind: of weighting.
+        gamma: focusing exponent of ``FOCAL``, ``(1 - share of the loss) ** gamma``; slope of ``LINEAR``,
+            ``1 + gamma * (1 - step / steps)``.
+        momentum: of the running loss of each step.
+        reduce: mean over a step's samples, right for uneven counts; or their sum, as published.
+        table: one weight a step, noisiest first, for ``TABLE``.
+    """
+
+    kind: Weighting = Weighting.FOCAL
+    gamma: float = 20.0
+    momentum: float = 0.95
+    reduce: Reduce = Reduce.MEAN
+    table: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.kind is Weighting.TABLE) != bool(self.table):
+            raise ValueError(f"table= goes with kind=TABLE, got {self.kind.value} and {len(self.table)} weights")
+        if any(not weight >= 0 for weight in self.table) or (self.table and not any(self.table)):
+            raise ValueError(f"weights must be 0 or more and not all 0, got {self.table}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.gamma < 0:
+            raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How calibration samples are shared out among the timesteps.
+
+    Attributes:
+        method: of sharing; the fields below say which method reads them.
+        diversity_weight: ``TDAC``: weight of the diversity score beside the density score (the paper's lambda).
+        quantile: ``TDAC``: two steps are near when their features differ by no more than this quantile of all pairs.
+        radius: ``TDAC``: near within this mean squared difference instead, as published; it depends on the features'
+            scale.
+        tap: ``TDAC``: path of the module whose output are the features; None takes the denoiser's deepest block.
+        mean: ``NORMAL``: centre of the density, as a share of the schedule counted from its clean end.
+        deviation: ``NORMAL``: likewise.
+        pilot: rows run through all timesteps before the counts are decided.
+        minimum: samples that every timestep gets.
+        reference_rounding: ``TDAC``: round half to even and mend the sum, as published; counts may be 0.
+    """
+
+    method: SelectMethod = SelectMethod.UNIFORM
+    diversity_weight: float = 1.0
+    quantile: float = 0.3
+    radius: float | None = None
+    tap: str | None = None
+    mean: float = 0.4
+    deviation: float = 0.4
+    pilot: int = 16
+    minimum: int = 1
+    reference_rounding: bool = False
+
+    def __post_init__(self) -> None:
+        at_least(self, pilot=1, minimum=0)
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"quantile must be between 0 and 1, got {self.quantile}")
+        if not 0 <= self.diversity_weight < float("inf"):
+            raise ValueError(f"diversity_weight must be 0 or more, got {self.diversity_weight}")
+        if self.radius is not None and not self.radius > 0:
+            raise ValueError(f"radius must be positive, got {self.radius}; None takes it from the features")
+        if not self.deviation > 0:
+            raise ValueError(f"deviation must be positive, got {self.deviation}")
+
+
+def at_least(config: object, **limits: int) -> None:
+    """Raise ``ValueError`` for a field of ``config`` below its limit."""
+    for name, limit in limits.items():
+        if getattr(config, name) < limit:
+            raise ValueError(f"{name} must be {limit} or more, got {getattr(config, name)}")
