@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         QuantConfig,
         Ranges,
         Recipe,
+        Selection,
         TensorConfig,
         UnsupportedByBackend,
     )
@@ -42,6 +43,7 @@ __all__ = [
     "QuantizedDenoiser",
     "Ranges",
     "Recipe",
+    "Selection",
     "TensorConfig",
     "UnsupportedByBackend",
     "calibrate",

@@ -295,6 +295,17 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failure(130, "doctor") == "interrupted"
 
 
+def test_samples_are_selected_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr("dmq_ao.ptq.prepare_pipeline", lambda pipeline, recipe, **given: chosen.append(recipe))
+    monkeypatch.setattr("dmq_ao.ptq.forecast", lambda *given: {})
+    monkeypatch.setattr("dmq_ao.cli_output.forecast_text", lambda report: "")
+    for option in ((), ("--select", "tdac")):
+        run("quantize", "demo", "--dry-run", *option)
+    assert [recipe.select.method.value for recipe in chosen] == ["uniform", "tdac"]
+    assert "'best' is not one of 'uniform', 'normal', 'tdac'" in failure(2, "quantize", "demo", "--select", "best")
+
+
 def test_choices_are_those_of_the_library() -> None:
     assert {item.value for item in commands.Backend} == {"auto", *ALL_BACKENDS}
     assert {item.value for item in commands.Observer} == set(ALL_OBSERVERS)
