@@ -27,6 +27,7 @@ PLAN = "dmq_ao.plan"
 RECIPE = "dmq_ao.recipe"
 SCALED = "dmq_ao.scaled"
 TUNED = "dmq_ao.tuned"
+SKELETON = "dmq_ao.skeleton"  # the denoiser's module tree, where prepare knows it
 _WHY = {
     "@input": "input projection (role @input)",
     "@output": "output projection (role @output)",

@@ -14,6 +14,8 @@ from enum import Enum
 from typing import Any
 
 from dmq_ao.as_json import plain, typed
+from dmq_ao.stages import BlockReconstruction as BlockReconstruction
+from dmq_ao.stages import LeftOut as LeftOut
 from dmq_ao.stages import Reduce as Reduce
 from dmq_ao.stages import Selection as Selection
 from dmq_ao.stages import SelectMethod as SelectMethod
@@ -354,6 +356,7 @@ class Recipe:
         scaling: learned channel scales; None for none.
         rounding: None rounds to nearest.
         bias_correction: take the mean error of each layer's output out of its bias.
+        blocks: roundings and activation steps learned block by block, after their layers; None for none.
         protection: more bits for the most sensitive layers; None for none. Calibration turns it into overrides.
         distillation: a last stage over the whole denoiser; None for none.
     """
@@ -366,13 +369,14 @@ class Recipe:
     scaling: ChannelScaling | None = None
     rounding: Rounding | None = None
     bias_correction: bool = False
+    blocks: BlockReconstruction | None = None
     protection: Protection | None = None
     distillation: Distillation | None = None
 
     @property
     def learns(self) -> bool:
         """Whether calibration goes layer by layer, each seeing the layers before it quantized."""
-        stages = (self.scaling, self.rounding, self.protection, self.distillation)
+        stages = (self.scaling, self.rounding, self.blocks, self.protection, self.distillation)
         return self.bias_correction or any(stage is not None for stage in stages)
 
     def __post_init__(self) -> None:

@@ -34,6 +34,13 @@ class SelectMethod(str, Enum):
     TDAC = "tdac"
 
 
+class LeftOut(str, Enum):
+    """Which layer of a block counts as its output, not as an inner layer: by dataflow, or the last one registered."""
+
+    DATAFLOW = "dataflow"
+    REGISTRATION = "registration"
+
+
 @dataclass(frozen=True)
 class StepWeights:
     """Weight of a sample by its step on the sampler's list (DMQ, arXiv 2507.12933, adaptive timestep weighting).
@@ -103,6 +110,53 @@ class Selection:
             raise ValueError(f"radius must be positive, got {self.radius}; None takes it from the features")
         if not self.deviation > 0:
             raise ValueError(f"deviation must be positive, got {self.deviation}")
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    """Roundings and activation steps of a whole block learned together (EDA-DM, arXiv 2401.04585; BRECQ, QDrop).
+
+    It starts from what was decided layer by layer, and is kept where the block's output is closer on held-out samples.
+
+    Attributes:
+        layer_weight: weight of the inner layers' outputs beside the block's (the paper's gamma); 0 leaves them out.
+        left_out: the layer whose output is the block's own.
+        steps: gradient steps, and so are the rest.
+        batch_size: samples a step.
+        lr: of Adam on the rounding logits; falls to 0 as a cosine.
+        lr_activation: of Adam on the logarithm of the activation steps; likewise. 0 leaves them as they are.
+        drop: share of the inputs' elements that stay in float in each step (QDrop, arXiv 2203.05740).
+        mix: share of the block's input elements that come from the float network instead of the quantized one.
+        regularizer: weight of the term that drives roundings to 0 or 1; the published code has none.
+        warmup: share of the steps without that term.
+        patience: stop after this many checks, one each 20 steps, without gain on held-out samples.
+        step_weights: weight of each sample's loss.
+    """
+
+    layer_weight: float = 0.8
+    left_out: LeftOut = LeftOut.DATAFLOW
+    steps: int = 200
+    batch_size: int = 8
+    lr: float = 0.05
+    lr_activation: float = 1e-3
+    drop: float = 0.5
+    mix: float = 0.5
+    regularizer: float = 0.01
+    warmup: float = 0.2
+    patience: int = 10
+    step_weights: StepWeights = StepWeights(Weighting.UNIFORM)
+
+    def __post_init__(self) -> None:
+        at_least(self, steps=1, batch_size=1, patience=1)
+        if not self.lr > 0 or self.lr_activation < 0:
+            raise ValueError(f"lr must be positive and lr_activation 0 or more, got {self.lr}, {self.lr_activation}")
+        for name in ("drop", "mix", "warmup"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 <= self.layer_weight < float("inf") or self.regularizer < 0:
+            raise ValueError(
+                f"layer_weight and regularizer must be 0 or more, got {self.layer_weight}, {self.regularizer}"
+            )
 
 
 def at_least(config: object, **limits: int) -> None:

@@ -219,7 +219,7 @@ def test_the_named_denoiser_is_that_of_cifar() -> None:
     [
         pytest.param(("--bits", "w9a8"), "bits must look like 'w4a8'", id="bits"),
         pytest.param(("--backend", "cuda"), "'cuda' is not one of 'auto', 'onednn', 'reference'", id="backend"),
-        pytest.param(("--recipe", "magic"), "the recipes are ['default', 'dmq', 'minmax']", id="recipe"),
+        pytest.param(("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax']", id="recipe"),
         pytest.param(("--prompt", "a fox"), "takes no prompt", id="prompt"),
         pytest.param(("--steps", "0"), "--steps", id="steps"),
         pytest.param((*QUICK, "--keep-float", "nothing*"), "'nothing*' matches no layer", id="pattern"),
