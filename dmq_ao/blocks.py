@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from dmq_ao import graph
-from dmq_ao.annotate import PLAN, SKELETON, observers
+from dmq_ao.annotate import ATTENTION, PLAN, SKELETON, attention_observers, observers
 from dmq_ao.config import LeftOut
 from dmq_ao.roles import blocks_of, whole_name
 from dmq_ao.stream import Value
@@ -104,7 +104,8 @@ def find_blocks(prepared: GraphModule, left_out: LeftOut = LeftOut.DATAFLOW) -> 
 
 def _paths(prepared: GraphModule) -> dict[str, str]:
     """Block path of every whole layer."""
-    names = list(dict.fromkeys(whole_name(name) for name in prepared.meta[PLAN]))
+    layers = [name for name, item in prepared.meta[PLAN].items() if item.kind != ATTENTION]
+    names = list(dict.fromkeys(whole_name(name) for name in layers))
     tree = prepared.meta.get(SKELETON)
     if tree is None:
         return {name: name for name in names}
@@ -197,7 +198,8 @@ def run_block(
         prepared: the graph.
         block: of it.
         given: values of ``block.inputs``.
-        layer: computes a quantized layer from its node, its arguments and ``given``.
+        layer: computes a quantized layer, or lets a factor of attention through, from its node, its arguments and
+            ``given``.
         keep: nodes of the block whose values are wanted.
 
     Returns:
@@ -205,7 +207,7 @@ def run_block(
     """
     env = dict(given)
     layers = graph.layer_nodes(prepared)
-    quantized = {layers[name] for name in block.layers}
+    quantized = {layers[name] for name in block.layers} | attention_observers(prepared).keys()
     last = {source: node for node in block.nodes for source in node.all_input_nodes}
     kept = set(keep)
     for node in block.nodes:
@@ -227,7 +229,7 @@ def _evaluate(
     def value(source: Node) -> Any:
         return _parameter(prepared, source) if is_static(source) else env[source]
 
-    if node.op == "call_module":  # an observer
+    if node.op == "call_module" and node not in quantized:  # an observer
         assert isinstance(node.args[0], Node)
         return value(node.args[0])
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)

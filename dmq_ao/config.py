@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any
 
 from dmq_ao.as_json import plain, typed
+from dmq_ao.stages import AttentionConfig as AttentionConfig
 from dmq_ao.stages import BlockReconstruction as BlockReconstruction
 from dmq_ao.stages import LeftOut as LeftOut
 from dmq_ao.stages import Reduce as Reduce
@@ -181,6 +182,7 @@ class QuantConfig:
         keep_float: patterns or roles of layers that stay in float.
         overrides: applied in order, later wins.
         power_of_two: which layers vote on power-of-two exponents; None for none.
+        attention: quantize the products inside attention as well; None leaves them in float.
     """
 
     weight: TensorConfig
@@ -188,6 +190,7 @@ class QuantConfig:
     keep_float: tuple[str, ...] = ("@input", "@output", "@embedding")
     overrides: tuple[Override, ...] = ()
     power_of_two: PowerOfTwo | None = None
+    attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
         for config in (self.weight, *(o.weight for o in self.overrides if o.weight)):

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import float_bias, float_weight, observers
+from dmq_ao.annotate import attention_observers, float_bias, float_weight, observers
 from dmq_ao.blocks import Block, run_block
 from dmq_ao.config import BlockReconstruction, Ranges
 from dmq_ao.layer import WeightRecord
@@ -119,6 +119,7 @@ class BlockStudent:
             owners.setdefault(id(activation), name)
         self.names = {nodes[name]: name for name in block.layers}
         self.watchers = {name: watchers[name][1] for name in block.layers}
+        self._attention = attention_observers(prepared)
         self.bias = {}
         self._weights = {}
         self.log_factors: dict[str, Tensor] = {}
@@ -149,6 +150,8 @@ class BlockStudent:
         self, given: Given, weight_of: Callable[[str], Tensor], generator: torch.Generator | None
     ) -> dict[Node, Tensor]:
         def layer(node: Node, args: list[Any], seen: Given) -> Any:
+            if node in self._attention:
+                return self._dropped(args[0], self._attention[node].simulate(args[0]), generator)
             name = self.names[node]
             x = self._input(name, node, args[0], seen, generator)
             bias = self.bias[name]
@@ -167,10 +170,14 @@ class BlockStudent:
             values = activation.straight_through(x, timestep)
         else:
             values = activation.adjustable(x, timestep, factor.exp())
+        return self._dropped(activation.scaled(x), values, generator)
+
+    def _dropped(self, x: Tensor, values: Tensor, generator: torch.Generator | None) -> Tensor:
+        """QDrop: a share of the elements stays in float while there is a generator to draw them."""
         if generator is None or not self.config.drop:
             return values
         dropped = torch.rand(x.shape, generator=generator).to(x.device) < self.config.drop
-        return torch.where(dropped, activation.scaled(x).to(values), values)
+        return torch.where(dropped, x.to(values), values)
 
     def hard(self) -> dict[str, WeightRecord]:
         """The codes that the roundings stand for."""
@@ -193,7 +200,7 @@ def teacher_of(prepared: GraphModule, block: Block, given: Given) -> dict[Node, 
     """Outputs and inner outputs of the float block; without gradient."""
 
     def layer(node: Node, args: list[Any], seen: Given) -> Any:
-        return node.target(*args)  # type: ignore[operator]
+        return args[0] if node.op == "call_module" else node.target(*args)  # type: ignore[operator]
 
     with torch.no_grad():
         return run_block(prepared, block, given, layer, _compared(block))

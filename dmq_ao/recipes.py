@@ -10,6 +10,7 @@ from dmq_ao.config import (
     FLOAT_BITS,
     MAX_BITS,
     MAX_INPUT_BITS,
+    AttentionConfig,
     BlockReconstruction,
     ChannelScaling,
     Distillation,
@@ -165,7 +166,8 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
         step_weights: of the block learning; every sample alike when None, as published.
         compat: ``"reference"`` computes as the published code does where that can be: its radius, rounding of counts
             and one-step-one-trajectory budget, no rounding regulariser, the last registered layer of a block left out,
-            its numbers of steps and rates (those of CIFAR at W4A8), embeddings quantized. Not reproduced: unsigned
+            its numbers of steps and rates (those of CIFAR at W4A8), embeddings and attention's products quantized,
+            queries, keys and values by each sample's own range. Not reproduced: unsigned
             storage of symmetric grids, its moving average of ranges, sums over tokens instead of channels, learning
             the activation step itself instead of its logarithm, and its defects.
 
@@ -180,6 +182,7 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
         base.config,
         weight=weight,
         keep_float=() if compat else ("@embedding",),
+        attention=AttentionConfig(min(base.config.activation.bits, MAX_BITS)) if compat else None,
         overrides=tuple(_eight_bits(role, weight, base.config.activation) for role in ("@input", "@output")),
     )
     select = Selection(SelectMethod.TDAC)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, SCALED, float_bias, observers
+from dmq_ao.annotate import PLAN, SCALED, attention_observers, float_bias, observers
 from dmq_ao.blocks import Block, Rows, find_blocks, run_block
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
 from dmq_ao.layer import LayerRecord, WeightRecord
@@ -125,6 +125,7 @@ class Reconstruction:
         self.watchers = observers(prepared)
         self.nodes = {name: node for name, node in graph.layer_nodes(prepared).items() if name in self.watchers}
         self.names = {node: name for name, node in self.nodes.items()}
+        self.attention = attention_observers(prepared)
         self.units = units_of(prepared)
         self.unit_of = {name: unit for unit in self.units for name in unit.layers}
         self.count = count
@@ -139,7 +140,13 @@ class Reconstruction:
         # A node that several blocks read lives until the last of them: later blocks come later in the dictionary.
         hold = {node: block.end for block in self.ends.values() for node in block.inputs}
         self.stream = Stream(
-            prepared, batches, self._student, set(self.names), max_memory=max_memory, folder=state_dir, hold=hold
+            prepared,
+            batches,
+            self._student,
+            self.names.keys() | self.attention.keys(),
+            max_memory=max_memory,
+            folder=state_dir,
+            hold=hold,
         )
         self.rows = LayerRows(prepared, self.nodes, batches, self.stream, steps, count, self.held, seed)
 
@@ -150,7 +157,9 @@ class Reconstruction:
         self.stream.run(self._before, self._after, self._passed)
 
     def _student(self, node: Node, args: list[Any], index: int) -> Any:
-        """A quantized layer's output on a batch."""
+        """A quantized layer's output on a batch, or a factor inside attention."""
+        if node in self.attention:
+            return self.attention[node].simulate(args[0])
         weight, activation = self.watchers[self.names[node]]
         assert weight.decided is not None
         x = args[0] if activation is None else activation.simulate(args[0], self.rows.timestep(index))
@@ -159,6 +168,8 @@ class Reconstruction:
         return node.target(x, values, bias, *args[3:])  # type: ignore[operator]
 
     def _before(self, node: Node) -> None:
+        if node in self.attention:
+            return
         name = self.names[node]
         unit = self.unit_of[name]
         if name == unit.layers[0]:
@@ -170,6 +181,8 @@ class Reconstruction:
             self._decide_weight(name, node)
 
     def _after(self, node: Node) -> None:
+        if node in self.attention:
+            return
         unit = self.unit_of[self.names[node]]
         if self.names[node] != unit.layers[-1]:
             return

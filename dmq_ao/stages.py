@@ -159,6 +159,24 @@ class BlockReconstruction:
             )
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention's own products quantized: queries, keys and values, and the softmax.
+
+    Attributes:
+        bits: of queries, keys and values; each sample has its own range.
+        softmax_bits: of the softmax, whose range is 0 to 1.
+    """
+
+    bits: int = 8
+    softmax_bits: int = 8
+
+    def __post_init__(self) -> None:
+        at_least(self, bits=2, softmax_bits=2)
+        if max(self.bits, self.softmax_bits) > 8:
+            raise ValueError(f"attention has at most 8 bits, got {self.bits} and {self.softmax_bits}")
+
+
 def at_least(config: object, **limits: int) -> None:
     """Raise ``ValueError`` for a field of ``config`` below its limit."""
     for name, limit in limits.items():
