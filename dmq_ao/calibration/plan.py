@@ -183,7 +183,9 @@ class Plan:
         assert self._dealt is not None
         start = int(torch.randint(max(1, len(self._dealt) - rows + 1), (), generator=self._generator))
         given, self._dealt = self._dealt[start : start + rows], self._dealt[:start] + self._dealt[start + rows :]
-        return given
+        # In any order: the halves of a guided batch must not differ in how late their steps are.
+        given += [()] * (rows - len(given))
+        return [given[int(place)] for place in torch.randperm(rows, generator=self._generator)]
 
     def visit(self, step: int) -> list[int] | None:
         """A call at ``step``: the rows of the batch that are wanted of it; None for as many as fit."""

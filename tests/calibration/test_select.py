@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -348,6 +349,31 @@ def test_degenerate_features_are_uniform_or_an_error(bad: float) -> None:
         else:
             with pytest.raises(ValueError, match="inner gives NaN or infinity at timestep 900"):
                 loop(net)
+
+
+@pytest.mark.parametrize(
+    "timesteps",
+    [
+        pytest.param([1.0, 0.75, 0.5, 0.25], id="flow matching, noise first"),
+        pytest.param([0.0, 0.2, 0.4, 0.6, 0.8], id="flow matching, noise last"),
+        pytest.param([9, 7, 7, 5, 5, 3, 3, 1], id="second order"),
+        pytest.param([9, 6, 6, 3, 0], id="a multistep method that starts twice"),
+    ],
+)
+@pytest.mark.parametrize("told", [False, True])
+def test_any_schedule_has_its_trajectories_told_apart(timesteps: list[float], told: bool) -> None:
+    net = Net()
+    with record(net, 24, select=NAMED) as recorder:
+        for seed in range(10):
+            x = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(seed))
+            with recorder.trajectory(part=1 / (10 - seed)) if told else nullcontext():
+                for timestep in timesteps:  # a guided batch: both halves at one timestep
+                    net(torch.cat([x, x]), torch.tensor([timestep] * 8))
+    samples = recorder.calibration_set()
+    assert counts(samples) == recorder._plan.counts  # type: ignore[union-attr]
+    assert sum(counts(samples)) == 24
+    assert recorder._plan._pilot_rows == 8  # type: ignore[union-attr]
+    assert samples.timesteps.tolist() == pytest.approx(list(dict.fromkeys(timesteps)))
 
 
 def test_one_timestep_and_one_sample() -> None:
