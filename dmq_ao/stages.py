@@ -138,7 +138,7 @@ class BlockReconstruction:
     steps: int = 200
     batch_size: int = 8
     lr: float = 0.05
-    lr_activation: float = 1e-3
+    lr_activation: float = 5e-3
     drop: float = 0.5
     mix: float = 0.5
     regularizer: float = 0.01
