@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         QuantConfig,
         Ranges,
         Recipe,
+        Selection,
         TensorConfig,
         UnsupportedByBackend,
     )
@@ -44,6 +45,7 @@ __all__ = [
     "QuantizedDenoiser",
     "Ranges",
     "Recipe",
+    "Selection",
     "TensorConfig",
     "UnsupportedByBackend",
     "calibrate",

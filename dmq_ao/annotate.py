@@ -16,17 +16,26 @@ from torchao.quantization.pt2e.quantizer.quantizer import (
 )
 
 from dmq_ao import graph
-from dmq_ao.config import FLOAT_BITS, PowerOfTwo, QuantConfig, Recipe, TensorConfig
+from dmq_ao.config import FLOAT_BITS, AttentionConfig, PowerOfTwo, QuantConfig, Recipe, TensorConfig
 from dmq_ao.layer import LayerPlan
 from dmq_ao.numerics import code_range
-from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, RangeEstimator, WeightObserver
-from dmq_ao.passes import split_concat
+from dmq_ao.observers import (
+    ALL_OBSERVERS,
+    ActivationObserver,
+    AttentionObserver,
+    RangeEstimator,
+    WeightObserver,
+)
+from dmq_ao.passes import decompose_attention, split_concat
+from dmq_ao.passes.decompose_attention import PRODUCTS
 from dmq_ao.roles import ROLES, roles_of, whole_name
 
 PLAN = "dmq_ao.plan"
 RECIPE = "dmq_ao.recipe"
 SCALED = "dmq_ao.scaled"
 TUNED = "dmq_ao.tuned"
+SKELETON = "dmq_ao.skeleton"  # the denoiser's module tree, where prepare knows it
+ATTENTION = "attention"  # kind of the rows that stand for products inside attention
 _WHY = {
     "@input": "input projection (role @input)",
     "@output": "output projection (role @output)",
@@ -148,8 +157,10 @@ class DiffusionQuantizer(Quantizer):
         self.recipe = recipe
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Split concatenations where the recipe wants it."""
+        """Split concatenations and write attention out where the recipe wants it."""
         graph.ensure_signature(model)
+        if self.recipe.config.attention is not None:
+            decompose_attention(model)
         if not self.recipe.split_concat:
             return model
         plan = make_plan(model, self.recipe.config)
@@ -185,11 +196,43 @@ class DiffusionQuantizer(Quantizer):
             node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
                 input_qspec_map=specs, allow_implicit_sharing=False, _annotated=True
             )
+        if self.recipe.config.attention is not None:
+            plan |= _annotate_attention(model, self.recipe.config.attention)
         model.meta.update({PLAN: plan, RECIPE: self.recipe})
         return model
 
     def validate(self, model: GraphModule) -> None:
         """Nothing to add: ``make_plan`` refuses what does not fit."""
+
+
+def _annotate_attention(model: GraphModule, config: AttentionConfig) -> dict[str, LayerPlan]:
+    """Annotate the factors of attention's products; returns a row for each attention, for the reports."""
+    rows: dict[str, LayerPlan] = {}
+    why = (
+        f"queries, keys and values of {config.bits} bits, softmax of {config.softmax_bits}, multiplied as dequantized"
+        " values: there is no integer kernel for products of two activations"
+    )
+    for node in model.graph.nodes:
+        if PRODUCTS not in node.meta:
+            continue
+        specs: dict[Node, QuantizationSpecBase | None] = {}
+        for factor in node.args:
+            softmax = factor.target == graph.aten.softmax.int
+            bits = config.softmax_bits if softmax else config.bits
+            observer = AttentionObserver.with_args(bits=bits, unit_range=softmax)
+            specs[factor] = QuantizationSpec(torch.uint8, observer, 0, 2**bits - 1)
+        node.meta[Q_ANNOTATION_KEY] = QuantizationAnnotation(
+            input_qspec_map=specs, allow_implicit_sharing=False, _annotated=True
+        )
+        name = f"{node.meta[PRODUCTS]}.{ATTENTION}"
+        rows[name] = LayerPlan(name, ATTENTION, 0, None, None, None, why)
+    return rows
+
+
+def attention_observers(prepared: GraphModule) -> dict[Node, AttentionObserver]:
+    """The observers that stand inside attention, by node."""
+    modules = {n: prepared.get_submodule(str(n.target)) for n in prepared.graph.nodes if n.op == "call_module"}
+    return {node: module for node, module in modules.items() if isinstance(module, AttentionObserver)}
 
 
 def _code_dtype(config: TensorConfig) -> torch.dtype:

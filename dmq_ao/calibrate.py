@@ -27,6 +27,7 @@ from dmq_ao.config import Protection, Recipe
 from dmq_ao.distill import DistillationReport, distill
 from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.layer import LayerPlan
+from dmq_ao.learn_blocks import BlockLearning
 from dmq_ao.observe import observe, passes_of
 from dmq_ao.observers import VoteReport
 from dmq_ao.reconstruct import LayerLearning, Reconstruction, units_of
@@ -48,6 +49,7 @@ class CalibrationReport:
         sqnr_db: per layer, signal-to-noise ratio of its output on float inputs, integers against float.
         votes: per layer that voted.
         layers: per layer of a recipe that learns.
+        blocks: per block of a recipe that reconstructs them.
         distillation: of a recipe that ends with it.
         peak_bytes: largest memory of the process so far, where the system tells.
     """
@@ -58,6 +60,7 @@ class CalibrationReport:
     sqnr_db: dict[str, float] = field(default_factory=dict)
     votes: dict[str, VoteReport] = field(default_factory=dict)
     layers: dict[str, LayerLearning] = field(default_factory=dict)
+    blocks: dict[str, BlockLearning] = field(default_factory=dict)
     distillation: DistillationReport | None = None
     peak_bytes: int | None = None
 
@@ -70,6 +73,7 @@ class CalibrationReport:
             "sqnr_db": self.sqnr_db,
             "votes": {name: vote.to_dict() for name, vote in self.votes.items()},
             "layers": {name: asdict(one) for name, one in self.layers.items()},
+            "blocks": {name: asdict(one) for name, one in self.blocks.items()},
             "distillation": None if self.distillation is None else asdict(self.distillation),
             "peak_bytes": self.peak_bytes,
         }
@@ -187,6 +191,7 @@ class _Run:
             "resumed": bool(learning.restored),
             "votes": learning.votes,
             "layers": learning.learned,
+            "blocks": learning.blocks,
             "distillation": self._distill(batches, learning.held),
         }
 
@@ -287,8 +292,8 @@ def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
 def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int) -> str:
     plan: dict[str, LayerPlan] = prepared.meta[PLAN]
     recipe: Recipe = prepared.meta[RECIPE]
-    stages = (recipe.scaling, recipe.rounding, recipe.bias_correction, recipe.protection, recipe.distillation)
-    learning = [str(stage) for stage in stages]
+    layers = (recipe.scaling, recipe.rounding, recipe.bias_correction)
+    learning = [str(stage) for stage in (*layers, recipe.blocks, recipe.protection, recipe.distillation)]
     text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning, seed])
     digest = hashlib.sha256(text.encode())
     for _, parameter in sorted(prepared.named_parameters()):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dmq_ao import recipes
-from dmq_ao.config import Ranges, Recipe
+from dmq_ao.config import Ranges, Recipe, SelectMethod
 from dmq_ao.terminal import FAILURE, Commands, Format, debug, emit, option_values, say
 
 app = typer.Typer(
@@ -78,6 +78,7 @@ def _root() -> None:
         "dmq-ao quantize demo -o out/",
         "dmq-ao quantize ./my-ddpm -o out/ --recipe default --bits w4a8 --trajectories 64",
         "dmq-ao quantize ./my-ddpm -o out/ --bits w4a8 --power-of-two --steps 50",
+        "dmq-ao quantize ./my-ddpm -o out/ --recipe default --select tdac --trajectories 64",
         "dmq-ao quantize ./my-ddpm -o out/ --keep-float '*to_out*' --dry-run",
         "dmq-ao quantize ./my-sd -o out/ --prompt 'a red fox' --state-dir calib/",
     )
@@ -103,6 +104,10 @@ def quantize(
         int | None,
         typer.Option(min=1, help="Trajectories to take the samples from; more make learning recipes generalise."),
     ] = None,
+    select: Annotated[
+        SelectMethod | None,
+        typer.Option(help="Share of each timestep in the samples; tdac looks at the denoiser's features."),
+    ] = None,
     steps: Steps = 20,
     prompt: Prompt = None,
     seed: Seed = 0,
@@ -127,6 +132,8 @@ def quantize(
     given = {"power_of_two": power_of_two, "ranges": ranges, "observer": observer and observer.value}
     with option_values():
         chosen = _recipe(recipe, bits, given, keep_float or [], samples)
+    if select is not None:
+        chosen = replace(chosen, select=replace(chosen.select, method=select))
     if out is None and not dry_run:
         raise typer.BadParameter("where to write; only --dry-run does without", param_hint="--output")
     from dmq_ao import cli_output, ptq

@@ -14,6 +14,15 @@ from enum import Enum
 from typing import Any
 
 from dmq_ao.as_json import plain, typed
+from dmq_ao.stages import AttentionConfig as AttentionConfig
+from dmq_ao.stages import BlockReconstruction as BlockReconstruction
+from dmq_ao.stages import LeftOut as LeftOut
+from dmq_ao.stages import Reduce as Reduce
+from dmq_ao.stages import Selection as Selection
+from dmq_ao.stages import SelectMethod as SelectMethod
+from dmq_ao.stages import StepWeights as StepWeights
+from dmq_ao.stages import Weighting as Weighting
+from dmq_ao.stages import at_least
 
 MAX_BITS = 8
 # A wider input is multiplied as two bytes; beyond this nothing is left to gain over float.
@@ -62,22 +71,6 @@ class Ties(str, Enum):
 
     COARSE = "coarse"
     FINE = "fine"
-
-
-class Weighting(str, Enum):
-    """How much a sample's loss counts, by its step: alike, more where little of the loss is, falling, or by table."""
-
-    UNIFORM = "uniform"
-    FOCAL = "focal"
-    LINEAR = "linear"
-    TABLE = "table"
-
-
-class Reduce(str, Enum):
-    """How the losses of one step become the step's share: their mean, or the sum of the published code."""
-
-    MEAN = "mean"
-    SUM = "sum"
 
 
 class Init(str, Enum):
@@ -189,6 +182,7 @@ class QuantConfig:
         keep_float: patterns or roles of layers that stay in float.
         overrides: applied in order, later wins.
         power_of_two: which layers vote on power-of-two exponents; None for none.
+        attention: quantize the products inside attention as well; None leaves them in float.
     """
 
     weight: TensorConfig
@@ -196,6 +190,7 @@ class QuantConfig:
     keep_float: tuple[str, ...] = ("@input", "@output", "@embedding")
     overrides: tuple[Override, ...] = ()
     power_of_two: PowerOfTwo | None = None
+    attention: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
         for config in (self.weight, *(o.weight for o in self.overrides if o.weight)):
@@ -206,36 +201,6 @@ class QuantConfig:
                 raise ValueError(f"activations are quantized per_tensor, got {config.granularity.value}")
             if self.power_of_two and self.power_of_two.per_step and config.ranges is not Ranges.PER_STEP:
                 raise ValueError(f"power_of_two.per_step needs per_step ranges, got {config.ranges.value}")
-
-
-@dataclass(frozen=True)
-class StepWeights:
-    """Weight of a sample by its step on the sampler's list (DMQ, arXiv 2507.12933, adaptive timestep weighting).
-
-    Attributes:
-        kind: of weighting.
-        gamma: focusing exponent of ``FOCAL``, ``(1 - share of the loss) ** gamma``; slope of ``LINEAR``,
-            ``1 + gamma * (1 - step / steps)``.
-        momentum: of the running loss of each step.
-        reduce: mean over a step's samples, right for uneven counts; or their sum, as published.
-        table: one weight a step, noisiest first, for ``TABLE``.
-    """
-
-    kind: Weighting = Weighting.FOCAL
-    gamma: float = 20.0
-    momentum: float = 0.95
-    reduce: Reduce = Reduce.MEAN
-    table: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if (self.kind is Weighting.TABLE) != bool(self.table):
-            raise ValueError(f"table= goes with kind=TABLE, got {self.kind.value} and {len(self.table)} weights")
-        if any(not weight >= 0 for weight in self.table) or (self.table and not any(self.table)):
-            raise ValueError(f"weights must be 0 or more and not all 0, got {self.table}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.gamma < 0:
-            raise ValueError(f"gamma must be 0 or more, got {self.gamma}")
 
 
 @dataclass(frozen=True)
@@ -273,7 +238,7 @@ class ChannelScaling:
     batch_ranges: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=0, batch_size=1, positions=1, outputs=1, patience=1)
+        at_least(self, steps=0, batch_size=1, positions=1, outputs=1, patience=1)
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
         if not 0 <= self.migration <= 1:
@@ -315,7 +280,7 @@ class Rounding:
     warmup: float = 0.2
 
     def __post_init__(self) -> None:
-        _at_least(self, positions=1, steps=1, batch_size=1)
+        at_least(self, positions=1, steps=1, batch_size=1)
         if self.damping <= 0 or self.lr <= 0:
             raise ValueError(f"damping and lr must be positive, got {self.damping} and {self.lr}")
         if not 0 <= self.warmup < 1 or self.regularizer < 0:
@@ -344,7 +309,7 @@ class Protection:
     samples: int = 4
 
     def __post_init__(self) -> None:
-        _at_least(self, samples=1)
+        at_least(self, samples=1)
         if not 0 < self.share <= 1:
             raise ValueError(f"share must be above 0, at most 1; got {self.share}")
         if not 0 <= self.input_share <= 1:
@@ -376,15 +341,9 @@ class Distillation:
     checks: int = 6
 
     def __post_init__(self) -> None:
-        _at_least(self, steps=1, batch_size=1, checks=1)
+        at_least(self, steps=1, batch_size=1, checks=1)
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
-
-
-def _at_least(config: object, **limits: int) -> None:
-    for name, limit in limits.items():
-        if getattr(config, name) < limit:
-            raise ValueError(f"{name} must be {limit} or more, got {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -395,10 +354,12 @@ class Recipe:
         name: of the method, for reports.
         config: widths and ranges.
         split_concat: give each part of a concatenated input its own range.
-        num_samples: calibration samples that ``dmq_ao.quantize`` and the command line record.
+        num_samples: calibration samples that the command line records.
+        select: how it shares them out among the timesteps.
         scaling: learned channel scales; None for none.
         rounding: None rounds to nearest.
         bias_correction: take the mean error of each layer's output out of its bias.
+        blocks: roundings and activation steps learned block by block, after their layers; None for none.
         protection: more bits for the most sensitive layers; None for none. Calibration turns it into overrides.
         distillation: a last stage over the whole denoiser; None for none.
     """
@@ -407,16 +368,18 @@ class Recipe:
     config: QuantConfig
     split_concat: bool = True
     num_samples: int = 256
+    select: Selection = Selection()
     scaling: ChannelScaling | None = None
     rounding: Rounding | None = None
     bias_correction: bool = False
+    blocks: BlockReconstruction | None = None
     protection: Protection | None = None
     distillation: Distillation | None = None
 
     @property
     def learns(self) -> bool:
         """Whether calibration goes layer by layer, each seeing the layers before it quantized."""
-        stages = (self.scaling, self.rounding, self.protection, self.distillation)
+        stages = (self.scaling, self.rounding, self.blocks, self.protection, self.distillation)
         return self.bias_correction or any(stage is not None for stage in stages)
 
     def __post_init__(self) -> None:

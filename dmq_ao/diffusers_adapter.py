@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from dmq_ao.calibration import CalibrationSet, record
 from dmq_ao.compile import compile
-from dmq_ao.config import InvalidFile
+from dmq_ao.config import InvalidFile, Selection, SelectMethod
 from dmq_ao.evaluation.report import json_ready
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.quantize import DENOISER_NAMES, denoiser_name
@@ -214,19 +214,21 @@ def record_pipeline(
     prompt: str | None = None,
     batch_size: int = 8,
     trajectories: int | None = None,
+    select: str | Selection = SelectMethod.UNIFORM,
     progress: bool = False,
 ) -> CalibrationSet:
     """Record calibration samples from a pipeline's own sampling loop.
 
     Args:
         pipeline: with a float denoiser.
-        num_samples: rows to keep, uniform over the timesteps.
+        num_samples: rows to keep.
         steps: of the sampler.
         seed: first seed of the trajectories; one a trajectory.
         prompt: for pipelines that want one.
         batch_size: trajectories at a time.
         trajectories: how many to run; by default enough to give every kept row a trajectory of its own at each
-            timestep.
+            timestep, and twice that where the timesteps' shares are uneven.
+        select: how the rows are spread over the timesteps, as for ``dmq_ao.record``.
         progress: show a progress bar.
 
     Raises:
@@ -235,8 +237,17 @@ def record_pipeline(
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if isinstance(denoiser, QuantizedDenoiser):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
-    count = trajectories or max(2, -(-num_samples // steps))
-    with record(denoiser, num_samples=num_samples, seed=seed) as recorder:
-        seeds = range(seed, seed + count)
-        sample(pipeline, seeds, steps=steps, prompt=prompt, batch_size=batch_size, progress=progress)
+    check_prompt(pipeline, prompt)
+    method = select.method if isinstance(select, Selection) else select
+    even = max(2, -(-num_samples // steps))
+    count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)
+    with (
+        record(denoiser, num_samples=num_samples, seed=seed, select=select) as recorder,
+        tqdm(total=count, disable=not progress, unit="trajectory", desc="record") as bar,
+    ):
+        for start in range(0, count, batch_size):
+            seeds = range(seed + start, seed + min(start + batch_size, count))
+            with recorder.trajectory(part=len(seeds) / (count - start)):
+                sample(pipeline, seeds, steps=steps, prompt=prompt, batch_size=batch_size)
+            bar.update(len(seeds))
     return recorder.calibration_set()

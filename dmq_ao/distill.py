@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import TUNED, float_bias, observers
+from dmq_ao.annotate import TUNED, attention_observers, float_bias, observers
 from dmq_ao.config import Distillation
 from dmq_ao.learn import fitted
 from dmq_ao.objectives import relative_error
@@ -68,7 +68,7 @@ class Student(Interpreter):
         """Parameters start where calibration left them."""
         super().__init__(prepared)
         self.prepared = prepared
-        self.watchers = observers(prepared)
+        self.watchers, self.attention = observers(prepared), attention_observers(prepared)
         self.names = {n: name for name, n in graph.layer_nodes(prepared).items() if name in self.watchers}
         signature = graph.signature_of(prepared)
         self.timestep = graph.placeholders(prepared).get(signature.timestep or "")
@@ -96,6 +96,8 @@ class Student(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """One node; quantized layers and float parameters are ours."""
+        if n in self.attention:
+            return self.attention[n].simulate(self.env[n.args[0]])  # type: ignore[index]
         if n.op == "call_module":  # an observer
             return self.env[n.args[0]]  # type: ignore[index]
         if n.op == "get_attr" and f"float|{n.target}" in self.parameters:

@@ -29,7 +29,7 @@ SAMPLE_NAMES = ("sample", "hidden_states", "x")
 META = "dmq_ao"
 LAYER = "dmq_ao.layer"
 SOURCE = "dmq_ao.source"  # on a node that reads a tensor of a layer record: (layer, field)
-_PREFIX = "denoiser."
+PREFIX = "denoiser."  # of every path of the denoiser's own modules
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
@@ -344,7 +344,7 @@ def literal(name: str) -> str:
 
 def parameter_name(node: Node) -> str:
     """Original dotted name of the tensor that a ``get_attr`` node reads."""
-    return str(node.target).removeprefix(_PREFIX)
+    return str(node.target).removeprefix(PREFIX)
 
 
 def attribute(gm: GraphModule, node: Node) -> Tensor:

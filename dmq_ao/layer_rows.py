@@ -54,6 +54,8 @@ class LayerRows:
         self.weights = {name: float_weight(prepared, node) for name, node in nodes.items()}
         self.places = {name: place for place, name in enumerate(nodes)}
         signature = graph.signature_of(prepared)
+        batch = signature.names.index(signature.batch)
+        self.sizes = [len(arguments[batch]) for arguments in batches]
         self.time_index = None if signature.timestep is None else signature.names.index(signature.timestep)
 
     def timestep(self, index: int) -> Tensor | None:

@@ -59,7 +59,7 @@ def quantize_pipeline(
     max_memory: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Record ``recipe.num_samples``, calibrate, convert, and write a pipeline folder with a ``report.json``.
+    """Record as the recipe says, calibrate, convert, and write a pipeline folder with a ``report.json``.
 
     Args:
         pipeline: its denoiser becomes the quantized one.
@@ -94,6 +94,7 @@ def quantize_pipeline(
         prompt=prompt,
         batch_size=batch_size,
         trajectories=trajectories,
+        select=recipe.select,
         progress=progress,
     )
     found = calibrate(
@@ -109,7 +110,7 @@ def quantize_pipeline(
     setattr(pipeline, name, quantized)
     report = {
         "pipeline": type(pipeline).__name__,
-        "sampling": {"steps": steps, "prompt": prompt, "seed": seed},
+        "sampling": {"steps": steps, "prompt": prompt, "seed": seed, "select": recipe.select.method.value},
         "calibration": found.to_dict(),
         **describe(quantized),
     }

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, graph_file, values
-from dmq_ao.annotate import PLAN, RECIPE, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
+from dmq_ao.annotate import PLAN, RECIPE, SKELETON, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
 from dmq_ao.backends import Backend, choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
@@ -22,7 +22,6 @@ from dmq_ao.layer import LayerRecord, PackedRecords, packed_record
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.observers import ActivationObserver
 
-_SKELETON = "dmq_ao.skeleton"
 DENOISER_NAMES = ("unet", "transformer")
 
 
@@ -55,7 +54,7 @@ def prepare(
     choose(backend, device, make_plan(captured, recipe.config))
     keep = dict(captured.meta)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
-    prepared.meta.update(keep, **{_SKELETON: graph.skeleton(denoiser)})
+    prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
     _pass_timestep(prepared)
     return graph.allow_train_eval(prepared)
 
@@ -118,7 +117,7 @@ def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = Fals
         packed=packed,
         stored_graph=graph_file.stored(quantized, float_tensors),
         signature=graph.signature_of(prepared),
-        skeleton=meta[_SKELETON],
+        skeleton=meta[SKELETON],
         recipe=meta[RECIPE],
         plan=plan,
         records=records,
@@ -164,7 +163,7 @@ def _with_biases(gm: GraphModule, records: Mapping[str, LayerRecord]) -> GraphMo
 
 def _float_tensors(gm: GraphModule) -> dict[str, Tensor]:
     """What the q/dq graph still reads from the original model, by original name."""
-    original = set(gm.meta[_SKELETON].state_dict())
+    original = set(gm.meta[SKELETON].state_dict())
     reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
     return {
         graph.parameter_name(node): graph.attribute(gm, node).detach()

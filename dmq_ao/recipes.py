@@ -10,10 +10,14 @@ from dmq_ao.config import (
     FLOAT_BITS,
     MAX_BITS,
     MAX_INPUT_BITS,
+    AttentionConfig,
+    BlockReconstruction,
     ChannelScaling,
     Distillation,
     Granularity,
     Init,
+    LeftOut,
+    Override,
     PowerOfTwo,
     Protection,
     QuantConfig,
@@ -22,9 +26,12 @@ from dmq_ao.config import (
     Reduce,
     Rounding,
     RoundingMethod,
+    Selection,
+    SelectMethod,
     StepWeights,
     TensorConfig,
     Ties,
+    Weighting,
 )
 
 # Up to here a symmetric grid wastes too much on one-sided channels, and asymmetric codes still shift into int8.
@@ -147,6 +154,66 @@ def _published(bits: str, rounding: RoundingMethod, step_weights: StepWeights | 
     )
 
 
+def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compat: str | None = None) -> Recipe:
+    """EDA-DM (arXiv 2401.04585): samples by feature density and diversity, fine-grained block reconstruction.
+
+    Symmetric weights per output channel and one static range per activation, both of least error; skip connections
+    split; input and output projections at 8 bits, embeddings in float; roundings and activation steps learned block
+    by block.
+
+    Args:
+        bits: ``"w4a8"`` and the like.
+        step_weights: of the block learning; every sample alike when None, as published.
+        compat: ``"reference"`` computes as the published code does where that can be: its radius, rounding of counts
+            and one-step-one-trajectory budget, no rounding regulariser, the last registered layer of a block left out,
+            its numbers of steps and rates (those of CIFAR at W4A8), embeddings and attention's products quantized,
+            queries, keys and values by each sample's own range. Not reproduced: unsigned
+            storage of symmetric grids, its moving average of ranges, sums over tokens instead of channels, learning
+            the activation step itself instead of its logarithm, and its defects.
+
+    Raises:
+        ValueError: for a scheme that is not of this form, or another ``compat``.
+    """
+    if compat not in (None, "reference"):
+        raise ValueError(f"compat must be None or 'reference', got {compat!r}")
+    base = minmax(bits, observer="mse")
+    weight = dataclasses.replace(base.config.weight, symmetric=base.config.weight.bits > 1)
+    config = dataclasses.replace(
+        base.config,
+        weight=weight,
+        keep_float=() if compat else ("@embedding",),
+        attention=AttentionConfig(min(base.config.activation.bits, MAX_BITS)) if compat else None,
+        overrides=tuple(_eight_bits(role, weight, base.config.activation) for role in ("@input", "@output")),
+    )
+    select = Selection(SelectMethod.TDAC)
+    blocks = BlockReconstruction(step_weights=step_weights or StepWeights(Weighting.UNIFORM))
+    if compat is None:
+        return dataclasses.replace(base, name="eda_dm", config=config, select=select, blocks=blocks)
+    return dataclasses.replace(
+        base,
+        name="eda_dm-reference",
+        config=config,
+        num_samples=1024,
+        select=dataclasses.replace(select, radius=3.0, diversity_weight=1.2, minimum=0, reference_rounding=True),
+        blocks=dataclasses.replace(
+            blocks,
+            left_out=LeftOut.REGISTRATION,
+            steps=5000,
+            batch_size=32,
+            lr=0.5,
+            lr_activation=5e-4,
+            regularizer=0.0,
+            patience=250,
+        ),
+    )
+
+
+def _eight_bits(role: str, weight: TensorConfig, activation: TensorConfig) -> Override:
+    """Eight bits for the layers of a role, where the recipe gives fewer."""
+    wide = dataclasses.replace(weight, bits=max(weight.bits, MAX_BITS), symmetric=True)
+    return Override(role, wide, dataclasses.replace(activation, bits=max(activation.bits, MAX_BITS)))
+
+
 def default(bits: str = "w4a8") -> Recipe:
     """The best we know: DMQ's scales, ranges and votes, rounding in closed form, and a last distillation.
 
@@ -167,4 +234,4 @@ def default(bits: str = "w4a8") -> Recipe:
     return dataclasses.replace(base, name="default", protection=Protection(), distillation=Distillation())
 
 
-ALL_RECIPES: dict[str, Callable[..., Recipe]] = {"minmax": minmax, "dmq": dmq, "default": default}
+ALL_RECIPES: dict[str, Callable[..., Recipe]] = {"minmax": minmax, "dmq": dmq, "eda_dm": eda_dm, "default": default}

@@ -7,8 +7,9 @@ to ``state_dir`` at once; a later call takes it from there, and goes on to the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, SCALED, float_bias, observers
+from dmq_ao.annotate import PLAN, SCALED, attention_observers, float_bias, observers
+from dmq_ao.blocks import Block, Rows, find_blocks, run_block
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
 from dmq_ao.layer import LayerRecord, WeightRecord
 from dmq_ao.layer_rows import LayerRows
@@ -33,9 +35,9 @@ from dmq_ao.learn import (
     round_by_feedback,
     round_by_learning,
 )
+from dmq_ao.learn_blocks import BlockData, BlockLearning, learn_block, scaled_weight
 from dmq_ao.moments import Geometry, Moments, geometry
 from dmq_ao.observers import ActivationObserver, VoteReport, quantize_weight
-from dmq_ao.observers.channel_scale import spread
 from dmq_ao.roles import whole_name
 from dmq_ao.state import load_state, save_state
 from dmq_ao.stream import Stream, Value
@@ -123,16 +125,28 @@ class Reconstruction:
         self.watchers = observers(prepared)
         self.nodes = {name: node for name, node in graph.layer_nodes(prepared).items() if name in self.watchers}
         self.names = {node: name for name, node in self.nodes.items()}
+        self.attention = attention_observers(prepared)
         self.units = units_of(prepared)
         self.unit_of = {name: unit for unit in self.units for name in unit.layers}
         self.count = count
         self.held = held_out(len(steps), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
+        self.blocks: dict[str, BlockLearning] = {}
         self.votes: dict[str, VoteReport] = {}
         self.restored: set[int] = set()
         self.scale_gain: dict[str, tuple[float | None, int]] = {}
+        blocks = [] if recipe.blocks is None else find_blocks(prepared, recipe.blocks.left_out)
+        self.ends = {block.end: block for block in blocks if block.outputs}
+        # A node that several blocks read lives until the last of them: later blocks come later in the dictionary.
+        hold = {node: block.end for block in self.ends.values() for node in block.inputs}
         self.stream = Stream(
-            prepared, batches, self._student, set(self.names), max_memory=max_memory, folder=state_dir
+            prepared,
+            batches,
+            self._student,
+            self.names.keys() | self.attention.keys(),
+            max_memory=max_memory,
+            folder=state_dir,
+            hold=hold,
         )
         self.rows = LayerRows(prepared, self.nodes, batches, self.stream, steps, count, self.held, seed)
 
@@ -140,10 +154,12 @@ class Reconstruction:
         """Decide every unit."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.stream.run(self._before, self._after)
+        self.stream.run(self._before, self._after, self._passed)
 
     def _student(self, node: Node, args: list[Any], index: int) -> Any:
-        """A quantized layer's output on a batch."""
+        """A quantized layer's output on a batch, or a factor inside attention."""
+        if node in self.attention:
+            return self.attention[node].simulate(args[0])
         weight, activation = self.watchers[self.names[node]]
         assert weight.decided is not None
         x = args[0] if activation is None else activation.simulate(args[0], self.rows.timestep(index))
@@ -152,6 +168,8 @@ class Reconstruction:
         return node.target(x, values, bias, *args[3:])  # type: ignore[operator]
 
     def _before(self, node: Node) -> None:
+        if node in self.attention:
+            return
         name = self.names[node]
         unit = self.unit_of[name]
         if name == unit.layers[0]:
@@ -163,6 +181,8 @@ class Reconstruction:
             self._decide_weight(name, node)
 
     def _after(self, node: Node) -> None:
+        if node in self.attention:
+            return
         unit = self.unit_of[self.names[node]]
         if self.names[node] != unit.layers[-1]:
             return
@@ -242,12 +262,8 @@ class Reconstruction:
 
     def _decide_weight(self, name: str, node: Node) -> None:
         observer, activation = self.watchers[name]
-        weight = self.rows.weights[name].float()
+        weight = scaled_weight(self.prepared, node, activation)
         shape = geometry(node, weight)
-        scale = None if activation is None else activation.record().channel_scale
-        if scale is not None:
-            factors = spread(scale, len(weight), weight[0, 0].numel(), shape.groups)
-            weight = weight * factors.reshape(weight.shape)
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: its weight holds NaN or infinity; check the float checkpoint")
         try:
@@ -307,6 +323,65 @@ class Reconstruction:
                 self.rows.generator(self.rows.places[name], 3),
             )
 
+    # ---- blocks
+
+    def _passed(self, node: Node) -> None:
+        if node in self.ends:
+            self._reconstruct(self.ends[node])
+
+    def _reconstruct(self, block: Block) -> None:
+        """Learn a block whose layers are all decided, and bring the student's values up to date."""
+        file = None if self.folder is None else self.folder / f"block{block.index:04d}.safetensors"
+        saved = load_state(file, self.digest, "a block of a calibration")
+        if saved is not None:
+            meta, tensors = saved
+            self._take(serialization.layer_records(meta["layers"], tensors))
+            self.blocks[block.name] = learned = BlockLearning(**meta["learned"])
+        else:
+            learned = self._learn(block)
+            if file is not None:
+                records = {name: self._record(name) for name in block.layers}
+                meta = {"layers": serialization.layer_configs(records), "learned": asdict(learned)}
+                save_state(file, self.digest, meta, serialization.layer_tensors(records))
+        if learned.after < learned.before:
+            for node in block.live:
+                if self.stream.differs(node):
+                    self.stream.replace(node, partial(self._rerun, block, node))
+
+    def _learn(self, block: Block) -> BlockLearning:
+        config = self.recipe.blocks
+        assert config is not None
+        rows = Rows(self.prepared, self.rows.sizes)
+
+        def taken(values: dict[Node, Value]) -> Callable[[Tensor], dict[Node, Any]]:
+            return lambda chosen: {node: rows.take(node, values[node], chosen) for node in block.inputs}
+
+        students, teachers = taken(self.stream.student_values), taken(self.stream.teacher_values)
+        data = BlockData(students, teachers, self.rows.steps, self.count, self.held)
+        with torch.enable_grad():
+            learned, codes, factors = learn_block(
+                self.prepared, block, data, config, self.rows.generator(block.index, 7)
+            )
+        for name, rounded in codes.items():
+            weight, _ = self.watchers[name]
+            weight.restore(rounded, weight.bias)
+        for name, factor in factors.items():
+            activation = self.watchers[name][1]
+            assert activation is not None
+            record = activation.record()
+            activation.restore(replace(record, scale=record.scale * factor))
+        self.blocks[block.name] = learned
+        return learned
+
+    def _rerun(self, block: Block, node: Node, index: int) -> Any:
+        """The student's value of a node of a block for a batch."""
+        given = {source: self.stream.student_values[source][index] for source in block.inputs}
+
+        def layer(quantized: Node, args: list[Any], given: Mapping[Node, Any]) -> Any:
+            return self._student(quantized, args, index)
+
+        return run_block(self.prepared, block, given, layer, [node])[node]
+
     # ---- state
 
     def _file(self, unit: Unit) -> Path | None:
@@ -338,15 +413,18 @@ class Reconstruction:
         if saved is None:
             return False
         meta, tensors = saved
-        for name, record in serialization.layer_records(meta["layers"], tensors).items():
+        self._take(serialization.layer_records(meta["layers"], tensors))
+        self.learned |= {name: LayerLearning(**one) for name, one in meta["learned"].items()}
+        self.votes |= {name: VoteReport.from_dict(vote) for name, vote in meta["votes"].items()}
+        return True
+
+    def _take(self, records: Mapping[str, LayerRecord]) -> None:
+        for name, record in records.items():
             weight, activation = self.watchers[name]
             weight.restore(record.weight, record.bias)
             if activation is not None and record.activation is not None:
                 activation.channel_scale = record.activation.channel_scale
                 activation.restore(record.activation)
-            self.learned[name] = LayerLearning(**meta["learned"][name])
-        self.votes |= {name: VoteReport.from_dict(vote) for name, vote in meta["votes"].items()}
-        return True
 
 
 def _channel_ranges(seen: Value, ch_axis: int) -> tuple[Tensor, Tensor]:

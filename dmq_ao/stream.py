@@ -11,7 +11,7 @@ import ctypes
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Stream:
         *,
         max_memory: int,
         folder: Path | None = None,
+        hold: Mapping[Node, Node] | None = None,
     ) -> None:
         """A stream about to start.
 
@@ -93,22 +94,36 @@ class Stream:
             quantized: the nodes whose student differs from the teacher even on equal inputs.
             max_memory: bytes of values to hold in memory.
             folder: where the rest goes; a temporary folder when None.
+            hold: nodes whose values live until another node has run, if their readers do not need them longer.
         """
         self.gm, self.batches, self.student, self.quantized = gm, batches, student, quantized
         self.max_memory, self.folder = max_memory, folder
         self.teacher_values: dict[Node, Value] = {}
         self.student_values: dict[Node, Value] = {}
-        self.last_use = _last_uses(gm)
+        self.last_use = _last_uses(gm, hold or {})
         self.given = _given(gm)
         self.order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self.peak_bytes = self.spilled_bytes = 0
+        self._spill_to = Path()  # of the run under way
 
-    def run(self, before: Callable[[Node], None], after: Callable[[Node], None]) -> None:
-        """Go through the graph; ``before`` and ``after`` see each quantized node before and after its student ran."""
+    def run(
+        self,
+        before: Callable[[Node], None],
+        after: Callable[[Node], None],
+        passed: Callable[[Node], None] | None = None,
+    ) -> None:
+        """Go through the graph.
+
+        Args:
+            before: sees each quantized node before its student runs.
+            after: sees it afterwards.
+            passed: sees every computed node, while the values it has read are still there.
+        """
         if self.folder is not None:
             for left_over in self.folder.glob(f"{SPILLED}*"):  # of a run that was killed
                 shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=SPILLED) as folder, torch.no_grad():
+            self._spill_to = Path(folder)
             inputs = iter(range(len(self.batches[0])))
             for node in self.order:
                 if node.op == "output":
@@ -117,35 +132,43 @@ class Stream:
                     index = next(inputs)
                     self._set(node, Value([batch[index] for batch in self.batches]))
                     continue
-                self._step(node, before, after, Path(folder))
+                self._step(node, before, after)
+                if passed is not None:
+                    passed(node)
                 for used in self.last_use.get(node, ()):
                     self._free(used)
                 if node in self.quantized:
                     _return_freed()
 
-    def _step(self, node: Node, before: Callable[[Node], None], after: Callable[[Node], None], folder: Path) -> None:
+    def _step(self, node: Node, before: Callable[[Node], None], after: Callable[[Node], None]) -> None:
         differs = any(self.differs(source) for source in node.all_input_nodes)
         value = Value([])
         self._set(node, value)
-        self._fill(node, value, lambda i: self._evaluate(node, self.teacher_values, i), folder)
+        self._fill(node, value, lambda i: self._evaluate(node, self.teacher_values, i))
         if node not in self.quantized and not differs:
             return
         if node in self.quantized:
             before(node)
         value = self.student_values[node] = Value([])
         if node in self.quantized:
-            self._fill(
-                node, value, lambda i: self.student(node, self._arguments(node, self.student_values, i)[0], i), folder
-            )
+            self._fill(node, value, lambda i: self.student(node, self._arguments(node, self.student_values, i)[0], i))
             after(node)
         else:
-            self._fill(node, value, lambda i: self._evaluate(node, self.student_values, i), folder)
+            self._fill(node, value, lambda i: self._evaluate(node, self.student_values, i))
 
-    def _fill(self, node: Node, value: Value, compute: Callable[[int], Any], folder: Path) -> None:
+    def replace(self, node: Node, compute: Callable[[int], Any]) -> None:
+        """Give a node another student's value: ``compute`` of each batch's index."""
+        old, value = self.student_values[node], Value([])
+        self.student_values[node] = value
+        self._fill(node, value, compute)
+        if old is not self.teacher_values[node]:
+            old.drop()
+
+    def _fill(self, node: Node, value: Value, compute: Callable[[int], Any]) -> None:
         """Compute a value batch by batch, never holding more than the bound and one batch."""
         for index in range(len(self.batches)):
             value.items.append(compute(index))
-            self._bound(node, folder)
+            self._bound(node)
 
     def differs(self, node: Node) -> bool:
         """Whether the student's value of a node is another than the teacher's."""
@@ -182,7 +205,7 @@ class Stream:
                     found.setdefault(id(value), (node, value))
         return list(found.values())
 
-    def _bound(self, now: Node, folder: Path) -> None:
+    def _bound(self, now: Node) -> None:
         """Write what is needed last to disk until the rest fits; what ``now`` reads is needed first."""
         live = self._live()
         sizes = {id(value): value.nbytes for _, value in live}
@@ -195,7 +218,7 @@ class Stream:
                 break
             total -= sizes[id(value)]
             self.spilled_bytes += sizes[id(value)]
-            value.spill(folder / f"{node.name}-{id(value)}")
+            value.spill(self._spill_to / f"{node.name}-{id(value)}")
 
     def _next_use(self, node: Node, now: Node) -> int:
         return min((self.order[user] for user in node.users if self.order[user] >= self.order[now]), default=1 << 60)
@@ -219,12 +242,15 @@ def _given(gm: GraphModule) -> set[Node]:
     return found
 
 
-def _last_uses(gm: GraphModule) -> dict[Node, list[Node]]:
+def _last_uses(gm: GraphModule, hold: Mapping[Node, Node]) -> dict[Node, list[Node]]:
     last: dict[Node, Node] = {}
     for node in gm.graph.nodes:
         for source in node.all_input_nodes:
             last[source] = node
         last.setdefault(node, node)
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    for node, until in hold.items():
+        last[node] = max(last[node], until, key=order.__getitem__)
     found: dict[Node, list[Node]] = {}
     for source, user in last.items():
         found.setdefault(user, []).append(source)

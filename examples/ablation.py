@@ -1,4 +1,4 @@
-"""What each ingredient of DMQ brings: one-step error and same-seed images, ingredient by ingredient.
+"""What each ingredient of DMQ and EDA-DM brings: one-step error and same-seed images, ingredient by ingredient.
 
     python examples/ablation.py --models demo --bits w4a8 w4a6 -o build/ablation
     python examples/ablation.py --loaders MODELS/loaders.py --models ddpm64 flowvit -o build/ablation
@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
+import hashlib
 import json
 import os
 import time
@@ -29,28 +31,45 @@ from torch import Tensor, nn
 import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.calibration import CalibrationSet
-from dmq_ao.config import ChannelScaling, Ranges, Recipe, RoundingMethod, StepWeights, Weighting
+from dmq_ao.config import (
+    BlockReconstruction,
+    ChannelScaling,
+    Ranges,
+    Recipe,
+    Rounding,
+    RoundingMethod,
+    Selection,
+    SelectMethod,
+    StepWeights,
+    Weighting,
+)
 from dmq_ao.diffusers_adapter import load_pipeline, record_pipeline
 from dmq_ao.evaluation import image_fidelity, machine, one_step_error, peak_rss_bytes
 from dmq_ao.measure import by_timestep, held_out_states, images_of
 
 UNIFORM = StepWeights(Weighting.UNIFORM)
+EVEN, TDAC = Selection(), Selection(SelectMethod.TDAC)
+LAYERS, FBR = Rounding(RoundingMethod.ADAROUND, compensate=True), BlockReconstruction()
+BLOCKS = BlockReconstruction(layer_weight=0.0)
 TIMESTEPS = 10
 STEPS = 20
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A denoiser to measure with: calibration samples, held-out states, and a way to draw same-seed images."""
+    """A denoiser to measure with: samples by selection, held-out states, and a way to draw same-seed images."""
 
     net: nn.Module
-    samples: CalibrationSet
+    samples: Callable[[Selection], CalibrationSet]
     states: CalibrationSet
     images: Callable[[nn.Module], Tensor]
 
 
 def variants() -> dict[str, Callable[[str], Recipe]]:
-    """Recipes by name: DMQ built up, the default, and the default with one ingredient left out."""
+    """Recipes by name: DMQ and EDA-DM built up, the default, and the default with one ingredient left out.
+
+    All take the same number of samples from the same number of trajectories, uniform or by density and diversity.
+    """
     return {
         "min-max per step": _minmax,
         "+ LES": lambda bits: _with(_minmax(bits), scaling=ChannelScaling(step_weights=UNIFORM)),
@@ -59,6 +78,17 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "+ AdaRound": lambda bits: _with(recipes.dmq(bits), bias_correction=False),
         "+ bias correction = dmq": recipes.dmq,
         "dmq, rounding in closed form": _feedback,
+        "dmq, TDAC samples": lambda bits: _with(recipes.dmq(bits), select=TDAC),
+        "dmq, blocks": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=BLOCKS),
+        "dmq, FBR": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=FBR),
+        "dmq, FBR, TDAC samples": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=FBR, select=TDAC),
+        "static": lambda bits: _with(recipes.eda_dm(bits), blocks=None, select=EVEN),
+        "+ layers": lambda bits: _with(recipes.eda_dm(bits), blocks=None, rounding=LAYERS, select=EVEN),
+        "+ blocks": lambda bits: _with(recipes.eda_dm(bits), blocks=BLOCKS, select=EVEN),
+        "+ FBR": lambda bits: _with(recipes.eda_dm(bits), select=EVEN),
+        "+ TDAC samples = eda_dm": recipes.eda_dm,
+        "default, TDAC samples": lambda bits: _with(recipes.default(bits), select=TDAC),
+        "default, then FBR": lambda bits: _with(recipes.default(bits), blocks=FBR),
         "default": recipes.default,
         "default without LES": lambda bits: _with(recipes.default(bits), scaling=None),
         "default without step weights": lambda bits: _with(
@@ -93,9 +123,11 @@ def custom(loaders: Path, model: str, samples: int, trajectories: int, images: i
     """A model of a loaders file, with its authors' sampler."""
     module = load_module(loaders)
     net, run = getattr(module, model)(), samplers(module)[model]
-    recorded = _recorded(
-        folder / f"{model}-{samples}-{trajectories}.safetensors", lambda: record(net, run, trajectories, samples, 1000)
-    )
+
+    def recorded(select: Selection) -> CalibrationSet:
+        name = f"{model}-{samples}-{trajectories}{_suffix(select)}.safetensors"
+        return _recorded(folder / name, lambda: record(net, run, trajectories, samples, 1000, select))
+
     states = _recorded(
         folder / f"{model}-states.safetensors", lambda: spread(record(net, run, 8, 10_000, 2000), TIMESTEPS)
     )
@@ -109,9 +141,21 @@ def custom(loaders: Path, model: str, samples: int, trajectories: int, images: i
 def demo(samples: int, trajectories: int, images: int) -> Subject:
     """The bundled demo pipeline."""
     pipeline = load_pipeline("demo")
-    recorded = record_pipeline(pipeline, num_samples=samples, steps=STEPS, seed=1000, trajectories=trajectories)
+
+    @functools.cache
+    def recorded(select: Selection) -> CalibrationSet:
+        given = {"num_samples": samples, "trajectories": trajectories, "select": select}
+        return record_pipeline(pipeline, steps=STEPS, seed=1000, **given)
+
     states = held_out_states(pipeline, steps=STEPS, seed=2000, timesteps=TIMESTEPS)
     return Subject(pipeline.unet, recorded, states, lambda net: images_of(pipeline, net, range(images), steps=STEPS))
+
+
+def _suffix(select: Selection) -> str:
+    """Tells files of different selections apart."""
+    if select == EVEN:
+        return ""
+    return f"-{select.method.value}-{hashlib.sha256(repr(select).encode()).hexdigest()[:8]}"
 
 
 def _recorded(file: Path, make: Callable[[], CalibrationSet]) -> CalibrationSet:
@@ -123,9 +167,10 @@ def _recorded(file: Path, make: Callable[[], CalibrationSet]) -> CalibrationSet:
 
 def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int) -> dict[str, Any]:
     """Quantize and compare: both measures, time and memory."""
+    samples = subject.samples(recipe.select)
     started = time.monotonic()
-    prepared = dmq_ao.prepare(subject.net, recipe, subject.samples.example())
-    report = dmq_ao.calibrate(prepared, subject.samples, batch_size=batch_size)
+    prepared = dmq_ao.prepare(subject.net, recipe, samples.example())
+    report = dmq_ao.calibrate(prepared, samples, batch_size=batch_size)
     quantized = dmq_ao.convert(prepared)
     seconds = time.monotonic() - started
     errors = one_step_error(subject.net, quantized, by_timestep(subject.states))

@@ -54,11 +54,20 @@ def _dit(net: nn.Module, count: int, seed: int, steps: int = 20) -> Tensor:
     return ((x + 1) / 2).clamp(0, 1)
 
 
-def record(net: nn.Module, run: Sampler, trajectories: int, num_samples: int, seed: int) -> CalibrationSet:
+def record(
+    net: nn.Module,
+    run: Sampler,
+    trajectories: int,
+    num_samples: int,
+    seed: int,
+    select: str | dmq_ao.Selection = "uniform",
+) -> CalibrationSet:
     """Samples from trajectories drawn four at a time."""
-    with dmq_ao.record(net, num_samples=num_samples, seed=seed) as recorder:
+    with dmq_ao.record(net, num_samples=num_samples, seed=seed, select=select) as recorder:
         for start in range(0, trajectories, 4):
-            run(net, min(4, trajectories - start), seed + start)
+            count = min(4, trajectories - start)
+            with recorder.trajectory(part=count / (trajectories - start)):
+                run(net, count, seed + start)
     return recorder.calibration_set()
 
 
@@ -90,6 +99,7 @@ def main() -> None:
     parser.add_argument("--ranges", choices=[r.value for r in dmq_ao.Ranges], default="static", help="for minmax")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--samples", type=int, default=80, help="calibration samples")
+    parser.add_argument("--select", choices=("uniform", "normal", "tdac"), help="instead of the recipe's own")
     parser.add_argument("--trajectories", type=int, default=8, help="trajectories they are taken from")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -99,11 +109,12 @@ def main() -> None:
     net, run = getattr(loaders, args.model)(), samplers(loaders)[args.model]
 
     started = time.monotonic()
-    samples = record(net, run, trajectories=args.trajectories, num_samples=args.samples, seed=1000)
     if args.recipe == "minmax":
         recipe = dmq_ao.recipes.minmax(args.bits, power_of_two=args.power_of_two, ranges=dmq_ao.Ranges(args.ranges))
     else:
         recipe = dmq_ao.recipes.ALL_RECIPES[args.recipe](args.bits)
+    select = args.select or recipe.select
+    samples = record(net, run, trajectories=args.trajectories, num_samples=args.samples, seed=1000, select=select)
     prepared = dmq_ao.prepare(net, recipe, samples.example(), backend=args.backend)
     calibration = dmq_ao.calibrate(prepared, samples, batch_size=args.batch_size)
     quantized = dmq_ao.convert(prepared, args.backend)

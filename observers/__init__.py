@@ -1,6 +1,7 @@
 """What is seen of a tensor becomes its integers. ``ALL_OBSERVERS`` names the range estimators."""
 
 from dmq_ao.observers.activation import ActivationObserver
+from dmq_ao.observers.attention import AttentionObserver
 from dmq_ao.observers.ema import MovingAverage
 from dmq_ao.observers.histogram import Histogram
 from dmq_ao.observers.minmax import MinMax
@@ -20,6 +21,7 @@ ALL_OBSERVERS: dict[str, type[RangeEstimator]] = {
 __all__ = [
     "ALL_OBSERVERS",
     "ActivationObserver",
+    "AttentionObserver",
     "Election",
     "Histogram",
     "MSE",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torchao.quantization.pt2e.observer import ObserverBase
 from dmq_ao import graph, numerics, ops
 from dmq_ao.config import MissingStatistics, PowerOfTwo, Ranges, TensorConfig
 from dmq_ao.layer import ActivationRecord
+from dmq_ao.observers.channel_scale import round_ste
 from dmq_ao.observers.per_step import RangeEstimator, RangeTable
 from dmq_ao.observers.power_of_two import Election, Vote, VoteTable, candidate_errors
 
@@ -149,6 +151,22 @@ class ActivationObserver(ObserverBase):
                 divisor = numerics.along(record.channel_scale.to(x), self.ch_axis, x.dim())
         passed: Tensor = _Inside.apply(x, values, inside, divisor)  # type: ignore[no-untyped-call]
         return passed
+
+    def adjustable(self, x: Tensor, timestep: Tensor | None, factor: Tensor) -> Tensor:
+        """``simulate`` with every step times ``factor`` [rows], one a row of the table; both get a gradient.
+
+        Rounding passes it as if nothing had happened, clipping does not; zero points and exponents stay (LSQ, arXiv
+        1902.08153, eq. 3). Not for dynamic ranges, which have no table.
+        """
+        record = self.record()
+        scale, zero_point = self._rows(x, timestep, replace(record, scale=record.scale.to(x.device) * factor))
+        step = numerics.along(scale, 0, x.dim())
+        zero_point = numerics.along(zero_point, 0, x.dim())
+        finer, coarser = (self._steps(s, x, timestep, record) for s in (record.quantize_step, record.channel_step))
+        divisor = step if finer is None else step * ops.channel_factor(finer, record.ch_axis, x.dim())
+        multiplier = step if coarser is None else step * ops.channel_factor(coarser, record.ch_axis, x.dim())
+        codes = torch.clamp(round_ste(x.float() / divisor) + zero_point, 0, 2**record.bits - 1)
+        return ((codes - zero_point) * multiplier).to(x.dtype)
 
     def state(self) -> dict[str, Tensor]:
         """Statistics of the pass under way and what earlier passes froze, as tensors."""

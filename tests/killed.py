@@ -5,6 +5,7 @@ It imports, records and prepares once. Only children calibrate; each leaves the 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import shutil
@@ -17,13 +18,15 @@ import torch
 from plain import Plain, contents, plain_samples, seeded, small
 
 import dmq_ao
+from dmq_ao.config import BlockReconstruction
 
 
 def main(folder: Path, trials: int, seed: int) -> None:
     torch.set_num_threads(1)
     model = seeded(Plain)
     samples = plain_samples(model)
-    recipe = small(dmq_ao.recipes.default("w4a8"), steps=40)
+    recipe = dataclasses.replace(dmq_ao.recipes.default("w4a8"), blocks=BlockReconstruction())
+    recipe = small(recipe, steps=40)
     prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
     dice = random.Random(seed)
 

@@ -98,6 +98,8 @@ def small(recipe: Recipe, steps: int = 20) -> Recipe:
         changes["scaling"] = dataclasses.replace(recipe.scaling, steps=steps, positions=8)
     if recipe.rounding is not None:
         changes["rounding"] = dataclasses.replace(recipe.rounding, steps=steps, positions=16)
+    if recipe.blocks is not None:
+        changes["blocks"] = dataclasses.replace(recipe.blocks, steps=steps)
     if recipe.distillation is not None:
         changes["distillation"] = dataclasses.replace(recipe.distillation, steps=steps, checks=4)
     return dataclasses.replace(recipe, **changes)

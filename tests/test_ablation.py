@@ -43,8 +43,8 @@ def test_a_run_measures_what_is_missing(
 ) -> None:
     net = seeded(Plain)
     samples = plain_samples(net)
-    subject = ablation.Subject(net, samples, samples, lambda denoiser: _pictures(denoiser, samples))
-    chosen = ["min-max per step", "+ PTS"]
+    subject = ablation.Subject(net, lambda select: samples, samples, lambda denoiser: _pictures(denoiser, samples))
+    chosen = ["min-max per step", "+ PTS", "static"]
     ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, 8)
     kept = next((tmp_path / "plain" / "w4a8").glob("min*.json"))
     stamp = kept.stat().st_mtime_ns

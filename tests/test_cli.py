@@ -287,7 +287,7 @@ def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
     [
         pytest.param(("--bits", "w9a8"), "bits must look like 'w4a8'", id="bits"),
         pytest.param(("--backend", "cuda"), "'cuda' is not one of 'auto', 'onednn', 'reference'", id="backend"),
-        pytest.param(("--recipe", "magic"), "the recipes are ['default', 'dmq', 'minmax']", id="recipe"),
+        pytest.param(("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax']", id="recipe"),
         pytest.param(("--prompt", "a fox"), "takes no prompt", id="prompt"),
         pytest.param(("--steps", "0"), "--steps", id="steps"),
         pytest.param((*QUICK, "--keep-float", "nothing*"), "'nothing*' matches no layer", id="pattern"),
@@ -361,6 +361,17 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(doctor, "examine", interrupted)
     assert failure(130, "doctor") == "interrupted"
+
+
+def test_samples_are_selected_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    monkeypatch.setattr("dmq_ao.ptq.prepare_pipeline", lambda pipeline, recipe, **given: chosen.append(recipe))
+    monkeypatch.setattr("dmq_ao.ptq.forecast", lambda *given: {})
+    monkeypatch.setattr("dmq_ao.cli_output.forecast_text", lambda report: "")
+    for option in ((), ("--select", "tdac")):
+        run("quantize", "demo", "--dry-run", *option)
+    assert [recipe.select.method.value for recipe in chosen] == ["uniform", "tdac"]
+    assert "'best' is not one of 'uniform', 'normal', 'tdac'" in failure(2, "quantize", "demo", "--select", "best")
 
 
 def test_choices_are_those_of_the_library() -> None:

@@ -497,7 +497,12 @@ def test_recipes_survive_json(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "error", "message"),
     [
-        ("nmae", "x", ValueError, r"recipe: unknown keys \['nmae'\]; Recipe has \['bias_correction', 'config',"),
+        (
+            "nmae",
+            "x",
+            ValueError,
+            r"recipe: unknown keys \['nmae'\]; Recipe has \['bias_correction', 'blocks', 'config',",
+        ),
         ("config.wieght", {}, ValueError, r"recipe.config: unknown keys \['wieght'\]"),
         ("config.weight.bits", "8", TypeError, r"recipe.config.weight.bits: expected int, got str '8'"),
         ("config.weight.bits", True, TypeError, r"recipe.config.weight.bits: expected int, got bool True"),

@@ -10,14 +10,15 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed as dmq_ao.<name>
 
 FLOORS = (
-    "as_json numerics patch_embed size_rules values",
+    "as_json numerics patch_embed size_rules stages values",
     "config",
     "ops layer graph",
     "graph_file",
     "roles",
     "observers passes objectives calibration evaluation moments state stream",
     "annotate learn recipes serialization backends module doctor named",
-    "layer_rows roofline",
+    "layer_rows blocks roofline",
+    "learn_blocks",
     "observe reconstruct distill sensitivity",
     "calibrate",
     "quantize compile",

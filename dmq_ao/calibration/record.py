@@ -1,10 +1,10 @@
-"""Recording what a sampling loop gives its denoiser: a hook that keeps an even share of every timestep."""
+"""Recording what a sampling loop gives its denoiser: a hook that keeps a share of every timestep."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.calibration.plan import Plan
 from dmq_ao.calibration.samples import SHARED_TYPES, CalibrationSet, Shared, describe, layout, take
-from dmq_ao.config import MissingStatistics
+from dmq_ao.calibration.select import counts_of
+from dmq_ao.config import MissingStatistics, Selection, SelectMethod
 from dmq_ao.graph import TIMESTEP_NAMES, find_timestep, flatten_inputs
 
 
@@ -25,17 +27,29 @@ class _Row:
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Recorder:
-    """Holds an even share of the rows of every timestep seen; made by ``record``, which says what the arguments mean.
+class _Enough(BaseException):
+    """The trajectory has given all it is to give; nothing between the denoiser and ``trajectory`` should catch it."""
 
-    Each row draws a random priority. A timestep keeps its lowest ones, up to an equal share of ``num_samples`` that
-    shrinks as further timesteps appear; where these outnumber the samples, one row each competes for a place.
+
+class Recorder:
+    """Holds a share of the rows of every timestep seen; made by ``record``, which says what the arguments mean.
+
+    Each row draws a random priority. A timestep keeps its lowest ones, up to its share of ``num_samples``. Equal
+    shares shrink as further timesteps appear; where these outnumber the samples, one row each competes for a place.
+    For uneven shares twice as many rows are held until the shares are known.
 
     Attributes:
         num_calls: calls of the denoiser seen so far.
     """
 
-    def __init__(self, denoiser: nn.Module, num_samples: int, seed: int, timestep_arg: str | None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        num_samples: int,
+        seed: int,
+        timestep_arg: str | None,
+        select: str | Selection = SelectMethod.UNIFORM,
+    ) -> None:
         if not isinstance(denoiser, nn.Module):
             raise TypeError(
                 f"denoiser must be a torch.nn.Module, got {type(denoiser).__name__}; of a diffusers pipeline, pass"
@@ -55,6 +69,11 @@ class Recorder:
         self._rows: list[_Row] = []
         self._shared: dict[str, Shared] = {}
         self._layouts: dict[str, str] = {}
+        selection = _selection(select)
+        uneven = selection.method is not SelectMethod.UNIFORM
+        self._plan = Plan(denoiser, selection, num_samples, self._generator) if uneven else None
+        self._inside = False
+        self._part: float | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -71,12 +90,47 @@ class Recorder:
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"
                 " as recorder:`, on that very module, before torch.compile"
             )
-        rows = sorted(self._rows, key=lambda row: (row.step, row.priority))
+        rows = sorted(self._chosen(), key=lambda row: (row.step, row.priority))
         inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
         step = torch.tensor([row.step for row in rows], device="cpu")
         dtype = torch.float32 if any(isinstance(timestep, float) for timestep in self._steps) else torch.int64
         visited = torch.tensor(list(self._steps), dtype=dtype, device="cpu")
         return CalibrationSet(inputs, dict(self._shared), visited[step], step, self._timestep_arg, visited)
+
+    @contextmanager
+    def trajectory(self, part: float | None = None) -> Iterator[None]:
+        """Tell that what runs inside the ``with`` is one trajectory, of one row or of a batch.
+
+        Args:
+            part: its part of all that are still to run, itself included: 1 for the last. Where it is given and the
+                shares are uneven, the samples are spread over these trajectories, of each timestep the first call
+                counts, and a trajectory that has given its part is left early: the ``with`` ends there, as if by
+                ``break``. Without it every trajectory runs to its end.
+
+        Raises:
+            ValueError: for a ``part`` that is not above 0 and at most 1, or inside another trajectory.
+        """
+        if part is not None and not 0 < part <= 1:
+            raise ValueError(f"part must be above 0 and at most 1, got {part}")
+        if self._inside:
+            raise ValueError("a trajectory is under way; end its `with` before the next")
+        self._end_trajectory()
+        self._inside, self._part = True, part
+        try:
+            yield
+        except _Enough:
+            pass
+        finally:
+            self._end_trajectory()
+            self._inside, self._part = False, None
+
+    def _end_trajectory(self) -> None:
+        if self._plan is not None:
+            self._plan.end()
+
+    def _close(self) -> None:
+        if self._plan is not None and self._plan.features is not None:
+            self._plan.features.close()
 
     # Outside of inference mode, so that what is kept can be used under autograd later.
     @torch.inference_mode(False)
@@ -87,9 +141,55 @@ class Recorder:
         inputs, shared = _by_batch(_flat(arguments), known_shared=self._shared)
         timesteps = _per_row(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))
         self._check_like_before(inputs, shared)
-        self.num_calls += 1
-        self._thin([self._steps.setdefault(timestep, len(self._steps)) for timestep in timesteps])
+        steps = [self._steps.setdefault(timestep, len(self._steps)) for timestep in timesteps]
+        if self._plan is None:
+            self._offer(steps, range(len(steps)))
+        else:
+            self._follow(self._plan, steps, timesteps, args, kwargs)
         self._copy(inputs)
+        self.num_calls += 1
+
+    def _follow(
+        self,
+        plan: Plan,
+        steps: list[int],
+        timesteps: list[int | float],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Offer what the plan wants of a call."""
+        step, rows = steps[0], len(steps)
+        if set(steps) != {step}:
+            raise ValueError(
+                f"call {self.num_calls + 1} of the denoiser has rows at {len(set(steps))} timesteps; uneven selection"
+                " follows trajectories, which are at one timestep in every call: use select='uniform' for this loop"
+            )
+        if not self._inside and plan.begins(step):
+            plan.end()
+        if plan.starts:
+            kept = plan.begin(rows, self._part, self._held())
+            if kept is not None:
+                self._thin(kept.__getitem__, self._num_samples)
+        if plan.enough():
+            raise _Enough
+        wanted = plan.visit(step)
+        if plan.counts is None and plan.features is not None:
+            plan.features.expect(step, timesteps[0], rows, args, kwargs)
+        self._offer(steps, range(rows) if wanted is None else wanted)
+
+    def _held(self) -> list[int]:
+        held = [0] * len(self._steps)
+        for row in self._rows:
+            held[row.step] += 1
+        return held
+
+    def _chosen(self) -> list[_Row]:
+        """The rows held, or as many of them as were asked for where the pilot was all there was."""
+        plan, held = self._plan, self._held()
+        if plan is None or plan.counts is not None:
+            return self._rows
+        counts = counts_of(plan.weights(len(held)), self._num_samples, plan.selection, held)
+        return self._lowest(self._rows, counts.__getitem__)
 
     def _check_like_before(self, inputs: Mapping[str, Tensor], shared: Mapping[str, Shared]) -> None:
         layouts = {name: layout(value, per_row=name in inputs) for name, value in {**inputs, **shared}.items()}
@@ -116,16 +216,34 @@ class Recorder:
                     " record one value at a time"
                 )
 
-    def _thin(self, steps: list[int]) -> None:
+    def _offer(self, steps: list[int], wanted: Iterable[int]) -> None:
+        """Let the rows at ``wanted`` places of a batch compete for those held."""
         priorities = torch.rand(len(steps), generator=self._generator, dtype=torch.float64, device="cpu").tolist()
-        new = [_Row(step, priority, i) for i, (step, priority) in enumerate(zip(steps, priorities, strict=True))]
-        rows = sorted(self._rows + new, key=lambda row: (row.step, row.priority))
-        kept = [
+        self._rows += [_Row(steps[i], priorities[i], i) for i in wanted]
+        pilot = self._plan is not None and self._plan.counts is None
+        self._thin(self._quota, self._num_samples * (2 if pilot else 1))
+
+    def _quota(self, step: int) -> int:
+        """The most rows of a step to hold."""
+        if self._plan is None:
+            return _even_share(step, len(self._steps), self._num_samples)
+        counts = self._plan.counts
+        if counts is None:
+            return _even_share(step, len(self._steps), 2 * self._num_samples)
+        return counts[step] if step < len(counts) else self._plan.selection.minimum
+
+    def _thin(self, quota: Callable[[int], int], limit: int) -> None:
+        self._rows = sorted(self._lowest(self._rows, quota), key=lambda row: row.priority)[:limit]
+
+    @staticmethod
+    def _lowest(rows: list[_Row], quota: Callable[[int], int]) -> list[_Row]:
+        """Of each step the ``quota(step)`` rows of lowest priority."""
+        rows = sorted(rows, key=lambda row: (row.step, row.priority))
+        return [
             row
             for step, group in itertools.groupby(rows, key=lambda row: row.step)
-            for row in itertools.islice(group, _quota(step, len(self._steps), self._num_samples))
+            for row in itertools.islice(group, quota(step))
         ]
-        self._rows = sorted(kept, key=lambda row: row.priority)[: self._num_samples]
 
     def _copy(self, inputs: Mapping[str, Tensor]) -> None:
         new = [row for row in self._rows if not row.inputs]
@@ -137,32 +255,50 @@ class Recorder:
 
 @contextmanager
 def record(
-    denoiser: nn.Module, num_samples: int = 256, seed: int = 0, timestep_arg: str | None = None
+    denoiser: nn.Module,
+    num_samples: int = 256,
+    seed: int = 0,
+    timestep_arg: str | None = None,
+    select: str | Selection = SelectMethod.UNIFORM,
 ) -> Iterator[Recorder]:
     """Record what ``denoiser`` is given by whatever sampling loop runs inside the ``with``.
 
     Args:
         denoiser: any module with a timestep among its arguments, called by position or keyword.
-        num_samples: the most rows to hold, spread evenly over the timesteps.
+        num_samples: the most rows to hold, spread over the timesteps.
         seed: decides which rows; the same seed and loop give the same bytes.
         timestep_arg: name of the timestep, when it is not ``timestep``, ``timesteps`` or ``t``.
+        select: how the rows are spread: ``"uniform"``, ``"normal"`` or ``"tdac"``, or a ``Selection`` with more to
+            say. Uneven shares are decided once ``Selection.pilot`` rows have run through all timesteps; a loop that
+            says where its trajectories begin, with ``Recorder.trajectory``, can leave them early from then on.
 
     Yields:
         A ``Recorder``; its ``calibration_set()`` is what was recorded. Tensors are copied to the CPU.
 
     Raises:
         TypeError: for a denoiser that is no module, or arguments that cannot be recorded.
-        ValueError: for ``num_samples`` below 1, a timestep that is not found, or calls that do not go together.
+        ValueError: for ``num_samples`` below 1, an unknown selection, a timestep that is not found, calls that do not
+            go together, or features that are NaN or infinite.
     """
-    recorder = Recorder(denoiser, num_samples, seed, timestep_arg)
+    recorder = Recorder(denoiser, num_samples, seed, timestep_arg, select)
     handle = denoiser.register_forward_pre_hook(recorder._observe, with_kwargs=True)
     try:
         yield recorder
     finally:
         handle.remove()
+        recorder._close()
 
 
-def _quota(step: int, num_steps: int, num_samples: int) -> int:
+def _selection(select: str | Selection) -> Selection:
+    if isinstance(select, Selection):
+        return select
+    known = [method.value for method in SelectMethod]
+    if select not in known:
+        raise ValueError(f"select must be one of {known} or a Selection, got {select!r}")
+    return Selection(SelectMethod(select))
+
+
+def _even_share(step: int, num_steps: int, num_samples: int) -> int:
     # ceil((num_samples - step) / num_steps): sums to num_samples, and never grows with num_steps, so that what was
     # dropped is never missed.
     return max(1, (num_samples - step + num_steps - 1) // num_steps)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmq_ao.calibration import CalibrationSet, Recorder, record, samples
-from dmq_ao.calibration.record import _quota
+from dmq_ao.calibration.record import _even_share
 from dmq_ao.config import InvalidFile, MissingStatistics
 
 
@@ -386,8 +386,8 @@ def test_a_kept_row_does_not_keep_its_batch_in_memory() -> None:
 
 @given(num_steps=st.integers(1, 40), num_samples=st.integers(1, 60))
 def test_quotas_sum_differ_by_one_and_never_grow(num_steps: int, num_samples: int) -> None:
-    now = [_quota(step, num_steps, num_samples) for step in range(num_steps)]
-    later = [_quota(step, num_steps + 1, num_samples) for step in range(num_steps)]
+    now = [_even_share(step, num_steps, num_samples) for step in range(num_steps)]
+    later = [_even_share(step, num_steps + 1, num_samples) for step in range(num_steps)]
     assert max(now) - min(now) <= 1
     assert sum(now) == max(num_samples, num_steps)
     assert all(a >= b for a, b in zip(now, later, strict=True))
