@@ -40,6 +40,7 @@ from dmq_ao.layer import (
     shift_fits_int8,
     shifted_codes,
 )
+from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.passes.join_siblings import join_siblings
 
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
@@ -246,7 +247,7 @@ class OneDNN:
             if members:
                 kernel = _lower(gm, node, joined([records[member] for member in members]))
                 kernels |= dict.fromkeys(members, kernel)
-        _hoist_tables(gm)
+        hoist_tables(gm)
         gm.graph.eliminate_dead_code()
         gm.recompile()
         return gm, kernels
@@ -433,32 +434,3 @@ def _channels_last(gm: GraphModule, codes: Node) -> Node:
     with gm.graph.inserting_after(codes):
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
         return gm.graph.call_function(graph.aten.contiguous.default, (codes,), layout)
-
-
-def _hoist_tables(gm: GraphModule) -> None:
-    """Look all tables up at once: one stacked table and one gather instead of two small ones per layer.
-
-    Before:  index_select(table_l, 0, row)  per layer l     After:  select(index_select(stack(tables), 1, row), 0, l)
-    """
-    for rows in [node for node in gm.graph.nodes if node.target == ops.row]:
-        for dtype in (torch.float32, torch.int32):
-            reads = [user for user in rows.users if user.target == graph.aten.index_select.default]
-            chosen = [read for read in reads if _table(gm, read).dtype == dtype]
-            if not chosen:
-                continue
-            with gm.graph.inserting_after(rows):
-                tables = torch.stack([_table(gm, read) for read in chosen])
-                stacked = graph.add_tensor(gm, "tables", tables)
-            with gm.graph.inserting_after(stacked):
-                gathered = gm.graph.call_function(graph.aten.index_select.default, (stacked, 1, rows))
-            for index, read in enumerate(chosen):
-                with gm.graph.inserting_after(gathered):
-                    read.replace_all_uses_with(gm.graph.call_function(graph.aten.select.int, (gathered, 0, index)))
-                gm.graph.erase_node(read)
-
-
-def _table(gm: GraphModule, read: Node) -> Tensor:
-    """The tensor that an ``index_select`` reads; an empty one when it is computed."""
-    source = read.args[0]
-    assert isinstance(source, Node)
-    return graph.attribute(gm, source) if source.op == "get_attr" else torch.empty(0, dtype=torch.bool)
