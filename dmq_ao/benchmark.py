@@ -24,6 +24,7 @@ from dmq_ao.graph import Signature, unflatten_inputs
 from dmq_ao.measure import compiled_calls, held_out_states
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.named import NAMED, SEED, STEPS, named_denoiser
+from dmq_ao.noise import noise_tensors
 from dmq_ao.peer_benchmark import Case, Ours, side_by_side
 from dmq_ao.quantize import convert, denoiser_name, prepare
 
@@ -186,18 +187,8 @@ def _stored(folder: str, batch_size: int, backend: str) -> Timed:
 
 
 def noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
-    """Normal noise in the shapes of the example inputs; ones for whole numbers (labels, masks) and the timestep."""
-    generator = torch.Generator().manual_seed(SEED)
-    rows = signature.example[signature.batch][0][0]
-    inputs: dict[str, Any] = dict(signature.constants)
-    for name, (shape, dtype) in signature.example.items():
-        if shape and shape[0] == rows:
-            shape = (batch_size, *shape[1:])
-        value = torch.ones(shape)
-        if dtype.is_floating_point and name != signature.timestep:
-            value = torch.randn(shape, generator=generator)
-        inputs[name] = value.to(dtype)
-    return unflatten_inputs(inputs)
+    """Keyword arguments of a call of ``batch_size`` rows, noise where they are tensors."""
+    return unflatten_inputs({**signature.constants, **noise_tensors(signature, batch_size, SEED)})
 
 
 @contextmanager

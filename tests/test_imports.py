@@ -13,7 +13,7 @@ FLOORS = (
     "as_json numerics patch_embed size_rules stages values",
     "config",
     "ops layer graph",
-    "graph_file",
+    "graph_file noise",
     "roles",
     "observers passes objectives calibration evaluation moments state stream",
     "annotate learn recipes serialization backends module doctor named",
