@@ -29,7 +29,13 @@ class Backend(Protocol):
 ALL_BACKENDS: dict[str, Backend] = {"reference": Reference(), "onednn": OneDNN()}
 
 
-def choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan], packed: bool = False) -> Backend:
+def choose(
+    name: str,
+    device: torch.device,
+    plan: Mapping[str, LayerPlan],
+    packed: bool = False,
+    latency_aware: bool = False,
+) -> Backend:
     """The backend called ``name``; ``"auto"`` takes the integer kernels of ``device`` if they can run ``plan``.
 
     Args:
@@ -37,16 +43,28 @@ def choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan], packe
         device: where the denoiser is.
         plan: what the recipe does with each layer.
         packed: whether 4-bit codes are to stay packed in memory, which only ``"onednn"`` does.
+        latency_aware: whether its kernels are to be chosen by the clock, which only ``"onednn"`` has a choice of.
 
     Raises:
-        ValueError: for an unknown name, a backend of another device, or one that does not keep codes packed.
+        ValueError: for an unknown name, a backend of another device, one that does not keep codes packed or has no
+            choice of kernels, or for both wishes at once.
         UnsupportedByBackend: with the reasons, when the named backend cannot run the plan.
     """
+    if packed and latency_aware:
+        raise ValueError(
+            "packed=True saves memory at the cost of time, and latency_aware=True saves time and keeps some weights in"
+            " float for it; leave one of them out"
+        )
     backend = _choose(name, device, plan)
     if packed and backend.name != "onednn":
         raise ValueError(
             f"packed=True keeps codes packed on the 'onednn' backend only, and this denoiser on {device} would run on"
             f" {backend.name!r}; leave packed out, or use a recipe that backend='onednn' takes, on a CPU"
+        )
+    if latency_aware and backend.name != "onednn":
+        raise ValueError(
+            f"latency_aware=True chooses among kernels of the 'onednn' backend, and this denoiser on {device} would"
+            f" run on {backend.name!r}; leave latency_aware out, or use a recipe that backend='onednn' takes, on a CPU"
         )
     return backend
 

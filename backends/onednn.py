@@ -202,6 +202,9 @@ def _repeat(value: Any, dims: int) -> list[int]:
     return values * dims if len(values) == 1 else values
 
 
+Instead = Callable[[GraphModule, Node, LayerRecord], Kernel | None]
+
+
 class OneDNN:
     """int8 kernels of oneDNN, reached through PyTorch."""
 
@@ -232,8 +235,17 @@ class OneDNN:
                 )
         return reasons
 
-    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
-        """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
+    def lower(
+        self, gm: GraphModule, records: Mapping[str, LayerRecord], instead: Instead = lambda *_: None
+    ) -> tuple[GraphModule, dict[str, Kernel]]:
+        """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason.
+
+        Args:
+            gm: the graph.
+            records: of its layers.
+            instead: asked about each node that can run on integers, joint layers as one, with its record: the kernel
+                that it gave the node, or None to leave it to this backend.
+        """
         kernels: dict[str, Kernel] = {}
         outlines = {name: outline(records, name) for name in graph.layer_nodes(gm) if name in records}
         for name, node in graph.layer_nodes(gm).items():
@@ -245,7 +257,8 @@ class OneDNN:
         for name, node in graph.layer_nodes(gm).items():
             members = joint.get(name, (name,) if name in outlines else ())
             if members:
-                kernel = _lower(gm, node, joined([records[member] for member in members]))
+                record = joined([records[member] for member in members])
+                kernel = instead(gm, node, record) or _lower(gm, node, record)
                 kernels |= dict.fromkeys(members, kernel)
         hoist_tables(gm)
         gm.graph.eliminate_dead_code()
