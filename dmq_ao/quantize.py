@@ -14,12 +14,13 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, graph_file, values
 from dmq_ao.annotate import PLAN, RECIPE, SKELETON, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
-from dmq_ao.backends import Backend, choose
+from dmq_ao.backends import Backend, choose, onednn_measured
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.layer import LayerRecord, PackedRecords, packed_record
 from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.noise import noise_tensors
 from dmq_ao.observers import ActivationObserver
 
 DENOISER_NAMES = ("unet", "transformer")
@@ -78,7 +79,9 @@ def _pass_timestep(prepared: GraphModule) -> None:
     prepared.recompile()
 
 
-def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = False) -> QuantizedDenoiser:
+def convert(
+    prepared: GraphModule, backend: str = "auto", *, packed: bool = False, latency_aware: bool = False
+) -> QuantizedDenoiser:
     """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
 
     Args:
@@ -87,17 +90,22 @@ def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = Fals
         packed: keep codes of at most 4 bits two a byte in memory and unpack them in every call, which takes time;
             integer layers compute the same bits. Linears of weight-only layers then run on PyTorch's int4 kernel where
             they are bfloat16: in a bfloat16 denoiser, or under ``dmq_ao.compile(mode="max")``.
+        latency_aware: time every integer layer here and now, uncompiled, on noise in the shapes of the example inputs
+            and on as many threads as torch has, and run it in float on dequantized values where that is faster by a
+            tenth. The result means the same, up to rounding; ``layer_reports`` gives both times of those layers. They
+            come from a clock: another run may choose others. Takes about twenty calls' time and a second lowering.
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
         MissingStatistics: for an input that was never observed, by layer.
-        ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, or cannot keep codes packed.
+        ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, cannot keep codes packed, or
+            has no choice of kernels; for ``packed`` and ``latency_aware`` at once.
     """
     if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
     device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    chosen = choose(backend, device, plan, packed)
+    chosen = choose(backend, device, plan, packed, latency_aware)
     records = _records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
@@ -115,6 +123,7 @@ def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = Fals
         quantized,
         chosen,
         packed=packed,
+        latency_aware=latency_aware,
         stored_graph=graph_file.stored(quantized, float_tensors),
         signature=graph.signature_of(prepared),
         skeleton=meta[SKELETON],
@@ -126,10 +135,13 @@ def convert(prepared: GraphModule, backend: str = "auto", *, packed: bool = Fals
     )
 
 
-def lower(gm: GraphModule, backend: Backend, *, packed: bool, **known: Any) -> QuantizedDenoiser:
+def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: bool, **known: Any) -> QuantizedDenoiser:
     """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
     records = known["records"]
-    lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
+    if latency_aware:
+        lowered, kernels = onednn_measured.lower(gm, records, list(noise_tensors(known["signature"]).values()))
+    else:
+        lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     _drop_unused(lowered)
     graph.allow_train_eval(lowered)
     return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
@@ -190,6 +202,7 @@ def quantize(
     *,
     backend: str = "auto",
     packed: bool = False,
+    latency_aware: bool = False,
     state_dir: str | Path | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -204,6 +217,7 @@ def quantize(
         samples: recorded from the same denoiser.
         backend: as for ``convert``.
         packed: as for ``convert``.
+        latency_aware: as for ``convert``.
         state_dir: as for ``calibrate``, and so are the rest.
         seed: chooses the samples on which the layers' noise is measured.
         progress: show a progress bar.
@@ -225,7 +239,7 @@ def quantize(
         batch_size=batch_size,
         max_memory=max_memory,
     )
-    setattr(target, name, convert(prepared, backend, packed=packed))
+    setattr(target, name, convert(prepared, backend, packed=packed, latency_aware=latency_aware))
     return report
 
 

@@ -60,7 +60,12 @@ def _graph_text(quantized: QuantizedDenoiser, stored_graph: graph_file.StoredGra
 
 
 def load(
-    folder: str | Path, *, model: nn.Module | None = None, backend: str = "auto", packed: bool = False
+    folder: str | Path,
+    *,
+    model: nn.Module | None = None,
+    backend: str = "auto",
+    packed: bool = False,
+    latency_aware: bool = False,
 ) -> QuantizedDenoiser:
     """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
 
@@ -72,22 +77,29 @@ def load(
             diffusers' and whose graph could not be stored, or not be read by this PyTorch.
         backend: as for ``convert``.
         packed: as for ``convert``.
+        latency_aware: as for ``convert``; a file has no choice of kernels, which are timed anew at each load.
 
     Raises:
         InvalidFile: for a damaged or foreign folder, or one of another model.
         ValueError: when the model is wanted and not given.
     """
     stored = serialization.read(folder)
+    how = {"packed": packed, "latency_aware": latency_aware}
     if stored.graph is not None:
         try:
-            return _from_graph(stored, stored.graph, model, folder, backend, packed)
+            return _from_graph(stored, stored.graph, model, folder, backend, how)
         except graph_file.NotReadable:
             pass  # of another PyTorch: the model's code can still be exported
-    return _exported_again(stored, model, folder, backend, packed)
+    return _exported_again(stored, model, folder, backend, how)
 
 
 def _from_graph(
-    stored: serialization.Stored, text: str, model: nn.Module | None, folder: str | Path, backend: str, packed: bool
+    stored: serialization.Stored,
+    text: str,
+    model: nn.Module | None,
+    folder: str | Path,
+    backend: str,
+    how: Mapping[str, bool],
 ) -> QuantizedDenoiser:
     with _damage_is_named(folder):
         parts = json.loads(text)
@@ -97,10 +109,13 @@ def _from_graph(
         gm = graph_file.from_json(parts["graph"], kept.tensor)
     skeleton = _skeleton(stored, model, folder)
     _check_identity(stored, skeleton, folder)
+    chosen = choose(backend, torch.device("cpu"), plan, **how)
+    if how["latency_aware"]:
+        kept.fill_codes(gm)  # the graph is run to time it, and layers in float read theirs
     quantized = lower(
         gm,
-        choose(backend, torch.device("cpu"), plan, packed),
-        packed=packed,
+        chosen,
+        **how,
         stored_graph=graph_file.StoredGraph(json.dumps(parts["graph"]), stored.graph_constants),
         signature=signature,
         skeleton=skeleton,
@@ -210,7 +225,7 @@ def _skeleton(stored: serialization.Stored, model: nn.Module | None, folder: str
 
 
 def _exported_again(
-    stored: serialization.Stored, model: nn.Module | None, folder: str | Path, backend: str, packed: bool
+    stored: serialization.Stored, model: nn.Module | None, folder: str | Path, backend: str, how: Mapping[str, bool]
 ) -> QuantizedDenoiser:
     denoiser = _float_model(stored, model, folder)
     _check_identity(stored, denoiser, folder)
@@ -233,7 +248,7 @@ def _exported_again(
         if activation is not None and record.activation is not None:
             activation.restore(record.activation)
     prepared.meta[SQNR] = dict(stored.sqnr_db)
-    return convert(prepared, backend, packed=packed)
+    return convert(prepared, backend, **how)
 
 
 def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:
