@@ -100,6 +100,8 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     expected = packed_bytes(numel, bits)
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise ValueError(f"{numel} codes of {bits} bits take {expected} uint8, got {packed.numel()} {packed.dtype}")
+    if bits == 8:
+        return packed[:numel].clone()
     if 8 % bits == 0:  # no code crosses a byte
         codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
     else:

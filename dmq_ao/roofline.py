@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -14,8 +15,10 @@ from dmq_ao.backends import onednn
 from dmq_ao.evaluation import latency
 from dmq_ao.module import QuantizedDenoiser
 
-# Rows, inputs and outputs of the linears that the peak is measured on: shapes on which oneDNN does best.
-SHAPES = ((1024, 2048, 2048), (2048, 1024, 4096), (2048, 4096, 1024))
+# What the peak is measured on, shapes on which oneDNN does well: rows, inputs and outputs of linears; batch, channels
+# (in and out) and pixels a side of 3x3 convolutions.
+LINEARS = ((1024, 2048, 2048), (2048, 1024, 4096), (512, 512, 512))
+CONVOLUTIONS = ((4, 256, 32), (4, 512, 16), (4, 128, 64))
 
 
 def integer_macs(quantized: QuantizedDenoiser, inputs: Mapping[str, Any]) -> int:
@@ -45,30 +48,54 @@ def _linear_macs(codes: Sequence[int], *args: Any, out_shape: Sequence[int], **k
     return prod(out_shape) * codes[-1]
 
 
-def int8_peak(repeats: int = 15, shapes: Sequence[tuple[int, int, int]] = SHAPES) -> float | None:
-    """Integer multiply-accumulates per second that this machine reaches on large uint8 x int8 linears.
+def int8_peak(
+    repeats: int = 15,
+    linears: Sequence[tuple[int, int, int]] = LINEARS,
+    convolutions: Sequence[tuple[int, int, int]] = CONVOLUTIONS,
+) -> float | None:
+    """Integer multiply-accumulates per second that this machine reaches on large uint8 x int8 products.
 
-    Measured through the project's own operator, on as many threads as torch has: the best of ``shapes`` (rows, inputs,
-    outputs), each by the median of ``repeats`` calls. None where the CPU has no int8 instructions (VNNI).
+    Measured through the project's own operators, on as many threads as torch has: the best of all, each by the median
+    of ``repeats`` calls. None where the CPU has no int8 instructions (VNNI).
+
+    Args:
+        repeats: timed calls of each.
+        linears: rows, inputs, outputs.
+        convolutions: batch, channels, pixels a side.
     """
     if not onednn.has_vnni():
         return None
-    times = latency({str(shape): _Linear(*shape) for shape in shapes}, repeats=repeats)
-    return max(prod(shape) / times[str(shape)].median_ms * 1e3 for shape in shapes)
+    products = [_linear(*shape) for shape in linears] + [_convolution(*shape) for shape in convolutions]
+    times = latency({str(place): call for place, (call, _) in enumerate(products)}, repeats=repeats)
+    return max(macs / times[str(place)].median_ms * 1e3 for place, (_, macs) in enumerate(products))
 
 
-class _Linear:
-    """A linear of random codes as a call without arguments."""
+_Product = tuple[Callable[[], object], int]
 
-    def __init__(self, rows: int, inputs: int, outputs: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        codes = torch.randint(256, (rows, inputs), generator=generator, dtype=torch.uint8)
-        weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(weight, None)
-        scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-        ones, sums = torch.ones(outputs), torch.zeros(outputs)
-        self.arguments = (codes, scale, zero_point, packed, ones, sums, None, torch.float32)
 
-    def __call__(self) -> Tensor:
-        result: Tensor = torch.ops.dmq_ao.int_linear(*self.arguments)
-        return result
+def _linear(rows: int, inputs: int, outputs: int) -> _Product:
+    """A linear of random codes as a call without arguments, and its multiply-accumulates."""
+    codes, weight = _random(torch.uint8, rows, inputs), _random(torch.int8, outputs, inputs)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    call = partial(torch.ops.dmq_ao.int_linear, codes, *_scales(packed, outputs), None, torch.float32)
+    return call, rows * inputs * outputs
+
+
+def _convolution(batch: int, channels: int, side: int) -> _Product:
+    """A 3x3 convolution likewise; taps on padding count, as in ``integer_macs``."""
+    codes = _random(torch.uint8, batch, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight = _random(torch.int8, channels, channels, 3, 3)
+    geometry = ([1, 1], [1, 1], [1, 1], 1)
+    packed = torch.ops.onednn.qconv_prepack(weight, torch.ones(channels), 1.0, 0, *geometry, None)
+    arguments = (codes, *_scales(packed, channels), None, *geometry, [3, 3], torch.float32)
+    return partial(torch.ops.dmq_ao.int_conv, *arguments), batch * side**2 * channels**2 * 9
+
+
+def _random(dtype: torch.dtype, *shape: int) -> Tensor:
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max + 1, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def _scales(packed: Tensor, outputs: int) -> tuple[Tensor, ...]:
+    """What stands between the codes and the bias of an integer operator."""
+    return torch.ones(1), torch.zeros(1, dtype=torch.int32), packed, torch.ones(outputs), torch.zeros(outputs)

@@ -46,7 +46,7 @@ def test_float_products_are_no_integer_work() -> None:
 
 @needs_vnni
 def test_the_peak_is_that_of_the_best_shape() -> None:
-    peak = int8_peak(repeats=1, shapes=((256, 256, 256), (1, 64, 1)))
+    peak = int8_peak(repeats=1, linears=((256, 256, 256), (1, 64, 1)), convolutions=((1, 16, 8),))
     assert peak is not None
     assert 1e8 < peak < 1e16
 
