@@ -211,10 +211,7 @@ def _return_type(module: str, name: str) -> type:
 def _skeleton(stored: serialization.Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
     """The model without bytes: the one given, the diffusers class, or names and shapes alone."""
     if model is None and "_class_name" not in stored.model_config:
-        root = nn.Module()
-        for name, shape in stored.parameters.items():
-            graph.set_tensor(root, name, torch.empty(shape, device="meta"))
-        return root.eval()
+        return _names_and_shapes(stored.parameters)
     if model is not None:
         return graph.skeleton(model)
     try:
@@ -222,6 +219,19 @@ def _skeleton(stored: serialization.Stored, model: nn.Module | None, folder: str
             return _float_model(stored, None, folder).eval()
     except (NotImplementedError, RuntimeError):  # its constructor wants to see values
         return graph.skeleton(_float_model(stored, None, folder).eval())
+
+
+def _names_and_shapes(parameters: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    root = nn.Module()
+    for name, shape in parameters.items():
+        *path, last = name.split(".")
+        module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
+    return root.eval()
 
 
 def _exported_again(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import STEPS, Plain, assert_same, assert_same_records, flow, record, relative, seeded
+from plain import STEPS, Plain, assert_same, assert_same_records, flow, plain_samples, record, relative, seeded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -303,6 +303,31 @@ def test_the_stored_graph_needs_no_module(
     assert loaded.mean_bits == quantized.mean_bits
     dmq_ao.save(loaded, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
+
+
+class Placed(nn.Module):
+    """Tensors of its own beside modules: a parameter, a buffer of whole numbers and one that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Plain()
+        self.place = nn.Parameter(torch.randn(3, 1, 1))
+        self.register_buffer("order", torch.tensor([2, 0, 1]))
+        self.register_buffer("table", torch.randn(3, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = (x + self.place).index_select(1, self.order) * self.table
+        result: Tensor = self.inner(x, t)
+        return result
+
+
+def test_tensors_beside_modules_need_no_module_either(tmp_path: Path) -> None:
+    model = seeded(Placed)
+    saved = flow(model, RECIPES["w8a8"], plain_samples(model))[0]
+    dmq_ao.save(saved, tmp_path)
+    loaded = dmq_ao.load(tmp_path, backend="reference")
+    assert torch.equal(loaded(*inputs()), saved(*inputs()))
+    assert set(loaded.skeleton.state_dict()) == set(model.state_dict())
 
 
 def _without_graph(folder: Path) -> None:
