@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from dmq_ao.backends import onednn_fused, onednn_packed
 from dmq_ao.module import QuantizedDenoiser
-from dmq_ao.passes import join_projections, lower_precision
+from dmq_ao.passes import fast_gelu, join_projections, lower_precision
 
 Mode = Literal["default", "max"]
 
@@ -65,7 +65,10 @@ def fastest(gm: GraphModule) -> GraphModule:
     """The plan of ``"max"``: another graph of the same tensors."""
     plan = GraphModule(gm, copy.deepcopy(gm.graph))
     join_projections(plan)
-    return onednn_fused.fuse(lower_precision(onednn_packed.use_int4(plan)) if multiplies_bfloat16() else plan)
+    if multiplies_bfloat16():
+        plan = lower_precision(onednn_packed.use_int4(plan))
+    fast_gelu(plan)
+    return onednn_fused.fuse(plan)
 
 
 def multiplies_bfloat16() -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import footprint
-from ablation import custom
+from ablation import EVEN, custom
 
 import dmq_ao
 from dmq_ao import recipes
@@ -56,7 +56,8 @@ def case_of(model: str, loaders: Path | None, folder: Path) -> Case:
         raise SystemExit(f"{model} is loaded by --loaders FILE; without one there are {sorted(NAMED)}")
     size = BATCH.get(model, 4)
     subject = custom(loaders, model, *SAMPLES.get(model, (160, 32)), 0, folder / "recorded")
-    return Case(subject.net, first_rows(subject.samples, size), subject.samples, subject.states, size)
+    samples = subject.samples(EVEN)
+    return Case(subject.net, first_rows(samples, size), samples, subject.states, size)
 
 
 def ours(case: Case, names: Sequence[str]) -> dict[str, Ours]:

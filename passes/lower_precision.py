@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, ops
+from dmq_ao.passes.out_of_place import mutates, out_of_place
 from dmq_ao.values import VAL, Value
 
 aten = torch.ops.aten
@@ -86,7 +87,8 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Gra
     """
     narrow = GraphModule(gm, copy.deepcopy(gm.graph))
     narrow.meta.update(gm.meta)
-    changed = next((node for node in narrow.graph.nodes if _mutates(node)), None)
+    out_of_place(narrow)
+    changed = next((node for node in narrow.graph.nodes if mutates(node)), None)
     if changed is not None:
         warnings.warn(
             f"{changed.target} changes a tensor in place: the graph stays in its own precision", stacklevel=2
@@ -96,11 +98,6 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Gra
     narrow.graph.eliminate_dead_code()
     narrow.recompile()
     return narrow
-
-
-def _mutates(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 class _Narrowing:
