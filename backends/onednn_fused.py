@@ -51,6 +51,7 @@ def load_kernels() -> None:
             f' ninja), or use mode="default". The compiler said: {error}'
         ) from error
     torch.library.register_fake("dmq_ao_cpu::group_norm_quantize", _fake_norm)
+    torch.library.register_fake("dmq_ao_cpu::gelu_quantize", _fake_gelu)
     torch.library.register_fake("dmq_ao_cpu::attention", _fake_attention)
     torch.library.register_fake("dmq_ao_cpu::conv", onednn.fake_conv)
     torch.library.register_fake("dmq_ao_cpu::linear", onednn.fake_linear)
@@ -87,6 +88,10 @@ def _fake_norm(
     return x.new_empty((x.shape[0], *sizes, x.shape[1]), dtype=torch.uint8).movedim(-1, 1)
 
 
+def _fake_gelu(x: Tensor, scale: Tensor, zero_point: Tensor, channel_scale: Tensor | None, quant_max: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.uint8)
+
+
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, rows, width = query.shape
     return query.new_empty((batch, rows, heads, width)).transpose(1, 2)
@@ -103,6 +108,7 @@ def fuse(gm: GraphModule) -> GraphModule:
             node.replace_all_uses_with(node.all_input_nodes[0])  # torch.fx takes it for random and would keep it
             gm.graph.erase_node(node)
         elif node.target is ops.quantize:
+            _fuse_gelu(gm, node)
             _fuse_norm(gm, node)
         elif node.target is torch.ops.dmq_ao.int_conv.default:
             node.target = torch.ops.dmq_ao_cpu.conv.default
@@ -242,6 +248,21 @@ def _channels_last_input(gm: GraphModule, node: Node) -> None:
         turned = gm.graph.call_function(aten.contiguous.default, (x,), {"memory_format": torch.channels_last})
     turned.meta = dict(x.meta)
     node.replace_input_with(x, turned)
+
+
+def _fuse_gelu(gm: GraphModule, quantize: Node) -> None:
+    x, scale, zero_point, channel_scale, ch_axis, _, quant_max = quantize.args
+    assert isinstance(x, Node)
+    assert isinstance(quant_max, int)
+    gelu, _ = _behind(x, None)
+    if gelu.target is not torch.ops.dmq_ao.gelu_tanh.default or not _only_reader(gelu) or quant_max > 255:
+        return
+    if _rank(gelu) < 2 or ch_axis not in (-1, _rank(gelu) - 1):
+        return
+    with gm.graph.inserting_before(quantize):
+        args = (gelu.args[0], scale, zero_point, channel_scale, quant_max)
+        codes = gm.graph.call_function(torch.ops.dmq_ao_cpu.gelu_quantize.default, args)
+    quantize.replace_all_uses_with(codes)
 
 
 def _fuse_norm(gm: GraphModule, quantize: Node) -> None:

@@ -257,6 +257,50 @@ Tensor group_norm_quantize(const Tensor& given, const optional<Tensor>& shift, i
   return codes.movedim(-1, 1);
 }
 
+// ------------------------------------------------------------------------------------------------ GELU
+
+template <typename T>
+void gelu_codes(const T* x, int64_t rows, int64_t channels, const float* step, float zero_point, float largest,
+                uint8_t* codes) {
+  constexpr float kScale = 1.5957691216057308f;  // 2 sqrt(2 / pi): (1 + tanh(u)) / 2 is sigmoid(2 u)
+  for (int64_t row = 0; row < rows; ++row, x += channels, codes += channels) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) {
+      float value = widen(x[c]);
+      value = value / (1.0f + exponential(-kScale * (value + 0.044715f * value * value * value)));
+      value = std::nearbyint(value * step[c]) + zero_point;
+      codes[c] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(value, 0.0f), largest)));
+    }
+  }
+}
+
+// Codes of gelu(x) by the tanh formula, x [B, ..., C] with channels last.
+Tensor gelu_quantize(const Tensor& given, const Tensor& scale, const Tensor& zero_point,
+                     const optional<Tensor>& channel_scale, int64_t quant_max) {
+  const bool half = given.scalar_type() == at::kBFloat16;
+  const Tensor x = half ? given.contiguous() : given.to(at::kFloat).contiguous();
+  const int64_t channels = x.size(-1), batch = x.size(0);
+  const int64_t rows = x.numel() / std::max<int64_t>(1, channels), per_sample = rows / std::max<int64_t>(1, batch);
+  Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kByte));
+  const std::vector<float> steps = reciprocals(scale, channel_scale, channels);
+  const int64_t stride = static_cast<int64_t>(steps.size()) == channels ? 0 : channels;
+  const Tensor zeros = zero_point.to(at::kInt).contiguous();
+  const int32_t* zero = zeros.data_ptr<int32_t>();
+  const int64_t count = zeros.numel();
+  at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, channels)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin, run = 0; row < end; row += run) {  // up to the end of each sample
+      const int64_t b = row / per_sample;
+      run = std::min(end, (b + 1) * per_sample) - row;
+      const auto go = [&](const auto* data) {
+        gelu_codes(data + row * channels, run, channels, steps.data() + b * stride, static_cast<float>(zero[b % count]),
+                   static_cast<float>(quant_max), codes.data_ptr<uint8_t>() + row * channels);
+      };
+      half ? go(x.data_ptr<c10::BFloat16>()) : go(x.data_ptr<float>());
+    }
+  });
+  return codes;
+}
+
 // ------------------------------------------------------------------------------------------------ attention
 
 constexpr int64_t kLanes = 16;
@@ -472,6 +516,8 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
   m.def(
       "group_norm_quantize(Tensor x, Tensor? shift, int groups, Tensor? weight, Tensor? bias, float eps, bool silu,"
       " Tensor scale, Tensor zero_point, Tensor? channel_scale, int quant_max, int[] padding) -> Tensor");
+  m.def(
+      "gelu_quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor? channel_scale, int quant_max) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
   m.def(
       "conv(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor weight_sum,"
@@ -484,6 +530,7 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
 
 TORCH_LIBRARY_IMPL(dmq_ao_cpu, CompositeExplicitAutograd, m) {
   m.impl("group_norm_quantize", group_norm_quantize);
+  m.impl("gelu_quantize", gelu_quantize);
   m.impl("attention", attention);
   m.impl("conv", conv);
   m.impl("linear", linear);

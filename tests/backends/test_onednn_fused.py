@@ -74,6 +74,45 @@ def test_norm_and_codes_are_those_of_float64(
             assert float((codes.double() - real.clamp(0, 255)).abs().max()) <= 0.5 + 2e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 7), (1, 4, 6, 17), (5, 1, 1)])
+def test_codes_of_gelu_are_those_of_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape) * 4).to(dtype)
+    for rows in (1, shape[0]):
+        scale, zero_point = torch.rand(rows) * 0.02 + 0.01, torch.randint(0, 200, (rows,), dtype=torch.int32)
+        for channel_scale in (None, torch.rand(shape[-1]) + 0.5, torch.rand(shape[0], shape[-1]) + 0.5):
+            step = along(scale, 0, len(shape))
+            if channel_scale is not None:
+                step = step * channel_scale.reshape(-1, *[1] * (len(shape) - 2), shape[-1])
+            real = F.gelu(x.double(), approximate="tanh") / step.double() + along(zero_point, 0, len(shape))
+            codes = torch.ops.dmq_ao_cpu.gelu_quantize(x, scale, zero_point, channel_scale, 255)
+            assert (codes.dtype, codes.shape) == (torch.uint8, x.shape)
+            assert float((codes.double() - real.clamp(0, 255)).abs().max()) <= 0.5 + 2e-3
+
+
+@needs_bfloat16
+def test_a_feed_forward_is_fused() -> None:
+    class Feed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.up, self.down, self.last = (nn.Linear(*s) for s in ((8, 16), (16, 32), (32, 16), (16, 8)))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = self.first(x)
+            x = x + self.down(F.dropout(F.gelu(self.up(x), approximate="tanh"), training=self.training))
+            return self.last(x) + t.to(x.dtype)[:, None, None]
+
+    model = seeded(Feed)
+    samples = record(model, lambda step: model(torch.randn(4, 5, 8), torch.full((4,), step)))
+    quantized = flow(model, minmax("w8a8", ranges=Ranges.PER_STEP), samples, backend="onednn")[0]
+    fused, x, t = fastest(quantized.graph_module), torch.randn(4, 5, 8), torch.tensor([900, 600, 300, 0])
+    targets = [str(node.target) for node in fused.graph.nodes]
+    assert targets.count("dmq_ao_cpu.gelu_quantize.default") == 1
+    assert not [name for name in targets if "gelu." in name or "gelu_tanh" in name]
+    with torch.no_grad():
+        assert relative(fused(x, t), quantized.graph_module(x, t)) < 0.02
+
+
 def test_padding_is_the_zero_point() -> None:
     x, zero_point = torch.randn(2, 8, 5, 6), torch.tensor([7, 9], dtype=torch.int32)
     args = (x, None, 4, None, None, 1e-5, True, torch.full((2,), 0.03), zero_point, None, 255)
