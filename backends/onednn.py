@@ -387,7 +387,7 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
     kernel_dtype = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
     # The layer's power of two goes into the weight scale: exact, and the table of input scales stays shared.
     weight_scale = record.weight.scale[:, 0] * product.factor
-    weight_sum = weight.flatten(1).sum(1, dtype=torch.int32) * weight_scale
+    weight_sum = _row_sums(weight) * weight_scale
     scale_node = graph.add_tensor(gm, f"{record.name}.kernel_scale", weight_scale)
     sum_node = graph.add_tensor(gm, f"{record.name}.kernel_sum", weight_sum)
     pointwise = conv is not None and conv.is_pointwise(weight)
@@ -432,6 +432,11 @@ def _weight(
     if isinstance(product.weight, PackedWeight):
         return onednn_packed.unpacked(gm, name, product.weight, product.exponents, groups, codes.shape)
     return graph.add_tensor(gm, f"{name}.packed", prepack(codes, *args))
+
+
+def _row_sums(weight: Tensor) -> Tensor:
+    """Sums [out] int32 of the codes of each output, some rows at a time: torch widens what it sums."""
+    return torch.cat([rows.sum(1, dtype=torch.int32) for rows in weight.flatten(1).split(64)])
 
 
 def _turned(gm: GraphModule, value: Node, to: int) -> Node:
