@@ -62,7 +62,7 @@ def to_json(gm: GraphModule, float_names: Collection[str]) -> dict[str, Any]:
         NotStorable: for an operator or argument that the format does not know.
     """
     nodes = [_node_to_json(gm, node, float_names) for node in gm.graph.nodes if node.op != "output"]
-    outputs = pytree.tree_flatten(next(iter(reversed(gm.graph.nodes))).args[0])[0]
+    outputs = pytree.tree_flatten(gm.graph.output_node().args[0])[0]
     return {"nodes": nodes, "outputs": [_argument(value) for value in outputs], "single": _returns_one(gm)}
 
 
@@ -73,8 +73,10 @@ def _returns_one(gm: GraphModule) -> bool:
         NotStorable: for anything but a tensor or a flat sequence of them.
     """
     info = getattr(gm.graph._codegen, "pytree_info", None)
-    spec = None if info is None else info.out_spec
-    if spec is None or spec.is_leaf():
+    if info is None:  # a graph that returns what its last node says
+        return isinstance(gm.graph.output_node().args[0], Node)
+    spec = info.out_spec
+    if spec.is_leaf():
         return True
     if spec.type not in (tuple, list) or any(not child.is_leaf() for child in spec.children()):
         raise NotStorable(f"an answer of the form {spec}")

@@ -56,6 +56,17 @@ def test_a_graph_comes_back() -> None:
     assert graph_file.to_json(again, ()) == graph_file.to_json(gm, ())
 
 
+def test_a_graph_of_several_answers_comes_back() -> None:
+    gm = built(*CALLS)
+    output = gm.graph.output_node()
+    output.args = ((output.args[0], next(iter(gm.graph.nodes))),)
+    gm.recompile()
+    again = graph_file.from_json(graph_file.to_json(gm, ()), lambda target, home: gm.table)
+    x = torch.randn(2, 3)
+    assert isinstance(again(x), tuple)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again(x), gm(x), strict=True))
+
+
 def test_constants_travel_beside_the_graph() -> None:
     gm = built(*CALLS)
     stored = graph_file.stored(gm, ())
