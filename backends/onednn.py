@@ -42,6 +42,7 @@ from dmq_ao.layer import (
 )
 from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.passes.join_siblings import join_siblings
+from dmq_ao.values import VAL
 
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
 _library.define(
@@ -383,7 +384,7 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
     conv = None if record.kind == "linear" else _Convolution.of(node, 1 if record.kind == "conv1d" else 2)
     groups = 1 if conv is None else conv.groups
     weight = shifted_codes(product.weight, product.exponents, groups)[0].to(torch.int8)
-    out_dtype: torch.dtype = node.meta["val"].dtype
+    out_dtype: torch.dtype = node.meta[VAL].dtype
     kernel_dtype = out_dtype if out_dtype in (torch.float32, torch.bfloat16) else torch.float32
     # The layer's power of two goes into the weight scale: exact, and the table of input scales stays shared.
     weight_scale = record.weight.scale[:, 0] * product.factor

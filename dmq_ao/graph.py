@@ -434,15 +434,21 @@ def add_record_tensor(gm: GraphModule, layer: str, field: str, tensor: Tensor) -
     return read
 
 
-def set_tensor(root: nn.Module, target: str, tensor: Tensor) -> None:
-    """Put a tensor at a dotted path, creating the modules on the way: floats as parameters, the rest as buffers."""
+def place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
+    """The module that a dotted path ends in, created on the way, and the name there."""
     *path, last = target.split(".")
     module = root
     for part in path:
         if not hasattr(module, part):
             module.add_module(part, nn.Module())
         module = getattr(module, part)
-    if path and tensor.is_floating_point():
+    return module, last
+
+
+def set_tensor(root: nn.Module, target: str, tensor: Tensor) -> None:
+    """Put a tensor at a dotted path, creating the modules on the way: floats as parameters, the rest as buffers."""
+    module, last = place(root, target)
+    if module is not root and tensor.is_floating_point():
         setattr(module, last, nn.Parameter(tensor, requires_grad=False))
     else:
         module.register_buffer(last, tensor, persistent=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import json
 import sys
@@ -148,6 +149,7 @@ class _Kept:
         assert isinstance(stored.records, serialization.StoredRecords)
         self.stored, self.records = stored, stored.records
         self.codes: dict[str, str] = {}
+        self.outline = functools.cache(stored.records.without_codes)  # a layer has several tensors, one reading
 
     def tensor(self, target: str, home: Mapping[str, Any]) -> Tensor:
         """What stands at ``target`` of the graph."""
@@ -160,7 +162,7 @@ class _Kept:
             raise ValueError(f"no layer is called {name!r}")
         if field == "codes":
             self.codes[target] = name
-        found = layer.record_tensor(self.records.without_codes(name), field)
+        found = layer.record_tensor(self.outline(name), field)
         return found.reshape(home["shape"]).to(graph_file.read_dtype(home["dtype"]))
 
     def fill_codes(self, gm: GraphModule) -> None:
@@ -224,12 +226,7 @@ def _skeleton(stored: serialization.Stored, model: nn.Module | None, folder: str
 def _names_and_shapes(parameters: Mapping[str, tuple[int, ...]]) -> nn.Module:
     root = nn.Module()
     for name, shape in parameters.items():
-        *path, last = name.split(".")
-        module = root
-        for part in path:
-            if not hasattr(module, part):
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
+        module, last = graph.place(root, name)
         module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
     return root.eval()
 

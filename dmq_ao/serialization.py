@@ -98,7 +98,15 @@ class StoredRecords(Mapping[str, LayerRecord]):
         with safe_open(self._file, "pt") as opened:
             self._names = frozenset(opened.keys())
             for name, layer in self._layers.items():
-                _check_size(name, layer, opened)
+                self._check_size(name, layer, opened)
+
+    def _check_size(self, name: str, layer: Mapping[str, Any], opened: Any) -> None:
+        key, numel = f"{name}.weight", math.prod(layer["shape"])
+        if key not in self._names:
+            raise KeyError(key)
+        expected, found = numerics.packed_bytes(numel, layer["bits"]), opened.get_slice(key).get_shape()
+        if found != [expected]:
+            raise ValueError(f"{key}: {numel} codes of {layer['bits']} bits take {expected} uint8, got {found}")
 
     def __getitem__(self, name: str) -> LayerRecord:
         """The record of a layer.
@@ -153,15 +161,6 @@ class StoredRecords(Mapping[str, LayerRecord]):
     def __len__(self) -> int:
         """How many layers."""
         return len(self._layers)
-
-
-def _check_size(name: str, layer: Mapping[str, Any], opened: Any) -> None:
-    key, numel = f"{name}.weight", math.prod(layer["shape"])
-    if key not in set(opened.keys()):
-        raise KeyError(key)
-    expected, found = numerics.packed_bytes(numel, layer["bits"]), opened.get_slice(key).get_shape()
-    if found != [expected]:
-        raise ValueError(f"{key}: {numel} codes of {layer['bits']} bits take {expected} uint8, got {found}")
 
 
 def _stamp(file: Path) -> tuple[int, ...]:
