@@ -2,6 +2,7 @@
 
     python examples/ablation.py --models demo --bits w4a8 w4a6 -o build/ablation
     python examples/ablation.py --loaders MODELS/loaders.py --models ddpm64 flowvit -o build/ablation
+    python examples/ablation.py --models demo --bits w4a6 --variants "+ FBR" "+ blocks" --seeds 0 1 2 -o build/ablation
 
 Every result is a file of its own under the output folder: interrupted, the same command goes on where it stopped. At
 the end ``results.json``, ``table.md`` and ``errors.png`` hold all results found there. Errors are relative to the
@@ -16,8 +17,10 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -57,10 +60,10 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Subject:
-    """A denoiser to measure with: samples by selection, held-out states, and a way to draw same-seed images."""
+    """A denoiser to measure with: samples by selection and seed, held-out states, and what draws images."""
 
     net: nn.Module
-    samples: Callable[[Selection], CalibrationSet]
+    samples: Callable[[Selection, int], CalibrationSet]
     states: CalibrationSet
     images: Callable[[nn.Module], Tensor]
 
@@ -78,6 +81,7 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "+ AdaRound": lambda bits: _with(recipes.dmq(bits), bias_correction=False),
         "+ bias correction = dmq": recipes.dmq,
         "dmq, rounding in closed form": _feedback,
+        "dmq, rounding in closed form, TDAC samples": lambda bits: _with(_feedback(bits), select=TDAC),
         "dmq, TDAC samples": lambda bits: _with(recipes.dmq(bits), select=TDAC),
         "dmq, blocks": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=BLOCKS),
         "dmq, FBR": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=FBR),
@@ -124,9 +128,9 @@ def custom(loaders: Path, model: str, samples: int, trajectories: int, images: i
     module = load_module(loaders)
     net, run = getattr(module, model)(), samplers(module)[model]
 
-    def recorded(select: Selection) -> CalibrationSet:
-        name = f"{model}-{samples}-{trajectories}{_suffix(select)}.safetensors"
-        return _recorded(folder / name, lambda: record(net, run, trajectories, samples, 1000, select))
+    def recorded(select: Selection, seed: int) -> CalibrationSet:
+        name = f"{model}-{samples}-{trajectories}{_suffix(select)}{_seeded(seed)}.safetensors"
+        return _recorded(folder / name, lambda: record(net, run, trajectories, samples, first_seed(seed), select))
 
     states = _recorded(
         folder / f"{model}-states.safetensors", lambda: spread(record(net, run, 8, 10_000, 2000), TIMESTEPS)
@@ -143,12 +147,21 @@ def demo(samples: int, trajectories: int, images: int) -> Subject:
     pipeline = load_pipeline("demo")
 
     @functools.cache
-    def recorded(select: Selection) -> CalibrationSet:
+    def recorded(select: Selection, seed: int) -> CalibrationSet:
         given = {"num_samples": samples, "trajectories": trajectories, "select": select}
-        return record_pipeline(pipeline, steps=STEPS, seed=1000, **given)
+        return record_pipeline(pipeline, steps=STEPS, seed=first_seed(seed), **given)
 
     states = held_out_states(pipeline, steps=STEPS, seed=2000, timesteps=TIMESTEPS)
     return Subject(pipeline.unet, recorded, states, lambda net: images_of(pipeline, net, range(images), steps=STEPS))
+
+
+def first_seed(seed: int) -> int:
+    """First trajectory of the calibration samples of a run, away from those of other runs and the held-out ones."""
+    return 1000 + 10_000 * seed
+
+
+def _seeded(seed: int) -> str:
+    return f"-seed{seed}" if seed else ""
 
 
 def _suffix(select: Selection) -> str:
@@ -165,12 +178,12 @@ def _recorded(file: Path, make: Callable[[], CalibrationSet]) -> CalibrationSet:
     return CalibrationSet.load(file)
 
 
-def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int) -> dict[str, Any]:
+def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int, seed: int) -> dict[str, Any]:
     """Quantize and compare: both measures, time and memory."""
-    samples = subject.samples(recipe.select)
+    samples = subject.samples(recipe.select, seed)
     started = time.monotonic()
     prepared = dmq_ao.prepare(subject.net, recipe, samples.example())
-    report = dmq_ao.calibrate(prepared, samples, batch_size=batch_size)
+    report = dmq_ao.calibrate(prepared, samples, batch_size=batch_size, seed=seed)
     quantized = dmq_ao.convert(prepared)
     seconds = time.monotonic() - started
     errors = one_step_error(subject.net, quantized, by_timestep(subject.states))
@@ -186,36 +199,36 @@ def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int)
     }
 
 
-def run(subject: Subject, folder: Path, widths: Iterable[str], chosen: Iterable[str], batch_size: int) -> None:
-    """Measure what is not in ``folder`` yet, one file a variant and width."""
+def run(
+    subject: Subject, folder: Path, widths: Iterable[str], chosen: Iterable[str], seeds: Iterable[int], batch_size: int
+) -> None:
+    """Measure what is not in ``folder`` yet, one file a variant, width and seed."""
     expected: Tensor | None = None
-    for bits in widths:
-        for name in chosen:
-            file = folder / bits / f"{name.replace(' ', '_').replace(',', '')}.json"
-            if file.exists():
-                continue
-            if expected is None:
-                with torch.no_grad():
-                    expected = subject.images(subject.net)
-            result = {"model": folder.name, "bits": bits, "variant": name, "date": str(datetime.date.today())}
-            result |= {"machine": machine(), **measure(subject, variants()[name](bits), expected, batch_size)}
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=2) + "\n")
-            os.replace(partial, file)
-            psnr = f"PSNR {result['psnr_db']:.2f} dB (std {result['psnr_std_db']:.2f})"
-            print(
-                f"{folder.name} {bits} {name}: one-step {result['one_step_error']:.4f}, {psnr},"
-                f" {result['seconds']:.0f} s",
-                flush=True,
-            )
+    for bits, seed, name in itertools.product(widths, seeds, chosen):
+        file = folder / bits / f"{name.replace(' ', '_').replace(',', '')}{_seeded(seed)}.json"
+        if file.exists():
+            continue
+        if expected is None:
+            with torch.no_grad():
+                expected = subject.images(subject.net)
+        result = {"model": folder.name, "bits": bits, "variant": name, "seed": seed}
+        result |= {"date": str(datetime.date.today()), "machine": machine()}
+        result |= measure(subject, variants()[name](bits), expected, batch_size, seed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(partial, file)
+        psnr = f"PSNR {result['psnr_db']:.2f} dB (std {result['psnr_std_db']:.2f})"
+        what = f"{folder.name} {bits} {name}{_seeded(seed)}"
+        print(f"{what}: one-step {result['one_step_error']:.4f}, {psnr}, {result['seconds']:.0f} s", flush=True)
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
     """All results under a folder, by model, width and the order of the variants."""
     order = list(variants())
     found = [json.loads(file.read_text()) for file in folder.glob("*/*/*.json")]
-    return sorted(found, key=lambda r: (r["model"], -int(r["bits"][1]), r["bits"], order.index(r["variant"])))
+    places = ((r["model"], -int(r["bits"][1]), r["bits"], order.index(r["variant"]), r["seed"]) for r in found)
+    return [r for _, r in sorted(zip(places, found, strict=True), key=lambda pair: pair[0])]
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -228,7 +241,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "",
     ]
     for model, bits in dict.fromkeys((r["model"], r["bits"]) for r in results):
-        rows = [r for r in results if (r["model"], r["bits"]) == (model, bits)]
+        rows = over_seeds([r for r in results if (r["model"], r["bits"]) == (model, bits)])
         base = next((r["one_step_error"] for r in rows if r["variant"] == "min-max per step"), None)
         lines += [f"## {model}, {bits.upper()}", ""]
         lines += [
@@ -241,9 +254,23 @@ def table(results: list[dict[str, Any]]) -> str:
             psnr = f"{r['psnr_db']:.2f} ({r['psnr_std_db']:.2f})"
             distilled = r["recipe"]["distillation"]
             name = r["variant"] + ("" if distilled is None else f" ({distilled['steps']} steps)")
-            lines.append(f"| {name} | {r['one_step_error']:.4f} | {share} | {psnr} | {r['seconds']:.0f} | {peak} |")
+            error = f"{r['one_step_error']:.4f}" + r["spread"]
+            lines.append(f"| {name} | {error} | {share} | {psnr} | {r['seconds']:.0f} | {peak} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a variant: means over its seeds, the standard deviation of the error in ``spread``."""
+    found = []
+    for variant in dict.fromkeys(r["variant"] for r in rows):
+        same = [r for r in rows if r["variant"] == variant]
+        measured = ("one_step_error", "psnr_db", "psnr_std_db", "seconds")
+        errors = [r["one_step_error"] for r in same]
+        spread = f" ± {statistics.stdev(errors):.4f} ({len(same)} seeds)" if len(same) > 1 else ""
+        means = {key: statistics.fmean(r[key] for r in same) for key in measured}
+        found.append({**same[0], **means, "spread": spread})
+    return found
 
 
 def plot(results: list[dict[str, Any]], file: Path) -> None:
@@ -260,7 +287,7 @@ def plot(results: list[dict[str, Any]], file: Path) -> None:
     )
     for axis, (model, bits) in zip(axes.flat, panels, strict=False):
         for r in results:
-            if (r["model"], r["bits"]) == (model, bits) and not r["variant"].startswith("default "):
+            if (r["model"], r["bits"], r["seed"]) == (model, bits, 0) and not r["variant"].startswith("default "):
                 errors = r["errors_by_timestep"]
                 axis.plot(errors["timesteps"], errors["errors"], label=r["variant"], marker=".", linewidth=1)
         axis.set(title=f"{model} {bits.upper()}", xlabel="timestep", ylabel="relative one-step error", yscale="log")
@@ -278,6 +305,7 @@ def main() -> None:
     parser.add_argument("--loaders", type=Path, help="Python file with the functions and samplers of other models")
     parser.add_argument("--bits", nargs="+", default=["w8a8", "w4a8", "w4a6"])
     parser.add_argument("--variants", nargs="+", default=list(variants()), choices=list(variants()))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of calibration's trajectories and draws")
     parser.add_argument("--samples", type=int, default=160, help="calibration samples")
     parser.add_argument("--trajectories", type=int, default=32, help="trajectories they are taken from")
     parser.add_argument("--images", type=int, default=16)
@@ -289,7 +317,7 @@ def main() -> None:
     for model in args.models:
         count = (args.samples, args.trajectories, args.images)
         subject = demo(*count) if model == "demo" else custom(args.loaders, model, *count, args.out / "recorded")
-        run(subject, args.out / model, args.bits, args.variants, args.batch_size)
+        run(subject, args.out / model, args.bits, args.variants, args.seeds, args.batch_size)
     results = collect(args.out)
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "table.md").write_text(table(results) + "\n")

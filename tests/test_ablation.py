@@ -43,12 +43,14 @@ def test_a_run_measures_what_is_missing(
 ) -> None:
     net = seeded(Plain)
     samples = plain_samples(net)
-    subject = ablation.Subject(net, lambda select: samples, samples, lambda denoiser: _pictures(denoiser, samples))
+    subject = ablation.Subject(
+        net, lambda select, seed: samples, samples, lambda denoiser: _pictures(denoiser, samples)
+    )
     chosen = ["min-max per step", "+ PTS", "static"]
-    ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, 8)
+    ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, [0], 8)
     kept = next((tmp_path / "plain" / "w4a8").glob("min*.json"))
     stamp = kept.stat().st_mtime_ns
-    ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, 8)
+    ablation.run(subject, tmp_path / "plain", ["w4a8"], chosen, [0], 8)
     assert kept.stat().st_mtime_ns == stamp
     assert capsys.readouterr().out.count("one-step") == len(chosen)
     results: list[dict[str, Any]] = ablation.collect(tmp_path)
@@ -56,6 +58,10 @@ def test_a_run_measures_what_is_missing(
     text = ablation.table(results)
     assert all(f"| {name} | {r['one_step_error']:.4f} |" in text for name, r in zip(chosen, results, strict=True))
     assert results[0]["date"] in text
+    ablation.run(subject, tmp_path / "plain", ["w4a8"], ["+ PTS"], [0, 1], 8)
+    both = [r for r in ablation.collect(tmp_path) if r["variant"] == "+ PTS"]
+    assert [r["seed"] for r in both] == [0, 1]
+    assert "(2 seeds)" in ablation.table(both)
     monkeypatch.setenv("MPLBACKEND", "Agg")
     ablation.plot(results, tmp_path / "errors.png")
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")

