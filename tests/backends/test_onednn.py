@@ -571,4 +571,4 @@ def test_a_unet_equals_its_exact_graph(bits: str, tiny_unet2d: tuple[nn.Module, 
         plain = sqnr(reference(**inputs).sample, exact)
         assert plain > 25
         # A last bit of float32 moves a code now and then, here as in the reference; nothing else may differ.
-        assert sqnr(lowered(**inputs, return_dict=False)[0], exact) > plain - 3
+        assert sqnr(lowered(**inputs, return_dict=False)[0], exact) > min(plain, 60) - 3
