@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dmq_ao import recipes
     from dmq_ao.annotate import DiffusionQuantizer
+    from dmq_ao.bit_plan import BitPlan
     from dmq_ao.calibrate import CalibrationReport, calibrate
     from dmq_ao.calibration import CalibrationSet
     from dmq_ao.calibration.record import record
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
     from dmq_ao.module import QuantizedDenoiser
     from dmq_ao.quantize import convert, prepare, quantize
     from dmq_ao.saving import load, save
+    from dmq_ao.search_bits import search_bits
 
 __all__ = [
+    "BitPlan",
     "CalibrationReport",
     "CalibrationSet",
     "DiffusionQuantizer",
@@ -57,8 +60,20 @@ __all__ = [
     "recipes",
     "record",
     "save",
+    "search_bits",
 ]
-_HOMES = ("config", "annotate", "calibrate", "calibration", "compile", "module", "quantize", "saving")
+_HOMES = (
+    "config",
+    "annotate",
+    "bit_plan",
+    "calibrate",
+    "calibration",
+    "compile",
+    "module",
+    "quantize",
+    "saving",
+    "search_bits",
+)
 
 
 class _Package(ModuleType):
@@ -74,8 +89,8 @@ class _Package(ModuleType):
         raise AttributeError(f"module 'dmq_ao' has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Leave ``quantize``, ``calibrate`` and ``compile`` to the verbs: an import would put their files there."""
-        if not (name in ("calibrate", "compile", "quantize") and isinstance(value, ModuleType)):
+        """Leave the verbs that have a file of their name to themselves: an import would put their files there."""
+        if not (name in ("calibrate", "compile", "quantize", "search_bits") and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
 from dmq_ao.annotate import PLAN, RECIPE, TUNED, float_weight, observers
+from dmq_ao.bit_plan import BitPlan
 from dmq_ao.calibration import CalibrationSet
-from dmq_ao.config import Protection, Recipe
+from dmq_ao.calibration.samples import spread_over_steps
+from dmq_ao.config import BitAllocation, Protection, Recipe
 from dmq_ao.distill import DistillationReport, distill
 from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.layer import LayerPlan
@@ -31,6 +33,7 @@ from dmq_ao.learn_blocks import BlockLearning
 from dmq_ao.observe import observe, passes_of
 from dmq_ao.observers import VoteReport
 from dmq_ao.reconstruct import LayerLearning, Reconstruction, units_of
+from dmq_ao.search_bits import apply_bits, find_bits
 from dmq_ao.sensitivity import forget, protect
 
 SQNR = "dmq_ao.sqnr_db"
@@ -50,6 +53,7 @@ class CalibrationReport:
         votes: per layer that voted.
         layers: per layer of a recipe that learns.
         blocks: per block of a recipe that reconstructs them.
+        bits: of every output channel, where they were given or searched.
         distillation: of a recipe that ends with it.
         peak_bytes: largest memory of the process so far, where the system tells.
     """
@@ -61,6 +65,7 @@ class CalibrationReport:
     votes: dict[str, VoteReport] = field(default_factory=dict)
     layers: dict[str, LayerLearning] = field(default_factory=dict)
     blocks: dict[str, BlockLearning] = field(default_factory=dict)
+    bits: BitPlan | None = None
     distillation: DistillationReport | None = None
     peak_bytes: int | None = None
 
@@ -74,6 +79,7 @@ class CalibrationReport:
             "votes": {name: vote.to_dict() for name, vote in self.votes.items()},
             "layers": {name: asdict(one) for name, one in self.layers.items()},
             "blocks": {name: asdict(one) for name, one in self.blocks.items()},
+            "bits": None if self.bits is None else self.bits.summary(),
             "distillation": None if self.distillation is None else asdict(self.distillation),
             "peak_bytes": self.peak_bytes,
         }
@@ -88,6 +94,7 @@ def calibrate(
     progress: bool = True,
     batch_size: int = 8,
     max_memory: int | None = None,
+    bits: BitPlan | None = None,
 ) -> CalibrationReport:
     """Decide every range, exponent and code of a prepared denoiser. Every call starts clean.
 
@@ -100,9 +107,11 @@ def calibrate(
         batch_size: rows per forward pass; bounds the memory.
         max_memory: bytes of intermediate values a learning recipe may hold, 1.5 GiB by default; the rest goes to
             disk. One layer's own work comes on top.
+        bits: a width for each output channel, from ``dmq_ao.search_bits`` or by hand; where it is None and the
+            recipe allocates bits, they are searched first.
 
     Raises:
-        TypeError: when ``prepared`` is not prepared, or ``samples`` are no calibration set.
+        TypeError: when ``prepared`` is not prepared, ``samples`` are no calibration set, or ``bits`` no plan.
         ValueError: for non-finite activations, naming the layer; for samples that lack an argument; for a
             ``state_dir`` of another run.
         InvalidFile: for a damaged file in ``state_dir``.
@@ -114,6 +123,8 @@ def calibrate(
             f"calibrate takes a CalibrationSet, got {type(samples).__name__}; dmq_ao.record makes one from any"
             " sampling loop"
         )
+    if bits is not None and not isinstance(bits, BitPlan):
+        raise TypeError(f"bits must be a BitPlan, got {type(bits).__name__}; dmq_ao.search_bits makes one")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     started = time.monotonic()
@@ -122,7 +133,7 @@ def calibrate(
         folder.mkdir(parents=True, exist_ok=True)
     _start_clean(prepared)
     recipe: Recipe = prepared.meta[RECIPE]
-    run = _Run(prepared, samples, recipe, folder, seed if recipe.learns else 0, batch_size, progress)
+    run = _Run(prepared, samples, recipe, folder, seed if recipe.learns else 0, batch_size, progress, bits)
     found = run.learn(MAX_MEMORY if max_memory is None else max_memory) if recipe.learns else run.watch()
     sqnr = prepared.meta[SQNR] = _decide_and_measure(prepared, samples, seed)
     return CalibrationReport(
@@ -158,22 +169,31 @@ class _Run:
         seed: int,
         batch_size: int,
         progress: bool,
+        bits: BitPlan | None,
     ) -> None:
-        self.prepared, self.samples, self.recipe = prepared, samples, recipe
+        self.prepared, self.samples, self.recipe, self.bits = prepared, samples, recipe, bits
         self.seed, self.batch_size, self.progress = seed, batch_size, progress
-        self.state: dict[str, Any] = {"state_dir": folder, "digest": _digest(prepared, samples, batch_size, seed)}
+        digest = _digest(prepared, samples, batch_size, seed, bits)
+        self.state: dict[str, Any] = {"state_dir": folder, "digest": digest}
 
     def watch(self) -> dict[str, Any]:
         """Ranges and votes from the float network."""
+        if self.bits is not None:
+            apply_bits(self.prepared, self.bits)
         count = math.ceil(len(self.samples) / self.batch_size)
         with self._bar("calibrate", "batch", count * len(passes_of(self.prepared))) as bar:
-            return {"resumed": observe(self.prepared, self._batches, count, **self.state, bar=bar)}
+            resumed = observe(self.prepared, self._batches, count, **self.state, bar=bar)
+        return {"resumed": resumed, "bits": self.bits}
 
     def learn(self, max_memory: int) -> dict[str, Any]:
         """Protect, decide layer by layer, and distill, as far as the recipe asks."""
         batches = list(self._batches())
         if self.recipe.protection is not None:
             self._protect(self.recipe.protection)
+        if self.bits is None and self.recipe.allocation is not None:
+            self.bits = self._allocate(self.recipe.allocation)
+        if self.bits is not None:
+            apply_bits(self.prepared, self.bits)
         with self._bar("calibrate", "unit", len(units_of(self.prepared))) as bar:
             learning = Reconstruction(
                 self.prepared,
@@ -192,14 +212,21 @@ class _Run:
             "votes": learning.votes,
             "layers": learning.learned,
             "blocks": learning.blocks,
+            "bits": self.bits,
             "distillation": self._distill(batches, learning.held),
         }
 
     def _protect(self, protection: Protection) -> None:
-        rows = _spread(self.samples, protection.samples)
-        some = graph_arguments(self.prepared, next(iter(self.samples.select(rows).batches(len(rows)))))
+        rows = spread_over_steps(self.samples, protection.samples)
+        some = graph.graph_arguments(self.prepared, next(iter(self.samples.select(rows).batches(len(rows)))))
         with self._bar("sensitivity", "layer", len(observers(self.prepared))) as bar:
             protect(self.prepared, some, **self.state, bar=bar)
+
+    def _allocate(self, allocation: BitAllocation) -> BitPlan:
+        with self._bar("bits", "layer", len(observers(self.prepared))) as bar:
+            return find_bits(
+                self.prepared, self.samples, allocation, batch_size=self.batch_size, bar=bar, **self.state
+            )
 
     def _distill(self, batches: list[list[Tensor]], held: Tensor) -> DistillationReport | None:
         config = self.recipe.distillation
@@ -210,32 +237,10 @@ class _Run:
             return distill(self.prepared, batches, config, held, shared=shared, seed=self.seed, **self.state, bar=bar)
 
     def _batches(self) -> Iterator[list[Tensor]]:
-        return (graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
+        return (graph.graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
 
     def _bar(self, what: str, unit: str, total: int) -> tqdm[Any]:
         return tqdm(total=total, disable=not self.progress, unit=unit, desc=what)
-
-
-def _spread(samples: CalibrationSet, count: int) -> Tensor:
-    """Indices of samples at steps spread over the schedule, from the first to the last."""
-    order = torch.argsort(samples.step, stable=True)
-    places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
-    return order[places]
-
-
-def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors in the graph's order, on its device, from keyword arguments of the denoiser.
-
-    Raises:
-        ValueError: when the samples lack an argument that the graph takes.
-    """
-    flat = graph.flatten_inputs(inputs)
-    names = graph.signature_of(gm).names
-    missing = [name for name in names if name not in flat]
-    if missing:
-        raise ValueError(f"the samples lack {missing}, which the prepared denoiser takes; they hold {sorted(flat)}")
-    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-    return [torch.as_tensor(flat[name]).to(device) for name in names]
 
 
 class _Measure(Interpreter):
@@ -281,7 +286,7 @@ def _decide_and_measure(prepared: GraphModule, samples: CalibrationSet, seed: in
     rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MEASURED_ROWS]
     with torch.no_grad():
         inputs = next(iter(samples.select(rows).batches(MEASURED_ROWS)))
-        return _Measure(prepared).measure(graph_arguments(prepared, inputs))
+        return _Measure(prepared).measure(graph.graph_arguments(prepared, inputs))
 
 
 def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
@@ -289,11 +294,12 @@ def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
     return {name: one.election.report() for name, one in inputs.items() if one.election is not None}
 
 
-def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int) -> str:
+def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int, bits: BitPlan | None) -> str:
     plan: dict[str, LayerPlan] = prepared.meta[PLAN]
     recipe: Recipe = prepared.meta[RECIPE]
     layers = (recipe.scaling, recipe.rounding, recipe.bias_correction)
-    learning = [str(stage) for stage in (*layers, recipe.blocks, recipe.protection, recipe.distillation)]
+    stages = (*layers, recipe.blocks, recipe.protection, recipe.allocation, recipe.distillation)
+    learning = [*map(str, stages), None if bits is None else bits.to_dict()]
     text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning, seed])
     digest = hashlib.sha256(text.encode())
     for _, parameter in sorted(prepared.named_parameters()):

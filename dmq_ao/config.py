@@ -15,9 +15,12 @@ from typing import Any
 
 from dmq_ao.as_json import plain, typed
 from dmq_ao.stages import AttentionConfig as AttentionConfig
+from dmq_ao.stages import BitAllocation as BitAllocation
 from dmq_ao.stages import BlockReconstruction as BlockReconstruction
 from dmq_ao.stages import LeftOut as LeftOut
 from dmq_ao.stages import Reduce as Reduce
+from dmq_ao.stages import Scope as Scope
+from dmq_ao.stages import Scorer as Scorer
 from dmq_ao.stages import Selection as Selection
 from dmq_ao.stages import SelectMethod as SelectMethod
 from dmq_ao.stages import StepWeights as StepWeights
@@ -361,6 +364,7 @@ class Recipe:
         bias_correction: take the mean error of each layer's output out of its bias.
         blocks: roundings and activation steps learned block by block, after their layers; None for none.
         protection: more bits for the most sensitive layers; None for none. Calibration turns it into overrides.
+        allocation: a width for each output channel; None for the same in a layer.
         distillation: a last stage over the whole denoiser; None for none.
     """
 
@@ -374,17 +378,31 @@ class Recipe:
     bias_correction: bool = False
     blocks: BlockReconstruction | None = None
     protection: Protection | None = None
+    allocation: BitAllocation | None = None
     distillation: Distillation | None = None
 
     @property
     def learns(self) -> bool:
         """Whether calibration goes layer by layer, each seeing the layers before it quantized."""
-        stages = (self.scaling, self.rounding, self.blocks, self.protection, self.distillation)
+        stages = (self.scaling, self.rounding, self.blocks, self.protection, self.allocation, self.distillation)
         return self.bias_correction or any(stage is not None for stage in stages)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+        self._check_learned_rounding()
+
+    def _check_learned_rounding(self) -> None:
+        """Learned rounding chooses between two neighbouring codes of one width a layer."""
+        adaround = self.rounding is not None and self.rounding.method is RoundingMethod.ADAROUND
+        if not adaround and self.blocks is None:
+            return
+        weights = [self.config.weight, *(o.weight for o in self.config.overrides if o.weight)]
+        if self.allocation is not None or any(weight.bits == 1 for weight in weights):
+            raise ValueError(
+                "AdaRound and blocks learn codes of one width a layer, of 2 bits or more; with an allocation, or one"
+                " bit, use Rounding(method=RoundingMethod.FEEDBACK)"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; ``Recipe.from_dict`` is its inverse."""

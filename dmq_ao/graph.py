@@ -465,3 +465,18 @@ def allow_train_eval(gm: GraphModule) -> GraphModule:
     for name in ("train", "eval"):
         gm.__dict__.pop(name, None)
     return gm
+
+
+def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors in the graph's order, on its device, from keyword arguments of the denoiser.
+
+    Raises:
+        ValueError: when the samples lack an argument that the graph takes.
+    """
+    flat = flatten_inputs(inputs)
+    names = signature_of(gm).names
+    missing = [name for name in names if name not in flat]
+    if missing:
+        raise ValueError(f"the samples lack {missing}, which the prepared denoiser takes; they hold {sorted(flat)}")
+    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    return [torch.as_tensor(flat[name]).to(device) for name in names]

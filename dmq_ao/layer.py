@@ -7,6 +7,7 @@ The graph, the files and the kernels all read the record::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dmq_ao import numerics
-from dmq_ao.config import PowerOfTwo, Ranges, TensorConfig
+from dmq_ao.config import PowerOfTwo, Ranges, Recipe, TensorConfig
 
 # Up to here two codes share a byte.
 PACKED_BITS = 4
@@ -110,11 +111,12 @@ class WeightRecord:
     """A layer's weight as codes.
 
     Attributes:
-        bits: width of a code.
+        bits: width of a code, of the widest where they differ.
         symmetric: signed int8 codes with zero point 0, else uint8 codes.
         codes: [out, ...] of the weight's own shape.
         scale: [out, groups] float32; groups run over the flattened input axes.
         zero_point: [out, groups] int32.
+        channel_bits: [out] uint8, the width of each output channel's codes; None where all have ``bits``.
     """
 
     bits: int
@@ -122,6 +124,31 @@ class WeightRecord:
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    channel_bits: Tensor | None = None
+
+    @property
+    def row_bits(self) -> int | Tensor:
+        """What ``numerics.quantize_rows`` takes as the widths."""
+        return self.bits if self.channel_bits is None else self.channel_bits
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean width of a code."""
+        return float(self.bits) if self.channel_bits is None else float(self.channel_bits.double().mean())
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes that the codes take in a file, every width packed by itself."""
+        each = self.codes.numel() // len(self.codes)
+        return sum(numerics.packed_bytes(count * each, bits) for bits, count in self.segments)
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Widths in ascending order, each with the number of output channels that have it."""
+        if self.channel_bits is None:
+            return [(self.bits, len(self.codes))]
+        widths, counts = self.channel_bits.unique(return_counts=True)
+        return list(zip(widths.tolist(), counts.tolist(), strict=True))
 
     def dequantize(self) -> Tensor:
         """The float32 weight that the codes stand for."""
@@ -145,7 +172,15 @@ class PackedWeight(WeightRecord):
     offset: int
     shape: torch.Size
 
-    def __init__(self, bits: int, symmetric: bool, codes: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+    def __init__(
+        self,
+        bits: int,
+        symmetric: bool,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        channel_bits: Tensor | None = None,
+    ) -> None:
         """Pack ``codes``; the arguments are those of ``WeightRecord``, so that ``dataclasses.replace`` works.
 
         Raises:
@@ -155,7 +190,7 @@ class PackedWeight(WeightRecord):
         packed = numerics.pack_rows(codes.flatten(1) + offset)
         own = {"packed": packed, "offset": offset, "shape": codes.shape}
         same = {"bits": bits, "symmetric": symmetric, "scale": scale, "zero_point": zero_point}
-        for name, value in (own | same).items():
+        for name, value in (own | same | {"channel_bits": channel_bits}).items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
 
     @property
@@ -187,8 +222,9 @@ class LayerRecord:
     def stored_bits(self) -> int:
         """Bits that the record takes in a file."""
         weight, activation = self.weight, self.activation
-        bits = 8 * numerics.packed_bytes(weight.codes.numel(), weight.bits) + 32 * weight.scale.numel()
+        bits = 8 * weight.code_bytes + 32 * weight.scale.numel()
         bits += 0 if weight.symmetric else 8 * weight.zero_point.numel()
+        bits += 0 if weight.channel_bits is None else 8 * len(weight.channel_bits)
         bits += 0 if self.bias is None else 32 * self.bias.numel()
         if activation is None:
             return bits
@@ -196,6 +232,26 @@ class LayerRecord:
         bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
         bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
+
+
+def overhead_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
+    """Bits of a record besides its codes, before there is one: at most, where a scale or a vote may be refused.
+
+    Args:
+        item: the plan.
+        shape: of the weight.
+        steps: rows of ranges per timestep.
+        recipe: that it is of.
+    """
+    assert item.weight is not None
+    scales = shape[0] if item.weight.group_size is None else math.prod(shape) // item.weight.group_size
+    bits = scales * (32 if item.weight.symmetric else 40)
+    if item.activation is None:
+        return bits
+    pair = 32 + 8 * zero_point_dtype(item.activation.bits).itemsize
+    row = {Ranges.STATIC: pair, Ranges.PER_STEP: (pair + 32) * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
+    row += 0 if recipe.scaling is None else 32 * shape[1]
+    return bits + row + (0 if item.power_of_two is None else 8 * shape[1])
 
 
 def outline(records: Mapping[str, LayerRecord], name: str) -> LayerRecord:
@@ -210,7 +266,7 @@ def joined(records: Sequence[LayerRecord]) -> LayerRecord:
         return records[0]
     first, weights = records[0], [record.weight for record in records]
     weight = WeightRecord(
-        first.weight.bits,
+        max(one.bits for one in weights),
         first.weight.symmetric,
         torch.cat([one.codes for one in weights]),
         torch.cat([one.scale for one in weights]),
@@ -247,9 +303,10 @@ def packed_record(record: LayerRecord) -> LayerRecord:
     weight = record.weight
     if weight.bits > PACKED_BITS or isinstance(weight, PackedWeight):
         return record
-    return replace(
-        record, weight=PackedWeight(weight.bits, weight.symmetric, weight.codes, weight.scale, weight.zero_point)
+    packed = PackedWeight(
+        weight.bits, weight.symmetric, weight.codes, weight.scale, weight.zero_point, weight.channel_bits
     )
+    return replace(record, weight=packed)
 
 
 class PackedRecords(Mapping[str, LayerRecord]):

@@ -213,12 +213,12 @@ def _starts(inputs: Sequence[ScaledInput], config: ChannelScaling) -> list[Tenso
         if config.init is Init.ONES:
             starts.append(torch.ones_like(peak))
             continue
-        weights = torch.stack([_input_peak(weight, rows.x.shape[2]) for _, weight, _, rows in given.members])
+        weights = torch.stack([input_peak(weight, rows.x.shape[2]) for _, weight, _, rows in given.members])
         starts.append(closed_form(peak, weights.amax(0), config.migration, config.limit))
     return starts
 
 
-def _input_peak(weight: Tensor, groups: int) -> Tensor:
+def input_peak(weight: Tensor, groups: int) -> Tensor:
     """Largest absolute weight [C] of each input channel."""
     peaks = weight.abs().reshape(*weight.shape[:2], -1).amax(2)
     return peaks.reshape(groups, len(weight) // groups, -1).amax(1).flatten()
@@ -247,6 +247,7 @@ def round_by_feedback(
     estimator: type[RangeEstimator],
     moments: Sequence[Moments],
     rounding: Rounding,
+    channel_bits: Tensor | None = None,
 ) -> WeightRecord:
     """Codes of ``weight`` [out, ...] by error feedback, on a grid fitted to them.
 
@@ -259,6 +260,7 @@ def round_by_feedback(
         estimator: of the weight's range.
         moments: of the inputs, one a group.
         rounding: damping and the like.
+        channel_bits: [out], a width for each output channel; None for ``config.bits``.
     """
     parts = weight.flatten(1).chunk(len(moments))
     moved, covariances = [], []
@@ -270,12 +272,17 @@ def round_by_feedback(
         moved.append(part)
         covariances.append(covariance)
     target = torch.cat(moved)
-    grid = quantize_weight(target.reshape(weight.shape), config, estimator)
+    grid = quantize_weight(target.reshape(weight.shape), config, estimator, channel_bits)
     rows = [slice(i * len(parts[0]), (i + 1) * len(parts[0])) for i in range(len(parts))]
     codes = torch.cat(
         [
             round_with_feedback(
-                part, covariance, grid.scale[where], grid.zero_point[where], config.bits, config.symmetric
+                part,
+                covariance,
+                grid.scale[where],
+                grid.zero_point[where],
+                config.bits if channel_bits is None else channel_bits[where],
+                config.symmetric,
             )
             for part, covariance, where in zip(moved, covariances, rows, strict=True)
         ]

@@ -16,7 +16,7 @@ from dmq_ao import size_rules
 from dmq_ao.config import Recipe
 from dmq_ao.graph import Signature, flatten_inputs
 from dmq_ao.graph_file import StoredGraph
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, outline
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -85,11 +85,18 @@ class QuantizedDenoiser(nn.Module):
 
     def _layer_report(self, item: LayerPlan) -> dict[str, Any]:
         kernel = self.kernels.get(item.name, Kernel("float"))
+        bits: float = self.float_bits if item.weight is None else item.weight.bits
+        widths = {}
+        if item.name in self.records:
+            weight = outline(self.records, item.name).weight
+            if weight.channel_bits is not None:
+                bits, widths = round(weight.mean_bits, 2), {"channels_by_bits": dict(weight.segments)}
         return {
             "name": item.name,
             "kind": item.kind,
             "status": "float" if item.weight is None else "quantized",
-            "weight_bits": self.float_bits if item.weight is None else item.weight.bits,
+            "weight_bits": bits,
+            **widths,
             "activation_bits": self.float_bits if item.activation is None else item.activation.bits,
             "kernel": kernel.name,
             "sqnr_db": self.sqnr_db.get(item.name),

@@ -52,6 +52,48 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant
     return torch.clamp(torch.round(x.float() / scale) + zero_point, quant_min, quant_max)
 
 
+def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, symmetric: bool) -> Tensor:
+    """Codes of the rows of a weight as float32, each row of its own width.
+
+    One bit is a sign: the codes ``zero_point - 1`` and ``zero_point + 1``, for {0, d} has no negative value, or no
+    positive one, and more than twice the error.
+
+    Args:
+        x: [rows, ...], float.
+        scale: broadcasts against ``x``, and so does ``zero_point``.
+        zero_point: integer codes; 1 in asymmetric rows of one bit.
+        bits: of all rows, or [rows].
+        symmetric: signed codes with zero point 0.
+    """
+    if isinstance(bits, int) and bits > 1:
+        return quantize(x, scale, zero_point, *code_range(bits, symmetric))
+    widths = torch.as_tensor(bits, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
+    levels = torch.exp2(widths.float())
+    low, high = (-levels / 2, levels / 2 - 1) if symmetric else (torch.zeros_like(levels), levels - 1)
+    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, low, high)
+    return torch.where(widths == 1, zero_point + torch.where(x < 0, -1.0, 1.0), codes)
+
+
+def sign_qparams(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [rows] of one-bit rows [rows, n]: the mean absolute value is the least-squares scale."""
+    scale = rows.float().abs().mean(1).clamp_min(EPS)
+    return scale, torch.full_like(scale, 0 if symmetric else 1, dtype=torch.int32)
+
+
+def to_unsigned(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """Codes of a weight as int16 in ``[0, 2**bits - 1]``, to be packed."""
+    if bits == 1:
+        return (codes.to(torch.int16) + symmetric) >> 1
+    return codes.to(torch.int16) - code_range(bits, symmetric)[0]
+
+
+def from_unsigned(stored: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """The inverse of ``to_unsigned`` on uint8 ``stored``: int8 codes where symmetric, else uint8; may reuse memory."""
+    # Bytes wrap around: what is below zero then reads right as a signed one.
+    codes = stored.mul_(2).sub_(int(symmetric)) if bits == 1 else stored.sub_(-code_range(bits, symmetric)[0])
+    return codes.view(torch.int8) if symmetric else codes
+
+
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Real values ``(codes - zero_point) * scale`` in float32."""
     return (codes.float() - zero_point) * scale

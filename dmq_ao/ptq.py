@@ -13,12 +13,13 @@ from torch.fx import GraphModule
 from dmq_ao import graph
 from dmq_ao.annotate import PLAN, float_weight, observers
 from dmq_ao.calibrate import calibrate
-from dmq_ao.config import Ranges, Recipe
+from dmq_ao.config import Recipe
 from dmq_ao.diffusers_adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
 from dmq_ao.evaluation import folder_bytes
-from dmq_ao.layer import LayerPlan, zero_point_dtype
+from dmq_ao.layer import LayerPlan, overhead_bits
 from dmq_ao.measure import float_bytes
 from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.numerics import packed_bytes
 from dmq_ao.quantize import convert, denoiser_name, prepare
 
 EXAMPLE_STEPS = 2  # fewer are too few for some samplers
@@ -198,12 +199,4 @@ def _weight_shapes(prepared: GraphModule) -> dict[str, tuple[int, ...]]:
 def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
     """As ``LayerRecord.stored_bits`` will count, before there is a record: at most, where something may be refused."""
     assert item.weight is not None
-    numel = math.prod(shape)
-    scales = shape[0] if item.weight.group_size is None else numel // item.weight.group_size
-    bits = -(-numel // 8) * 8 * item.weight.bits + scales * (32 if item.weight.symmetric else 40)
-    if item.activation is None:
-        return bits
-    pair = 32 + 8 * zero_point_dtype(item.activation.bits).itemsize
-    row = {Ranges.STATIC: pair, Ranges.PER_STEP: (pair + 32) * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
-    row += 0 if recipe.scaling is None else 32 * shape[1]
-    return bits + row + (0 if item.power_of_two is None else 8 * shape[1])
+    return 8 * packed_bytes(math.prod(shape), item.weight.bits) + overhead_bits(item, shape, steps, recipe)

@@ -11,6 +11,7 @@ from dmq_ao.config import (
     MAX_BITS,
     MAX_INPUT_BITS,
     AttentionConfig,
+    BitAllocation,
     BlockReconstruction,
     ChannelScaling,
     Distillation,
@@ -26,6 +27,8 @@ from dmq_ao.config import (
     Reduce,
     Rounding,
     RoundingMethod,
+    Scope,
+    Scorer,
     Selection,
     SelectMethod,
     StepWeights,
@@ -234,4 +237,54 @@ def default(bits: str = "w4a8") -> Recipe:
     return dataclasses.replace(base, name="default", protection=Protection(), distillation=Distillation())
 
 
-ALL_RECIPES: dict[str, Callable[..., Recipe]] = {"minmax": minmax, "dmq": dmq, "eda_dm": eda_dm, "default": default}
+def mpq_dm(
+    bits: str = "w3a6",
+    *,
+    mean_bits: float | None = None,
+    scorer: Scorer = Scorer.ERROR_GAIN,
+    compat: str | None = None,
+) -> Recipe:
+    """MPQ-DM (arXiv 2412.11549): a width for each output channel under a budget of mean bits.
+
+    Channel scales in closed form, refined by learning; bits by what they save over the whole model; error feedback,
+    bias correction and ranges per timestep as in ``default``; a last distillation.
+
+    Args:
+        bits: mean bits of the weights and bits of the activations: ``"w2a6"``, ``"w3a6"``, ``"w4a4"`` and the like.
+        mean_bits: of the weights, where it is no whole number.
+        scorer: of channels; ``KURTOSIS`` moves bits inside each layer, equally many channels up and down.
+        compat: ``"reference"`` allocates as the published code does: scales in closed form only, kurtosis, none or a
+            tenth of the channels moved, nearest rounding on grids of least error. Not reproduced: its search on
+            min-max grids, activations that are float in the search, and its training on trajectories.
+
+    Raises:
+        ValueError: for a scheme that is not of this form, or another ``compat``.
+    """
+    if compat not in (None, "reference"):
+        raise ValueError(f"compat must be None or 'reference', got {compat!r}")
+    if compat == "reference":
+        base = minmax(bits, ranges=Ranges.PER_STEP, observer="mse")
+        weight = dataclasses.replace(base.config.weight, symmetric=False)
+        return dataclasses.replace(
+            base,
+            name="mpq_dm-reference",
+            config=dataclasses.replace(base.config, weight=weight),
+            split_concat=False,
+            scaling=ChannelScaling(steps=0),
+            allocation=BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER, groups=1),
+        )
+    allocation = (
+        BitAllocation(mean_bits=mean_bits)
+        if scorer is Scorer.ERROR_GAIN
+        else BitAllocation(scorer=scorer, scope=Scope.LAYER)
+    )
+    return dataclasses.replace(default(bits), name="mpq_dm", allocation=allocation)
+
+
+ALL_RECIPES: dict[str, Callable[..., Recipe]] = {
+    "minmax": minmax,
+    "dmq": dmq,
+    "eda_dm": eda_dm,
+    "mpq_dm": mpq_dm,
+    "default": default,
+}

@@ -267,7 +267,7 @@ class Reconstruction:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{name}: its weight holds NaN or infinity; check the float checkpoint")
         try:
-            nearest = quantize_weight(weight, observer.config, observer.estimator)
+            nearest = quantize_weight(weight, observer.config, observer.estimator, observer.channel_bits)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         rounding = self.recipe.rounding
@@ -308,7 +308,9 @@ class Reconstruction:
     ) -> WeightRecord:
         observer, _ = self.watchers[name]
         if rounding.method is RoundingMethod.FEEDBACK:
-            return round_by_feedback(weight, observer.config, observer.estimator, moments, rounding)
+            return round_by_feedback(
+                weight, observer.config, observer.estimator, moments, rounding, observer.channel_bits
+            )
         data = self.rows.student(name, node, shape, rounding)
         with torch.enable_grad():
             if not rounding.compensate:

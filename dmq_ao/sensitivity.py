@@ -47,14 +47,28 @@ class Sensitivity:
     products: int
 
 
-class _Perturbed(Interpreter):
+class Perturbed(Interpreter):
     """The float graph with one layer rounded to nearest, from that layer on."""
 
-    def __init__(self, prepared: GraphModule) -> None:
+    def __init__(self, prepared: GraphModule, arguments: list[Tensor]) -> None:
+        """Run the float graph once on ``arguments``; its values stay."""
         super().__init__(prepared, garbage_collect_values=False)
+        self.arguments = arguments
         self.changed: Node | None = None
         self.weight: Tensor | None = None
         self.bits: int | None = None
+        with torch.no_grad():
+            self.expected = graph.first_tensor(self.run(*arguments))
+        self.values = dict(self.env)
+
+    def error(self, node: Node, weight: Tensor | None, bits: int | None) -> float:
+        """Mean relative error of the output when a layer has this ``weight``, and an input of ``bits`` bits."""
+        self.changed, self.weight, self.bits = node, weight, bits
+        reached = graph.reach(self.module, {node})  # type: ignore[arg-type]
+        kept = {other: value for other, value in self.values.items() if other not in reached}
+        with torch.no_grad():
+            result = self.run(*self.arguments, initial_env=kept)
+        return float(relative_error(graph.first_tensor(result), self.expected).mean())
 
     def run_node(self, n: Node) -> Any:
         """Observers let through; the changed layer has the weight set, its input rounded by each sample's range."""
@@ -79,35 +93,24 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
         arguments: of the graph, a few samples.
         bar: one tick a layer.
     """
-    run = _Perturbed(prepared)
-    with torch.no_grad():
-        expected = graph.first_tensor(run.run(*arguments))
-        values = dict(run.env)
-
-        def error(node: Node, weight: Tensor | None, bits: int | None) -> float:
-            run.changed, run.weight, run.bits = node, weight, bits
-            reached = graph.reach(prepared, {node})
-            kept = {other: value for other, value in values.items() if other not in reached}
-            result = run.run(*arguments, initial_env=kept)
-            return float(relative_error(graph.first_tensor(result), expected).mean())
-
-        found, nodes = {}, graph.layer_nodes(prepared)
-        widths: dict[str, int] = {}
-        for name, (weight, activation) in observers(prepared).items():
-            node = nodes[name]
-            rounded = weight.record(float_weight(prepared, node)).dequantize()
-            both = error(node, rounded, None if activation is None else activation.config.bits)
-            found[name] = Sensitivity(both, 0.0, values[node][0].numel() * rounded[0].numel())
-            if activation is not None:
-                widths[name] = activation.config.bits
-            bar.set_postfix(layer=name)
-            bar.update(1)
-        squares = 0.0
-        for name in sorted(widths, key=lambda name: -found[name].error):
-            if found[name].error ** 2 < WORTH * squares:
-                break  # nor does the input alone, here or in any layer after this one, make the share
-            found[name] = replace(found[name], input_error=error(nodes[name], None, widths[name]))
-            squares += found[name].input_error ** 2
+    run = Perturbed(prepared, arguments)
+    found, nodes = {}, graph.layer_nodes(prepared)
+    widths: dict[str, int] = {}
+    for name, (weight, activation) in observers(prepared).items():
+        node = nodes[name]
+        rounded = weight.record(float_weight(prepared, node)).dequantize()
+        both = run.error(node, rounded, None if activation is None else activation.config.bits)
+        found[name] = Sensitivity(both, 0.0, run.values[node][0].numel() * rounded[0].numel())
+        if activation is not None:
+            widths[name] = activation.config.bits
+        bar.set_postfix(layer=name)
+        bar.update(1)
+    squares = 0.0
+    for name in sorted(widths, key=lambda name: -found[name].error):
+        if found[name].error ** 2 < WORTH * squares:
+            break  # nor does the input alone, here or in any layer after this one, make the share
+        found[name] = replace(found[name], input_error=run.error(nodes[name], None, widths[name]))
+        squares += found[name].input_error ** 2
     return found
 
 

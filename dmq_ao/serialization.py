@@ -43,6 +43,7 @@ _FIELDS = (
     "weight",
     "weight_scale",
     "weight_zero_point",
+    "weight_bits",
     "input_scale",
     "input_zero_point",
     "input_timesteps",
@@ -101,12 +102,15 @@ class StoredRecords(Mapping[str, LayerRecord]):
                 self._check_size(name, layer, opened)
 
     def _check_size(self, name: str, layer: Mapping[str, Any], opened: Any) -> None:
-        key, numel = f"{name}.weight", math.prod(layer["shape"])
+        key = f"{name}.weight"
         if key not in self._names:
             raise KeyError(key)
-        expected, found = numerics.packed_bytes(numel, layer["bits"]), opened.get_slice(key).get_shape()
+        expected, found = sum(_segment_bytes(layer)), opened.get_slice(key).get_shape()
         if found != [expected]:
-            raise ValueError(f"{key}: {numel} codes of {layer['bits']} bits take {expected} uint8, got {found}")
+            widths = " and ".join(str(bits) for bits, _ in _segments(layer))
+            raise ValueError(
+                f"{key}: {math.prod(layer['shape'])} codes of {widths} bits take {expected} uint8, got {found}"
+            )
 
     def __getitem__(self, name: str) -> LayerRecord:
         """The record of a layer.
@@ -278,6 +282,7 @@ def layer_configs(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
             "kind": record.kind,
             "shape": list(record.weight.codes.shape),
             "bits": record.weight.bits,
+            **({} if record.weight.channel_bits is None else {"segments": record.weight.segments}),
             "symmetric": record.weight.symmetric,
             "input": _input_config(record.activation),
         }
@@ -302,8 +307,9 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, record in records.items():
         weight, activation = record.weight, record.activation
-        offset = numerics.code_range(weight.bits, weight.symmetric)[0]
-        tensors[f"{name}.weight"] = numerics.pack(weight.codes.cpu().to(torch.int16) - offset, weight.bits)
+        tensors[f"{name}.weight"] = _packed(weight)
+        if weight.channel_bits is not None:
+            tensors[f"{name}.weight_bits"] = weight.channel_bits.cpu()
         tensors[f"{name}.weight_scale"] = weight.scale.cpu()
         if not weight.symmetric:
             tensors[f"{name}.weight_zero_point"] = weight.zero_point.cpu().to(torch.uint8)
@@ -368,7 +374,8 @@ def _check_float_tensors(
 
 def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
     """Take one layer's tensors out of ``left``."""
-    return _with_codes(name, layer, left, _codes(left.pop(f"{name}.weight"), layer))
+    packed = left.pop(f"{name}.weight")
+    return _with_codes(name, layer, left, _codes(packed, layer, left.get(f"{name}.weight_bits")))
 
 
 def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
@@ -376,18 +383,45 @@ def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, T
     return _with_codes(name, layer, left, torch.empty(layer["shape"], dtype=dtype, device="meta"))
 
 
-def _codes(packed: Tensor, layer: Mapping[str, Any]) -> Tensor:
-    bits, shape = layer["bits"], layer["shape"]
-    codes = numerics.unpack(packed, bits, math.prod(shape)).reshape(shape)
-    # Bytes wrap around: what is below zero then reads right as a signed one.
-    return codes.sub_(2 ** (bits - 1)).view(torch.int8) if layer["symmetric"] else codes
+def _packed(weight: WeightRecord) -> Tensor:
+    """A weight's codes as a file holds them: output channels in order of their width, every width packed by itself."""
+    codes, parts = weight.codes.cpu(), []
+    for bits, _ in weight.segments:
+        rows = codes if weight.channel_bits is None else codes[weight.channel_bits.cpu() == bits]
+        parts.append(numerics.pack(numerics.to_unsigned(rows, bits, weight.symmetric), bits))
+    return torch.cat(parts)
+
+
+def _segments(layer: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Widths, each with its number of output channels, in the order of the file."""
+    return [(bits, count) for bits, count in layer.get("segments", [(layer["bits"], layer["shape"][0])])]
+
+
+def _segment_bytes(layer: Mapping[str, Any]) -> list[int]:
+    each = math.prod(layer["shape"][1:])
+    return [numerics.packed_bytes(count * each, bits) for bits, count in _segments(layer)]
+
+
+def _codes(packed: Tensor, layer: Mapping[str, Any], channel_bits: Tensor | None) -> Tensor:
+    """The inverse of ``_packed``: codes in the order of the layer's output channels."""
+    shape, symmetric = layer["shape"], layer["symmetric"]
+    codes = torch.empty(shape, dtype=torch.int8 if symmetric else torch.uint8)
+    parts = packed.split(_segment_bytes(layer))
+    for part, (bits, count) in zip(parts, _segments(layer), strict=True):
+        rows = numerics.unpack(part, bits, count * math.prod(shape[1:])).reshape(count, *shape[1:])
+        rows = numerics.from_unsigned(rows, bits, symmetric)
+        if channel_bits is None:
+            return rows
+        codes[channel_bits == bits] = rows
+    return codes
 
 
 def _with_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor], codes: Tensor) -> LayerRecord:
     bits, symmetric = layer["bits"], layer["symmetric"]
     scale = left.pop(f"{name}.weight_scale")
     zero_point = torch.zeros_like(scale) if symmetric else left.pop(f"{name}.weight_zero_point")
-    weight = WeightRecord(bits, symmetric, codes, scale, zero_point.to(torch.int32))
+    widths = left.pop(f"{name}.weight_bits") if "segments" in layer else None
+    weight = WeightRecord(bits, symmetric, codes, scale, zero_point.to(torch.int32), widths)
     bias = left.pop(f"{name}.corrected_bias", None)
     return LayerRecord(name, layer["kind"], weight, _activation(name, layer["input"], left), bias)
 

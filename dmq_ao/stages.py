@@ -41,6 +41,20 @@ class LeftOut(str, Enum):
     REGISTRATION = "registration"
 
 
+class Scorer(str, Enum):
+    """What decides which output channels get more bits: error saved a bit, or kurtosis (MPQ-DM, arXiv 2412.11549)."""
+
+    ERROR_GAIN = "error_gain"
+    KURTOSIS = "kurtosis"
+
+
+class Scope(str, Enum):
+    """What a budget of bits is for: each layer by itself, or all layers together."""
+
+    LAYER = "layer"
+    MODEL = "model"
+
+
 @dataclass(frozen=True)
 class StepWeights:
     """Weight of a sample by its step on the sampler's list (DMQ, arXiv 2507.12933, adaptive timestep weighting).
@@ -157,6 +171,43 @@ class BlockReconstruction:
             raise ValueError(
                 f"layer_weight and regularizer must be 0 or more, got {self.layer_weight}, {self.regularizer}"
             )
+
+
+@dataclass(frozen=True)
+class BitAllocation:
+    """A width for each output channel, decided after scaling, on the grid that is finally used (MPQ-DM, OMQ).
+
+    Attributes:
+        mean_bits: of the codes of all quantized weights; None for the recipe's own width.
+        scorer: ``ERROR_GAIN`` spends every bit where it saves most error; ``KURTOSIS`` gives channels of heavy tails
+            one bit that channels of light tails give up, equally many of each, as published.
+        scope: of the budget; over the ``MODEL``, a layer counts by what its error does to the denoiser's output.
+        candidates: widths to choose from, of ``ERROR_GAIN``; a layer whose codes are shifted has those that fit.
+        groups: ``KURTOSIS``: most groups of a tenth of the channels that move each way.
+        samples: to measure inputs on.
+    """
+
+    mean_bits: float | None = None
+    scorer: Scorer = Scorer.ERROR_GAIN
+    scope: Scope = Scope.MODEL
+    candidates: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    groups: int = 5
+    samples: int = 16
+
+    def __post_init__(self) -> None:
+        at_least(self, groups=0, samples=1)
+        if self.groups > 5:
+            raise ValueError(f"groups must be at most 5, a tenth of the channels each way; got {self.groups}")
+        if not self.candidates or list(self.candidates) != sorted(set(self.candidates)):
+            raise ValueError(f"candidates must be different widths in ascending order, got {self.candidates}")
+        if not 1 <= self.candidates[0] <= self.candidates[-1] <= 8:
+            raise ValueError(f"candidates must be from 1 to 8 bits, got {self.candidates}")
+        if self.scorer is Scorer.KURTOSIS and (self.scope is not Scope.LAYER or self.mean_bits is not None):
+            raise ValueError(
+                "kurtosis swaps bits inside a layer around the recipe's width: scope=Scope.LAYER, mean_bits=None"
+            )
+        if self.mean_bits is not None and not self.candidates[0] <= self.mean_bits <= self.candidates[-1]:
+            raise ValueError(f"mean_bits must be within the candidates {self.candidates}, got {self.mean_bits}")
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,15 @@ import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import (
+    BitAllocation,
     BlockReconstruction,
     ChannelScaling,
     Ranges,
     Recipe,
     Rounding,
     RoundingMethod,
+    Scope,
+    Scorer,
     Selection,
     SelectMethod,
     StepWeights,
@@ -91,6 +94,9 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "+ blocks": lambda bits: _with(recipes.eda_dm(bits), blocks=BLOCKS, select=EVEN),
         "+ FBR": lambda bits: _with(recipes.eda_dm(bits), select=EVEN),
         "+ TDAC samples = eda_dm": recipes.eda_dm,
+        "default, kurtosis": lambda bits: recipes.mpq_dm(bits, scorer=Scorer.KURTOSIS),
+        "default, error gain by layer": _by_layer,
+        "default, error gain": recipes.mpq_dm,
         "default, TDAC samples": lambda bits: _with(recipes.default(bits), select=TDAC),
         "default, then FBR": lambda bits: _with(recipes.default(bits), blocks=FBR),
         "default": recipes.default,
@@ -112,6 +118,10 @@ def _minmax(bits: str, *, power_of_two: bool = False) -> Recipe:
 
 def _feedback(bits: str) -> Recipe:
     return recipes.dmq(bits, rounding=RoundingMethod.FEEDBACK)
+
+
+def _by_layer(bits: str) -> Recipe:
+    return _with(recipes.mpq_dm(bits), allocation=BitAllocation(scope=Scope.LAYER))
 
 
 def _without_votes(bits: str) -> Recipe:

@@ -26,7 +26,7 @@ def damp(moments: Tensor, damping: float) -> Tensor:
 
 
 def round_with_feedback(
-    weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, bits: int, symmetric: bool
+    weight: Tensor, moments: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, symmetric: bool
 ) -> Tensor:
     """Codes of ``weight`` that keep the layer's output, not the weight, close.
 
@@ -35,13 +35,12 @@ def round_with_feedback(
         moments: [K, K] positive definite second moments of the layer's input, in the dtype to compute in.
         scale: [out, groups] float32; groups run over K.
         zero_point: [out, groups] int32.
-        bits: width of a code.
+        bits: width of a code, or [out] of each row's.
         symmetric: signed codes.
 
     Returns:
         codes [out, K] int32.
     """
-    low, high = numerics.code_range(bits, symmetric)
     order = moments.diagonal().argsort(stable=True)  # the columns that count most are rounded first, from the end
     lower = torch.linalg.cholesky(moments[order[:, None], order])
     groups = (torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1]))[order]
@@ -53,7 +52,7 @@ def round_with_feedback(
         errors = torch.empty_like(ordered[:, start:stop])
         for i in range(stop - 1, start - 1, -1):
             step, zero = scale[:, groups[i]], zero_point[:, groups[i]]
-            code = numerics.quantize(ordered[:, i] + owed[:, i] / lower[i, i], step, zero, low, high)
+            code = numerics.quantize_rows(ordered[:, i] + owed[:, i] / lower[i, i], step, zero, bits, symmetric)
             codes[:, i] = code.to(torch.int32)
             error = ordered[:, i] - numerics.dequantize(code, step, zero)
             errors[:, i - start] = error

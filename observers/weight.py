@@ -15,11 +15,20 @@ from dmq_ao.layer import WeightRecord
 from dmq_ao.observers.per_step import RangeEstimator
 
 
-def quantize_weight(weight: Tensor, config: TensorConfig, estimator: type[RangeEstimator]) -> WeightRecord:
+def quantize_weight(
+    weight: Tensor, config: TensorConfig, estimator: type[RangeEstimator], channel_bits: Tensor | None = None
+) -> WeightRecord:
     """Codes of a weight [out, ...] with one scale per tensor, per output channel or per group of inputs.
 
+    Args:
+        weight: float.
+        config: width and granularity.
+        estimator: of the range.
+        channel_bits: [out], a width of its own for each output channel; None for ``config.bits``.
+
     Raises:
-        ValueError: when ``group_size`` does not divide the inputs of an output channel.
+        ValueError: when ``group_size`` does not divide the inputs of an output channel, or widths differ where they
+            share a scale.
     """
     out, inputs = weight.shape[0], weight[0].numel()
     size = {Granularity.PER_TENSOR: out * inputs, Granularity.PER_CHANNEL: inputs}.get(
@@ -29,19 +38,35 @@ def quantize_weight(weight: Tensor, config: TensorConfig, estimator: type[RangeE
     if config.granularity is Granularity.PER_GROUP and inputs % size:
         raise ValueError(f"group_size {size} does not divide the {inputs} inputs of an output channel")
     rows = weight.detach().float().reshape(-1, size)
-    low, high = estimator.weight_range(rows, config.bits, config.symmetric)
-    scale, zero_point = numerics.choose_qparams(low, high, config.bits, config.symmetric)
-    limits = numerics.code_range(config.bits, config.symmetric)
-    codes = numerics.quantize(rows, scale[:, None], zero_point[:, None], *limits)
+    if channel_bits is None:
+        bits: int | Tensor = config.bits
+        scale, zero_point = _qparams(rows, config.bits, config.symmetric, estimator)
+    elif config.granularity is Granularity.PER_TENSOR:
+        raise ValueError("channels of different widths cannot share one scale; use per_channel or per_group weights")
+    else:
+        bits = channel_bits.repeat_interleave(len(rows) // out)
+        scale, zero_point = rows.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+        for width in bits.unique().tolist():
+            where = bits == width
+            scale[where], zero_point[where] = _qparams(rows[where], width, config.symmetric, estimator)
+    codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], bits, config.symmetric)
     if config.granularity is Granularity.PER_TENSOR:
         scale, zero_point = scale.expand(out).contiguous(), zero_point.expand(out).contiguous()
     return WeightRecord(
-        bits=config.bits,
+        bits=config.bits if channel_bits is None else int(channel_bits.max()),
         symmetric=config.symmetric,
         codes=codes.to(torch.int8 if config.symmetric else torch.uint8).reshape(weight.shape),
         scale=scale.reshape(out, -1),
         zero_point=zero_point.reshape(out, -1),
+        channel_bits=channel_bits,
     )
+
+
+def _qparams(rows: Tensor, bits: int, symmetric: bool, estimator: type[RangeEstimator]) -> tuple[Tensor, Tensor]:
+    """Scale and zero point [rows] of rows [rows, n] of one width."""
+    if bits == 1:
+        return numerics.sign_qparams(rows, symmetric)
+    return numerics.choose_qparams(*estimator.weight_range(rows, bits, symmetric), bits, symmetric)
 
 
 class WeightObserver(ObserverBase):
@@ -58,6 +83,7 @@ class WeightObserver(ObserverBase):
         """Forget what was decided."""
         self.decided: WeightRecord | None = None
         self.bias: Tensor | None = None
+        self.channel_bits: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight itself."""
@@ -74,7 +100,7 @@ class WeightObserver(ObserverBase):
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{self.layer}: its weight holds NaN or infinity; check the float checkpoint")
         try:
-            return quantize_weight(weight, self.config, self.estimator)
+            return quantize_weight(weight, self.config, self.estimator, self.channel_bits)
         except ValueError as error:
             raise ValueError(f"{self.layer}: {error}") from error
 

@@ -17,7 +17,7 @@ _VIEWS = (graph.aten.view.default, graph.aten.reshape.default)
 
 
 def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[str, tuple[str, ...]]:
-    """Join linears of one quantized input and one width of codes, in place.
+    """Join linears of one quantized input, in place.
 
     Before:  linear(x, w_q), linear(x, w_k), linear(x, w_v)      After:  split(linear(x, [w_q; w_k; w_v]))
 
@@ -35,7 +35,9 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
     for name, node in nodes.items():
         record = records[name]
         if node.target == graph.LINEAR and record.weight.scale.shape[1] == 1 and not _is_flattened(node):
-            key = (node.args[0], record.weight.bits, record.weight.symmetric)
+            voted = record.activation is not None and record.activation.exponents is not None
+            # Wider codes may not be shifted; where nothing is, the width does not matter.
+            key = (node.args[0], record.weight.bits if voted else None, record.weight.symmetric)
             families.setdefault(key, []).append(name)
     joint = {}
     for members in families.values():

@@ -19,7 +19,6 @@ import dmq_ao
 from dmq_ao import graph, learn_blocks, state
 from dmq_ao.annotate import SKELETON, observers
 from dmq_ao.blocks import Block, find_blocks, run_block
-from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import (
     BlockReconstruction,
     ChannelScaling,
@@ -31,6 +30,7 @@ from dmq_ao.config import (
     StepWeights,
     TensorConfig,
 )
+from dmq_ao.graph import graph_arguments
 from dmq_ao.learn_blocks import BlockStudent, block_error, teacher_of
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver
 from dmq_ao.stream import Value

@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import graph, state
-from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import InvalidFile, Ranges, Recipe
+from dmq_ao.graph import graph_arguments
 
 module = importlib.import_module("dmq_ao.observe")
 RECIPE = dmq_ao.recipes.minmax("w4a8", ranges=Ranges.PER_STEP, power_of_two=True, observer="mse")

@@ -18,9 +18,9 @@ from torch.fx import GraphModule
 import dmq_ao
 from dmq_ao import state
 from dmq_ao.annotate import TUNED, observers
-from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import Distillation, InvalidFile, Recipe
 from dmq_ao.distill import Student
+from dmq_ao.graph import graph_arguments
 from dmq_ao.learn import held_out
 
 module = importlib.import_module("dmq_ao.distill")

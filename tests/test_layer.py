@@ -75,12 +75,21 @@ def test_a_packed_weight_is_the_same_record_in_half_the_bytes(
     packed = packed_record(LayerRecord("layer", "linear", weight, None)).weight
     assert isinstance(packed, PackedWeight)
     assert packed.packed.numel() == (shape[0] + 1) // 2 * weight.codes[0].numel()
-    assert vars(packed).keys() == {"bits", "symmetric", "packed", "offset", "shape", "scale", "zero_point"}
+    assert vars(packed).keys() == {
+        "bits",
+        "symmetric",
+        "packed",
+        "offset",
+        "shape",
+        "scale",
+        "zero_point",
+        "channel_bits",
+    }
     for one in (packed, copy.deepcopy(packed), dataclasses.replace(packed, scale=packed.scale)):
         assert isinstance(one, PackedWeight)
         for field in dataclasses.fields(WeightRecord):
             actual, expected = getattr(one, field.name), getattr(weight, field.name)
-            assert actual == expected if isinstance(expected, int) else torch.equal(actual, expected), field.name
+            assert torch.equal(actual, expected) if isinstance(expected, Tensor) else actual == expected, field.name
         assert one.codes.dtype == weight.codes.dtype
         assert torch.equal(one.dequantize(), weight.dequantize())
 

@@ -31,7 +31,6 @@ import dmq_ao
 from dmq_ao import state
 from dmq_ao.annotate import observers
 from dmq_ao.backends import ALL_BACKENDS
-from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import (
     ChannelScaling,
     Distillation,
@@ -42,6 +41,7 @@ from dmq_ao.config import (
     RoundingMethod,
     StepWeights,
 )
+from dmq_ao.graph import graph_arguments
 from dmq_ao.reconstruct import units_of
 
 module = importlib.import_module("dmq_ao.reconstruct")

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 import dmq_ao
 from dmq_ao import graph
 from dmq_ao.annotate import observers
-from dmq_ao.calibrate import graph_arguments
+from dmq_ao.graph import graph_arguments
 from dmq_ao.stream import Stream, Value
 
 QUANTIZED = ["conv", "tokens", "merge.part0", "merge.part1"]

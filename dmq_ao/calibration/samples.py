@@ -270,3 +270,10 @@ def layout(value: object, per_row: bool) -> str:
     if per_row and isinstance(value, Tensor):
         return f"[{', '.join(['batch', *map(str, value.shape[1:])])}] {value.dtype}"
     return f"{describe(value) if isinstance(value, Tensor) else type(value).__name__} without batch axis"
+
+
+def spread_over_steps(samples: CalibrationSet, count: int) -> Tensor:
+    """Indices of ``count`` samples, or all, at steps spread over the schedule, from the first to the last."""
+    order = torch.argsort(samples.step, stable=True)
+    places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
+    return order[places]

@@ -29,7 +29,7 @@ def observer(granularity: Granularity, estimator: type[RangeEstimator] = MinMax)
 
 
 @EVERY
-@pytest.mark.parametrize(("bits", "symmetric"), [(1, False), (2, True), (4, False), (4, True), (8, False), (8, True)])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (2, True), (4, False), (4, True), (8, False), (8, True)])
 def test_codes_element_by_element(granularity: Granularity, bits: int, symmetric: bool) -> None:
     weight = conv_weight()
     record = quantize_weight(weight, config(granularity, bits, symmetric), MinMax)
@@ -57,6 +57,36 @@ def test_codes_element_by_element(granularity: Granularity, bits: int, symmetric
             assert abs(codes[index] - exact) <= 0.5 + 1e-4
             assert float(real[index]) == pytest.approx((codes[index] - zero_point) * scale, rel=1e-6)
             assert abs(float(real[index]) - flat[index]) <= scale * (0.5 + 1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_bit_is_a_sign(symmetric: bool) -> None:
+    weight = torch.randn(6, 64)
+    record = quantize_weight(weight, config(Granularity.PER_CHANNEL, 1, symmetric), MSE)
+    assert len(record.codes.unique()) == 2
+    best = weight.abs().mean(1, keepdim=True)
+    torch.testing.assert_close(record.dequantize(), torch.where(weight < 0, -best, best))
+    for scale in (0.9, 1.1):  # the least-squares scale
+        worse = (weight - scale * record.dequantize()).square().sum(1)
+        assert bool((worse > (weight - record.dequantize()).square().sum(1)).all())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("granularity", [Granularity.PER_CHANNEL, Granularity.PER_GROUP])
+def test_every_channel_has_its_own_width(granularity: Granularity, symmetric: bool) -> None:
+    weight, widths = conv_weight(), torch.tensor([3, 1, 4, 2, 3], dtype=torch.uint8)
+    mixed = quantize_weight(weight, config(granularity, 4, symmetric), MSE, widths)
+    assert (mixed.bits, mixed.mean_bits) == (4, 13 / 5)
+    assert mixed.segments == [(1, 1), (2, 1), (3, 2), (4, 1)]
+    for channel, bits in enumerate(widths.tolist()):
+        alone = quantize_weight(weight[channel : channel + 1], config(granularity, bits, symmetric), MSE)
+        for field in ("codes", "scale", "zero_point"):
+            assert torch.equal(getattr(mixed, field)[channel], getattr(alone, field)[0])
+
+
+def test_channels_of_different_widths_cannot_share_a_scale() -> None:
+    with pytest.raises(ValueError, match="cannot share one scale"):
+        quantize_weight(conv_weight(), config(Granularity.PER_TENSOR), MinMax, torch.full((5,), 2))
 
 
 def test_per_tensor_is_one_scale_for_all() -> None:

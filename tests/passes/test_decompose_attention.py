@@ -16,8 +16,8 @@ import dmq_ao
 from dmq_ao import graph, ops
 from dmq_ao.annotate import attention_observers
 from dmq_ao.blocks import find_blocks
-from dmq_ao.calibrate import graph_arguments
 from dmq_ao.config import AttentionConfig, Recipe
+from dmq_ao.graph import graph_arguments
 from dmq_ao.learn_blocks import BlockStudent
 from dmq_ao.observers import AttentionObserver
 from dmq_ao.passes import decompose_attention

@@ -1,0 +1,127 @@
+"""Which output channel gets how many bits: a table that is searched, edited by hand, saved as JSON and applied."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmq_ao.config import MAX_BITS, InvalidFile
+
+FORMAT = "dmq_ao.bit_plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Widths of one layer.
+
+    Attributes:
+        weights: of one output channel, which all cost its width.
+        bits: of each output channel.
+    """
+
+    weights: int
+    bits: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.weights < 1 or not self.bits:
+            raise ValueError(f"a layer has 1 or more weights and channels, got {self.weights} and {len(self.bits)}")
+        for width in self.bits:
+            if not isinstance(width, int) or not 1 <= width <= MAX_BITS:
+                raise ValueError(f"bits must be integers from 1 to {MAX_BITS}, got {width!r}")
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean over the channels."""
+        return sum(self.bits) / len(self.bits)
+
+    @property
+    def channels_by_bits(self) -> dict[int, int]:
+        """How many channels have each width."""
+        return dict(sorted(Counter(self.bits).items()))
+
+    def tensor(self) -> Tensor:
+        """[out] uint8."""
+        return torch.tensor(self.bits, dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Bits of every output channel of the layers it names; others keep what the recipe gives them.
+
+    Attributes:
+        layers: by name.
+        scorer: what decided, for the reader.
+    """
+
+    layers: Mapping[str, LayerBits]
+    scorer: str = "by hand"
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean over the weights of all layers it names."""
+        numel = sum(one.weights * len(one.bits) for one in self.layers.values())
+        return sum(one.weights * sum(one.bits) for one in self.layers.values()) / numel
+
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready: mean bits and the channels of each width, layer by layer."""
+        layers = {
+            name: {
+                "mean_bits": one.mean_bits,
+                "channels_by_bits": {str(b): n for b, n in one.channels_by_bits.items()},
+            }
+            for name, one in self.layers.items()
+        }
+        return {"scorer": self.scorer, "mean_bits": self.mean_bits, "layers": layers}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; ``from_dict`` is its inverse."""
+        layers = {name: {"weights": one.weights, "bits": list(one.bits)} for name, one in self.layers.items()}
+        return {"format": FORMAT, "version": VERSION, "scorer": self.scorer, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BitPlan:
+        """Read what ``to_dict`` gave.
+
+        Raises:
+            ValueError, KeyError, TypeError: for what is no plan, or a width that is none.
+        """
+        if data.get("format") != FORMAT or data.get("version") != VERSION:
+            found = f"{data.get('format')} {data.get('version')}"
+            raise ValueError(f"a plan says format {FORMAT} and version {VERSION}, got {found}")
+        layers = {name: LayerBits(one["weights"], tuple(one["bits"])) for name, one in data["layers"].items()}
+        if not layers:
+            raise ValueError("the plan names no layer")
+        return cls(layers, str(data["scorer"]))
+
+    def save(self, file: str | Path) -> None:
+        """Write JSON to edit, a layer a line; whatever stood there stays until the new one is whole."""
+        data = self.to_dict()
+        layers = data.pop("layers")
+        head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items())
+        partial = Path(f"{file}.partial")
+        partial.write_text(f'{{\n{head},\n  "layers": {{\n{lines}\n  }}\n}}\n')
+        os.replace(partial, file)
+
+    @classmethod
+    def load(cls, file: str | Path) -> BitPlan:
+        """Read what ``save`` wrote, edited or not.
+
+        Raises:
+            InvalidFile: for a file that is missing, no JSON or no plan, or a width that is none.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(file).read_text()))
+        except FileNotFoundError:
+            raise InvalidFile(f"{file} is missing; dmq_ao.search_bits(...).save(file) writes one") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidFile(f"{file}: not a bit plan ({error}); search_bits writes one, to be edited") from error
