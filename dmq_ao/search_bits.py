@@ -187,12 +187,19 @@ def _share_out(
             name: exchange([one.curves], [one.cost], [one.candidates], alone[name])[0] for name, one in layers.items()
         }
     spent = sum(count * bits for count, bits in fixed.values())
+    total = _budget(layers, fixed, allocation) if budget is None else budget
+    least = sum(one.cost * len(one.curves) * one.candidates[0] for one in layers.values())
+    if spent + least > total:
+        raise ValueError(
+            f"layers that keep their own width take {spent} of the budget's {total} bits, and the smallest widths of"
+            f" the others {least}; ask for more, or override the widths of {list(fixed)}"
+        )
     given = list(layers.values())
     found = exchange(
         [one.curves * one.share for one in given],
         [one.cost for one in given],
         [one.candidates for one in given],
-        (_budget(layers, fixed, allocation) if budget is None else budget) - spent,
+        total - spent,
     )
     return dict(zip(layers, found, strict=True))
 
