@@ -92,6 +92,15 @@ def inspect_text(report: Mapping[str, Any], everything: bool) -> str:
     return f"{layers_text(shown)}{more}\n\n{totals_text(report)}"
 
 
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A bit plan, one line a layer, and its mean."""
+    rows = [["layer", "mean bits", "channels"]]
+    for name, layer in plan["layers"].items():
+        channels = ", ".join(f"{count} of {bits}" for bits, count in layer["channels_by_bits"].items())
+        rows.append([name, number(layer["mean_bits"], ".2f"), f"{channels} bits"])
+    return f"{aligned(rows)}\n\nmean       {plan['mean_bits']:.3f} bits of the weights named here ({plan['scorer']})"
+
+
 def _remarkable(layers: Sequence[Mapping[str, Any]], noisiest: int = 10) -> list[Mapping[str, Any]]:
     measured = [layer for layer in layers if layer["status"] != "float" and layer["sqnr_db"] is not None]
     names = {layer["name"] for layer in sorted(measured, key=lambda layer: float(layer["sqnr_db"]))[:noisiest]}

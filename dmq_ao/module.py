@@ -90,7 +90,10 @@ class QuantizedDenoiser(nn.Module):
         if item.name in self.records:
             weight = outline(self.records, item.name).weight
             if weight.channel_bits is not None:
-                bits, widths = round(weight.mean_bits, 2), {"channels_by_bits": dict(weight.segments)}
+                bits, widths = (
+                    round(weight.mean_bits, 2),
+                    {"channels_by_bits": {str(b): n for b, n in weight.segments}},
+                )
         return {
             "name": item.name,
             "kind": item.kind,

@@ -116,7 +116,7 @@ def test_a_plan_is_edited_saved_and_applied(model: nn.Module, samples: dmq_ao.Ca
     assert int(weight.codes[1:].max()) <= 3 < int(weight.codes[0].max())
     assert report.to_dict()["bits"]["layers"][name]["channels_by_bits"] == {"2": 15, "6": 1}
     row = next(row for row in quantized.layer_reports() if row["name"] == name)
-    assert (row["weight_bits"], row["channels_by_bits"]) == (2.25, {2: 15, 6: 1})
+    assert (row["weight_bits"], row["channels_by_bits"]) == (2.25, {"2": 15, "6": 1})
     again = dmq_ao.calibrate(prepared, samples, progress=False)  # every call starts clean
     assert again.bits is None
     assert observers(prepared)[name][0].channel_bits is None
