@@ -98,7 +98,10 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     for name, layer in plan["layers"].items():
         channels = ", ".join(f"{count} of {bits}" for bits, count in layer["channels_by_bits"].items())
         rows.append([name, number(layer["mean_bits"], ".2f"), f"{channels} bits"])
-    return f"{aligned(rows)}\n\nmean       {plan['mean_bits']:.3f} bits of the weights named here ({plan['scorer']})"
+    inputs = ", ".join(f"{count} of {bits}" for bits, count in plan["inputs_by_bits"].items())
+    more = f"\ninputs     {inputs} bits; mean over products {plan['mean_input_bits']:.3f}" if inputs else ""
+    mean = f"mean       {plan['mean_bits']:.3f} bits of the weights named here ({plan['scorer']})"
+    return f"{aligned(rows)}\n\n{mean}{more}"
 
 
 def _remarkable(layers: Sequence[Mapping[str, Any]], noisiest: int = 10) -> list[Mapping[str, Any]]:

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmq_ao import BitPlan
-from dmq_ao.bit_plan import LayerBits
+from dmq_ao.bit_plan import InputBits, LayerBits
 from dmq_ao.config import InvalidFile
 
-PLAN = BitPlan({"down.0": LayerBits(9, (3, 3, 4)), "up.1": LayerBits(4, (2,))}, "error_gain")
+INPUTS = {"down.0": InputBits(900, 6), "up.1": InputBits(100, 8)}
+PLAN = BitPlan({"down.0": LayerBits(9, (3, 3, 4)), "up.1": LayerBits(4, (2,))}, "error_gain", INPUTS)
 
 
 @given(st.dictionaries(st.text(min_size=1), st.tuples(st.integers(1, 99), st.lists(st.integers(1, 8), min_size=1))))
@@ -39,6 +40,8 @@ def test_a_file_and_back(tmp_path: Path) -> None:
 def test_the_summary_counts_channels() -> None:
     summary = PLAN.summary()
     assert summary["mean_bits"] == pytest.approx((9 * 10 + 4 * 2) / 31)
+    assert (summary["mean_input_bits"], summary["inputs_by_bits"]) == (6.2, {"6": 1, "8": 1})
+    assert BitPlan(PLAN.layers).mean_input_bits is None
     assert summary["layers"]["down.0"] == {"mean_bits": pytest.approx(10 / 3), "channels_by_bits": {"3": 2, "4": 1}}
 
 

@@ -17,7 +17,7 @@ import dmq_ao
 from dmq_ao import BitPlan, PowerOfTwo, recipes
 from dmq_ao.annotate import observers
 from dmq_ao.backends.onednn import has_vnni
-from dmq_ao.bit_plan import LayerBits
+from dmq_ao.bit_plan import InputBits, LayerBits
 from dmq_ao.config import (
     BitAllocation,
     ChannelScaling,
@@ -166,6 +166,40 @@ def test_what_is_asked_wrongly(model: nn.Module, samples: dmq_ao.CalibrationSet)
         dataclasses.replace(mixed(recipes.minmax("w3a8")), rounding=Rounding(RoundingMethod.ADAROUND))
     with pytest.raises(ValueError, match="kurtosis swaps bits inside a layer"):
         BitAllocation(scorer=Scorer.KURTOSIS)
+
+
+def test_inputs_share_out_their_bits_too(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
+    plan = searched(recipes.minmax("w4a6"), model, samples)
+    assert 6 - 0.5 < (plan.mean_input_bits or 0) <= 6
+    assert len({one.bits for one in plan.inputs.values()}) > 1
+    assert searched(recipes.minmax("w4a8"), model, samples).inputs == {}  # a byte costs what fewer bits do
+    assert searched(recipes.minmax("w4a6"), model, samples, allocation=BitAllocation(inputs=False)).inputs == {}
+    prepared = prepared_for(recipes.minmax("w4a6"), model, samples)
+    dmq_ao.calibrate(prepared, samples, bits=plan, progress=False)
+    quantized = dmq_ao.convert(prepared, "reference")
+    for name, record in quantized.records.items():
+        assert record.activation is not None
+        assert record.activation.bits == plan.inputs[name].bits
+    rows = {row["name"]: row["activation_bits"] for row in quantized.layer_reports()}
+    assert {name: rows[name] for name in plan.inputs} == {name: one.bits for name, one in plan.inputs.items()}
+    dmq_ao.calibrate(prepared, samples, progress=False)  # every call starts clean
+    again = dmq_ao.convert(prepared, "reference")
+    assert {record.activation.bits for record in again.records.values() if record.activation} == {6}
+
+
+def test_readers_of_one_input_agree(tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    unet, inputs = tiny_unet2d
+    step = torch.tensor([0, 1])
+    samples = dmq_ao.CalibrationSet({"sample": inputs["sample"]}, {}, torch.tensor([500, 10]), step)
+    prepared = dmq_ao.prepare(unet, recipes.minmax("w4a6"), samples.example(), backend="reference")
+    plan = dmq_ao.search_bits(prepared, samples, progress=False)
+    names = [name for name in plan.inputs if name.endswith(("to_q", "to_k"))][:2]
+    assert plan.inputs[names[0]].bits == plan.inputs[names[1]].bits
+    other = {**plan.inputs, names[1]: InputBits(1, 3)}
+    with pytest.raises(ValueError, match="read the same input, and the plan gives it .* and 3 bits"):
+        dmq_ao.calibrate(prepared, samples, bits=dataclasses.replace(plan, inputs=other), progress=False)
+    with pytest.raises(ValueError, match="the input of 'nobody', which is not quantized"):
+        dmq_ao.calibrate(prepared, samples, bits=BitPlan({}, inputs={"nobody": InputBits(1, 3)}), progress=False)
 
 
 def test_much_float_is_told(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
