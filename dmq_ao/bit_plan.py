@@ -87,10 +87,10 @@ class BitPlan:
     inputs: Mapping[str, InputBits] = field(default_factory=dict)
 
     @property
-    def mean_bits(self) -> float:
-        """Mean over the weights of all layers it names."""
+    def mean_bits(self) -> float | None:
+        """Mean over the weights of all layers it names; None where it names none."""
         numel = sum(one.weights * len(one.bits) for one in self.layers.values())
-        return sum(one.weights * sum(one.bits) for one in self.layers.values()) / numel
+        return sum(one.weights * sum(one.bits) for one in self.layers.values()) / numel if numel else None
 
     @property
     def mean_input_bits(self) -> float | None:
@@ -134,9 +134,9 @@ class BitPlan:
             found = f"{data.get('format')} {data.get('version')}"
             raise ValueError(f"a plan says format {FORMAT} and version {VERSION}, got {found}")
         layers = {name: LayerBits(one["weights"], tuple(one["bits"])) for name, one in data["layers"].items()}
-        if not layers:
-            raise ValueError("the plan names no layer")
         inputs = {name: InputBits(one["products"], one["bits"]) for name, one in data.get("inputs", {}).items()}
+        if not layers and not inputs:
+            raise ValueError("the plan names no layer")
         return cls(layers, str(data["scorer"]), inputs)
 
     def save(self, file: str | Path) -> None:

@@ -93,15 +93,18 @@ def inspect_text(report: Mapping[str, Any], everything: bool) -> str:
 
 
 def plan_text(plan: Mapping[str, Any]) -> str:
-    """A bit plan, one line a layer, and its mean."""
+    """A bit plan, one line a layer, and its means."""
     rows = [["layer", "mean bits", "channels"]]
     for name, layer in plan["layers"].items():
         channels = ", ".join(f"{count} of {bits}" for bits, count in layer["channels_by_bits"].items())
         rows.append([name, number(layer["mean_bits"], ".2f"), f"{channels} bits"])
-    inputs = ", ".join(f"{count} of {bits}" for bits, count in plan["inputs_by_bits"].items())
-    more = f"\ninputs     {inputs} bits; mean over products {plan['mean_input_bits']:.3f}" if inputs else ""
-    mean = f"mean       {plan['mean_bits']:.3f} bits of the weights named here ({plan['scorer']})"
-    return f"{aligned(rows)}\n\n{mean}{more}"
+    lines = [aligned(rows), "", f"decided by {plan['scorer']}"]
+    if plan["layers"]:
+        lines.append(f"weights    {plan['mean_bits']:.3f} bits in the mean of the layers named here")
+    if plan["inputs_by_bits"]:
+        inputs = ", ".join(f"{count} of {bits}" for bits, count in plan["inputs_by_bits"].items())
+        lines.append(f"inputs     {inputs} bits; {plan['mean_input_bits']:.3f} in the mean of their products")
+    return "\n".join(lines)
 
 
 def _remarkable(layers: Sequence[Mapping[str, Any]], noisiest: int = 10) -> list[Mapping[str, Any]]:

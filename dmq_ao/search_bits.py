@@ -208,6 +208,8 @@ def _share_out(
             f"layers that keep their own width take {spent} of the budget's {total} bits, and the smallest widths of"
             f" the others {least}; ask for more, or override the widths of {list(fixed)}"
         )
+    if not layers:
+        return {}
     given = list(layers.values())
     found = exchange(
         [one.curves * one.share for one in given],

@@ -94,7 +94,8 @@ def test_bits_are_searched_shown_edited_and_given_back(tmp_path: Path) -> None:
     assert shown["layers"] == report["calibration"]["bits"]["layers"]
     text = run("inspect", plan).stdout
     assert "mid_block.attentions.0.to_q" in text
-    assert "bits of the weights named here (error_gain)" in text
+    assert "decided by error_gain" in text
+    assert "bits in the mean of the layers named here" in text
     again = document("quantize", "demo", "-o", tmp_path / "again", *QUICK, "--bits", "w4a8", "--bit-plan", plan)
     assert again["mean_bits"] == pytest.approx(report["mean_bits"], rel=0.01)
     bits = [[row["weight_bits"] for row in one["layers"]] for one in (report, again)]
@@ -312,7 +313,9 @@ def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
     [
         pytest.param(("--bits", "w9a8"), "bits must look like 'w4a8'", id="bits"),
         pytest.param(("--backend", "cuda"), "'cuda' is not one of 'auto', 'onednn', 'reference'", id="backend"),
-        pytest.param(("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax']", id="recipe"),
+        pytest.param(
+            ("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax', 'mpq_dm']", id="recipe"
+        ),
         pytest.param(("--prompt", "a fox"), "takes no prompt", id="prompt"),
         pytest.param(("--steps", "0"), "--steps", id="steps"),
         pytest.param((*QUICK, "--keep-float", "nothing*"), "'nothing*' matches no layer", id="pattern"),
