@@ -86,6 +86,10 @@ class BitPlan:
     scorer: str = "by hand"
     inputs: Mapping[str, InputBits] = field(default_factory=dict)
 
+    def __bool__(self) -> bool:
+        """Whether it gives bits to anything."""
+        return bool(self.layers or self.inputs)
+
     @property
     def mean_bits(self) -> float | None:
         """Mean over the weights of all layers it names; None where it names none."""
@@ -135,8 +139,6 @@ class BitPlan:
             raise ValueError(f"a plan says format {FORMAT} and version {VERSION}, got {found}")
         layers = {name: LayerBits(one["weights"], tuple(one["bits"])) for name, one in data["layers"].items()}
         inputs = {name: InputBits(one["products"], one["bits"]) for name, one in data.get("inputs", {}).items()}
-        if not layers and not inputs:
-            raise ValueError("the plan names no layer")
         return cls(layers, str(data["scorer"]), inputs)
 
     def save(self, file: str | Path) -> None:
@@ -158,8 +160,11 @@ class BitPlan:
             InvalidFile: for a file that is missing, no JSON or no plan, or a width that is none.
         """
         try:
-            return cls.from_dict(json.loads(Path(file).read_text()))
+            plan = cls.from_dict(json.loads(Path(file).read_text()))
+            if not plan:
+                raise ValueError("it names no layer")
         except FileNotFoundError:
             raise InvalidFile(f"{file} is missing; dmq_ao.search_bits(...).save(file) writes one") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidFile(f"{file}: not a bit plan ({error}); search_bits writes one, to be edited") from error
+        return plan

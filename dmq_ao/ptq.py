@@ -121,7 +121,7 @@ def quantize_pipeline(
         **describe(quantized),
     }
     save_pipeline(pipeline, folder, report)
-    if found.bits is not None:
+    if found.bits:
         found.bits.save(Path(folder) / BIT_PLAN)
     size = folder_bytes(Path(folder) / name)
     return {**report, "folder": str(folder), "file_bytes": size, "float_bytes": before}

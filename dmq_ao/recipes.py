@@ -282,7 +282,7 @@ def mpq_dm(
             allocation=BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER, groups=1),
         )
     allocation = (
-        BitAllocation(mean_bits=mean_bits)
+        BitAllocation(mean_bits=mean_bits, least_gain=1.0)
         if scorer is Scorer.ERROR_GAIN
         else BitAllocation(scorer=scorer, scope=Scope.LAYER)
     )

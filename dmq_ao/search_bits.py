@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.allocation import error_curves, exchange, kurtosis, swap
+from dmq_ao.allocation import error_curves, exchange, kurtosis, places, swap
 from dmq_ao.annotate import PLAN, RECIPE, SCALED, float_weight, observers
 from dmq_ao.bit_plan import BitPlan, InputBits, LayerBits
 from dmq_ao.calibration import CalibrationSet
@@ -182,7 +182,7 @@ def find_bits(
     plan = BitPlan(
         {name: LayerBits(layers[name].cost, tuple(widths.tolist())) for name, widths in found.items()},
         allocation.scorer.value,
-        {} if probe is None or not allocation.inputs else _input_bits(prepared, probe),
+        {} if probe is None or not allocation.inputs else _input_bits(prepared, probe, allocation.least_gain),
     )
     if file is not None:
         save_state(file, digest, plan.to_dict(), {})
@@ -211,13 +211,33 @@ def _share_out(
     if not layers:
         return {}
     given = list(layers.values())
-    found = exchange(
-        [one.curves * one.share for one in given],
-        [one.cost for one in given],
-        [one.candidates for one in given],
-        total - spent,
-    )
+    curves, options = [one.curves * one.share for one in given], [one.candidates for one in given]
+    found = exchange(curves, [one.cost for one in given], options, total - spent)
+    even = [torch.full((len(one.curves),), one.nominal) for one in given]
+    own_mean = budget is None and allocation.mean_bits is None
+    if own_mean and not _worth_it(curves, options, found, even, allocation.least_gain):
+        return {}
     return dict(zip(layers, found, strict=True))
+
+
+def _worth_it(
+    curves: Sequence[Tensor],
+    options: Sequence[Sequence[int]],
+    found: Sequence[Tensor],
+    even: Sequence[Tensor],
+    least_gain: float,
+) -> bool:
+    """Whether the widths ``found`` divide the expected error of ``even`` ones by ``least_gain``."""
+    if any(not set(one.tolist()) <= set(widths) for one, widths in zip(even, options, strict=True)):
+        return True  # the recipe's width is none of the candidates
+    errors = [
+        sum(
+            float(curve.gather(1, places(one, o)[:, None]).sum())
+            for curve, one, o in zip(curves, widths, options, strict=True)
+        )
+        for widths in (found, even)
+    ]
+    return least_gain * errors[0] <= errors[1]
 
 
 def _budget(layers: dict[str, _Weights], fixed: dict[str, tuple[int, int]], allocation: BitAllocation) -> int:
@@ -364,7 +384,7 @@ def _readers(prepared: GraphModule) -> list[tuple[ActivationObserver | None, lis
     return list(families.values())
 
 
-def _input_bits(prepared: GraphModule, probe: Perturbed) -> dict[str, InputBits]:
+def _input_bits(prepared: GraphModule, probe: Perturbed, least_gain: float) -> dict[str, InputBits]:
     """Bits of every input narrower than a byte: where they save most of what rounding it alone does to the output.
 
     A bit more quarters an input's squared error. It costs one bit-operation for each multiply-accumulate and bit of
@@ -372,7 +392,7 @@ def _input_bits(prepared: GraphModule, probe: Perturbed) -> dict[str, InputBits]
     """
     nodes = graph.layer_nodes(prepared)
     families: list[dict[str, int]] = []
-    curves, costs, options, budget = [], [], [], 0
+    curves, costs, options, even = [], [], [], []
     for activation, names in _readers(prepared):
         if activation is None or activation.config.bits >= MAX_BITS:
             continue
@@ -384,10 +404,12 @@ def _input_bits(prepared: GraphModule, probe: Perturbed) -> dict[str, InputBits]
         curves.append(torch.tensor([[error * 4.0 ** (nominal - bits) for bits in widths]], dtype=torch.float64))
         costs.append(sum(families[-1].values()))
         options.append(tuple(widths))
-        budget += nominal * costs[-1]
+        even.append(torch.tensor([nominal]))
     if not families:
         return {}
-    found = exchange(curves, costs, options, budget)
+    found = exchange(curves, costs, options, sum(int(n) * cost for n, cost in zip(even, costs, strict=True)))
+    if not _worth_it(curves, options, found, even, least_gain):
+        return {}
     return {
         name: InputBits(products, int(bits))
         for readers, bits in zip(families, found, strict=True)

@@ -186,6 +186,8 @@ class BitAllocation:
         groups: ``KURTOSIS``: most groups of a tenth of the channels that move each way.
         inputs: over the ``MODEL``, share out the bits of the layers' inputs too, where they have fewer than 8: their
             mean over multiply-accumulates stays the recipe's.
+        least_gain: over the ``MODEL`` at the recipe's own mean, the widths stay the recipe's where sharing them out is
+            not expected to divide the squared error by this; weights and inputs by themselves.
         samples: to measure inputs on.
     """
 
@@ -195,10 +197,13 @@ class BitAllocation:
     candidates: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     groups: int = 5
     inputs: bool = True
+    least_gain: float = 4.0
     samples: int = 16
 
     def __post_init__(self) -> None:
         at_least(self, groups=0, samples=1)
+        if not 0 <= self.least_gain < float("inf"):
+            raise ValueError(f"least_gain must be 0 or more, got {self.least_gain}")
         if self.groups > 5:
             raise ValueError(f"groups must be at most 5, a tenth of the channels each way; got {self.groups}")
         if not self.candidates or list(self.candidates) != sorted(set(self.candidates)):

@@ -37,7 +37,7 @@ SCHEMES: dict[str, BitAllocation | None] = {
     ),
     "kurtosis, up to half moved (paper)": BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER),
     "error gain, each layer": BitAllocation(scope=Scope.LAYER),
-    "error gain, whole model": BitAllocation(),
+    "error gain, whole model": BitAllocation(least_gain=1.0),
 }
 
 

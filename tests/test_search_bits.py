@@ -34,9 +34,8 @@ from dmq_ao.serialization import TENSORS
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 KURTOSIS = BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER)
 BY_LAYER = BitAllocation(scope=Scope.LAYER)
-EVERY = pytest.mark.parametrize(
-    "allocation", [BitAllocation(), BY_LAYER, KURTOSIS], ids=["model", "layer", "kurtosis"]
-)
+ALWAYS = BitAllocation(least_gain=0)
+EVERY = pytest.mark.parametrize("allocation", [ALWAYS, BY_LAYER, KURTOSIS], ids=["model", "layer", "kurtosis"])
 
 
 def prepared_for(recipe: Recipe, model: nn.Module, samples: dmq_ao.CalibrationSet) -> GraphModule:
@@ -70,6 +69,20 @@ def test_the_mean_is_the_recipes_width(
 def test_the_mean_is_what_was_asked(mean: float, model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
     plan = searched(recipes.minmax("w4a8"), model, samples, mean_bits=mean)
     assert mean - 0.15 < plan.mean_bits <= mean
+
+
+def test_what_gains_little_stays_as_it_was(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
+    recipe = recipes.minmax("w4a6")
+    assert not searched(recipe, model, samples, allocation=BitAllocation(least_gain=1e9))
+    both = searched(recipe, model, samples, allocation=BitAllocation(least_gain=0))
+    assert both.layers
+    assert both.inputs
+    # Who asks for a mean gets it.
+    assert searched(recipe, model, samples, allocation=BitAllocation(least_gain=1e9), mean_bits=4).layers
+    prepared = prepared_for(mixed(recipe, BitAllocation(least_gain=1e9)), model, samples)
+    report = dmq_ao.calibrate(prepared, samples, progress=False)
+    assert report.bits is not None
+    assert report.to_dict()["bits"]["mean_bits"] is None
 
 
 def test_more_bits_more_fidelity(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
@@ -192,7 +205,7 @@ def test_readers_of_one_input_agree(tiny_unet2d: tuple[nn.Module, dict[str, Tens
     step = torch.tensor([0, 1])
     samples = dmq_ao.CalibrationSet({"sample": inputs["sample"]}, {}, torch.tensor([500, 10]), step)
     prepared = dmq_ao.prepare(unet, recipes.minmax("w4a6"), samples.example(), backend="reference")
-    plan = dmq_ao.search_bits(prepared, samples, progress=False)
+    plan = dmq_ao.search_bits(prepared, samples, allocation=ALWAYS, progress=False)
     names = [name for name in plan.inputs if name.endswith(("to_q", "to_k"))][:2]
     assert plan.inputs[names[0]].bits == plan.inputs[names[1]].bits
     other = {**plan.inputs, names[1]: InputBits(1, 3)}
