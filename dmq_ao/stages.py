@@ -101,6 +101,8 @@ class Selection:
         pilot: rows run through all timesteps before the counts are decided.
         minimum: samples that every timestep gets.
         reference_rounding: ``TDAC``: round half to even and mend the sum, as published; counts may be 0.
+        window: ``UNIFORM``: rows are kept in runs of this many steps of one trajectory, one after the other, as
+            distillation with a ``Relation`` wants them; 1 keeps each by itself.
     """
 
     method: SelectMethod = SelectMethod.UNIFORM
@@ -113,9 +115,15 @@ class Selection:
     pilot: int = 16
     minimum: int = 1
     reference_rounding: bool = False
+    window: int = 1
 
     def __post_init__(self) -> None:
-        at_least(self, pilot=1, minimum=0)
+        at_least(self, pilot=1, minimum=0, window=1)
+        if self.window > 1 and self.method is not SelectMethod.UNIFORM:
+            raise ValueError(
+                f"window={self.window} keeps runs of steps, which {self.method.value} shares cannot count; use"
+                " method=UNIFORM, or window=1"
+            )
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile must be between 0 and 1, got {self.quantile}")
         if not 0 <= self.diversity_weight < float("inf"):
