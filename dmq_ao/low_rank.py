@@ -21,39 +21,37 @@ _MARGIN = 0.01
 
 
 class LowRankCodes:
-    """One weight on the grid that was decided, and the factors of what its codes move by.
+    """One weight on the grid that was decided, whose codes move by the product of two factors."""
 
-    Attributes:
-        up: [out, rank] float32, zeros to begin with: no code moves.
-        down: [rank, K] float32 to begin with; K are the inputs of an output channel, convolution taps among them.
-    """
-
-    def __init__(self, weight: Tensor, record: WeightRecord, rank: int, generator: torch.Generator) -> None:
+    def __init__(self, weight: Tensor, record: WeightRecord) -> None:
         """Every element moves to the nearest point at which it has the code that was decided for it.
 
         Args:
             weight: [out, ...] float, channel scale multiplied in.
             record: its codes.
-            rank: of the update; at most that of the weight is of use.
-            generator: draws ``down``, uniform within ``1 / sqrt(K)`` (Kaiming, as published).
         """
         self.record = record
         self._zero_point = record.zero_point.unsqueeze(-1)
         centred = self._grouped(record.codes).float() - self._zero_point
         place = self._grouped(weight).float() / record.scale.unsqueeze(-1)
         self._start = centred + (place - centred).clamp(_MARGIN - 0.5, 0.5 - _MARGIN)
-        if record.bits == 1 or record.channel_bits is not None:
-            one_bit = torch.as_tensor(record.row_bits).expand(len(weight)) == 1  # codes are signs: a cell has one end
+        one_bit = torch.as_tensor(record.row_bits, device=weight.device).expand(len(weight)) == 1
+        if bool(one_bit.any()):  # the codes are signs, and a cell has one end
             signs = centred.sign() * (place * centred.sign()).clamp_min(_MARGIN)
             self._start = torch.where(one_bit[:, None, None], signs, self._start)
         ends = torch.tensor([-1e6, 1e6], device=weight.device).expand(*record.scale.shape, 2)
         self._low, self._high = (self._codes(ends) - self._zero_point).split(1, -1)
-        rows, inputs = weight.flatten(1).shape
-        rank = min(rank, rows, inputs)
-        bound = 1 / math.sqrt(inputs)
-        self.up = torch.zeros(rows, rank, device=weight.device)
-        down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
-        self.down = down.to(weight.device)
+
+    def factors(self, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Factors to begin with, float32: zeros [out, rank], by which no code moves, and a draw [rank, K].
+
+        K are the inputs of an output channel, convolution taps among them. The draw is uniform within ``1 / sqrt(K)``
+        (Kaiming, as published). A ``rank`` above that of the weight is of no use, and is lowered to it.
+        """
+        rows, inputs = self.record.codes.flatten(1).shape
+        rank, bound = min(rank, rows, inputs), 1 / math.sqrt(inputs)
+        up = self._start.new_zeros(rows, rank)
+        return up, torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator).to(up.device)
 
     def _grouped(self, x: Tensor) -> Tensor:
         """[out, groups, n], elements that share a scale together."""

@@ -182,6 +182,31 @@ class BlockReconstruction:
 
 
 @dataclass(frozen=True)
+class Relation:
+    """Time-smoothed relations between pixels, distilled beside the output (MPQ-DM, arXiv 2412.11549, TRD).
+
+    Attributes:
+        weight: of the relation error beside the output's relative error.
+        window: steps of a trajectory whose features are averaged, the sample's own and those before it; the samples
+            must be recorded with ``Selection(window=...)`` of as many or more.
+        temperature: of the distributions that are compared.
+        tap: path of the module whose output are the features; None takes what the denoiser's last norm reads.
+        reduce: mean over pixels, or their sum, as published.
+    """
+
+    weight: float = 100.0
+    window: int = 2
+    temperature: float = 1.0
+    tap: str | None = None
+    reduce: Reduce = Reduce.MEAN
+
+    def __post_init__(self) -> None:
+        at_least(self, window=1)
+        if not 0 < self.weight < float("inf") or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"weight and temperature must be positive, got {self.weight} and {self.temperature}")
+
+
+@dataclass(frozen=True)
 class BitAllocation:
     """A width for each output channel, decided after scaling, on the grid that is finally used (MPQ-DM, OMQ).
 

@@ -49,34 +49,31 @@ def decided(
     return weight, dataclasses.replace(record, codes=codes)
 
 
-def low_rank(weight: Tensor, record: WeightRecord, rank: int = 2) -> LowRankCodes:
-    return LowRankCodes(weight, record, rank, seeded())
-
-
-def update(moved: LowRankCodes, size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+def update(size: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Factors whose product is about ``size`` steps."""
-    up = torch.randn(moved.up.shape, generator=seeded(seed))
-    return size * up, torch.randn(moved.down.shape, generator=seeded(seed + 1))
+    up = torch.randn(6, 2, generator=seeded(seed))
+    return size * up, torch.randn(2, 24, generator=seeded(seed + 1))
 
 
 @fast
 @given(given=WEIGHTS)
 def test_no_update_is_the_decided_codes_bit_for_bit(given: dict[str, Any]) -> None:
     weight, record = decided(**given)
-    moved = low_rank(weight, record)
-    assert not bool(moved.up.any())
-    merged = moved.merged(moved.up, moved.down)
+    moved = LowRankCodes(weight, record)
+    up, down = moved.factors(2, seeded())
+    assert not bool(up.any())
+    merged = moved.merged(up, down)
     assert merged.codes.dtype is record.codes.dtype
     assert torch.equal(merged.codes, record.codes)
-    assert torch.equal(moved.values(record.scale, moved.up, moved.down), record.dequantize())
+    assert torch.equal(moved.values(record.scale, up, down), record.dequantize())
 
 
 @fast
 @given(given=WEIGHTS, size=st.floats(0.1, 3))
 def test_the_codes_are_those_of_the_sum(given: dict[str, Any], size: float) -> None:
     weight, record = decided(**given)
-    moved = low_rank(weight, record)
-    up, down = update(moved, size)
+    moved = LowRankCodes(weight, record)
+    up, down = update(size)
     steps = (up @ down).double().flatten().tolist()
     found = moved.merged(up, down).codes.flatten().tolist()
     each, per = weight[0].numel(), weight[0].numel() // record.scale.shape[1]
@@ -99,8 +96,8 @@ def test_the_codes_are_those_of_the_sum(given: dict[str, Any], size: float) -> N
 @given(given=WEIGHTS, size=st.floats(0, 3))
 def test_what_is_merged_is_what_was_learned(given: dict[str, Any], size: float) -> None:
     weight, record = decided(**given)
-    moved = low_rank(weight, record)
-    up, down = update(moved, size)
+    moved = LowRankCodes(weight, record)
+    up, down = update(size)
     scale = 1.1 * record.scale
     merged = dataclasses.replace(moved.merged(up, down), scale=scale)
     assert torch.equal(moved.values(scale, up, down), merged.dequantize())
@@ -108,18 +105,18 @@ def test_what_is_merged_is_what_was_learned(given: dict[str, Any], size: float) 
 
 def test_a_step_is_a_step_of_the_grid() -> None:
     weight, record = decided(bits=8)
-    moved = low_rank(weight, record, rank=1)
+    moved = LowRankCodes(weight, record)
     inner = (record.codes > 0) & (record.codes < 255)
     for steps in (1.0, -1.0):
-        codes = moved.merged(torch.full_like(moved.up, steps), torch.ones_like(moved.down)).codes
+        codes = moved.merged(torch.full((6, 1), steps), torch.ones(1, 24)).codes
         assert torch.equal(codes.int()[inner], record.codes.int()[inner] + int(steps))
 
 
 @pytest.mark.parametrize("given", [{}, {"symmetric": True}, {"group_size": 6}, {"mixed": True}, {"bits": 1}])
 def test_gradients_are_those_of_the_weight_as_if_it_were_not_rounded(given: dict[str, Any]) -> None:
     weight, record = decided(**given)
-    moved = low_rank(weight, record)
-    factors = [x.requires_grad_() for x in update(moved, 0.2)]
+    moved = LowRankCodes(weight, record)
+    factors = [x.requires_grad_() for x in update(0.2)]
     scale = record.scale.clone().requires_grad_()
     towards = torch.randn(weight.shape, generator=seeded(7))
     (moved.values(scale, *factors) * towards).sum().backward()
@@ -151,16 +148,16 @@ def _inside(moved: LowRankCodes, record: WeightRecord, steps: Tensor) -> Tensor:
 
 def test_beyond_the_last_code_there_is_no_gradient() -> None:
     weight, record = decided()
-    moved = low_rank(weight, record)
-    up, down = torch.full_like(moved.up, 50.0).requires_grad_(), torch.ones_like(moved.down)
-    moved.values(record.scale, up, down).sum().backward()
+    moved = LowRankCodes(weight, record)
+    up = torch.full((6, 1), 50.0).requires_grad_()
+    moved.values(record.scale, up, torch.ones(1, 24)).sum().backward()
     assert up.grad is not None
     assert not bool(up.grad.any())
 
 
 def test_the_second_factor_is_drawn_from_the_generator() -> None:
     weight, record = decided()
-    first, again, other = (LowRankCodes(weight, record, 2, seeded(seed)).down for seed in (0, 0, 1))
+    first, again, other = (LowRankCodes(weight, record).factors(2, seeded(seed))[1] for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert float(first.abs().max()) <= 24**-0.5
@@ -169,4 +166,5 @@ def test_the_second_factor_is_drawn_from_the_generator() -> None:
 
 def test_a_rank_beyond_the_weights_is_the_weights() -> None:
     weight, record = decided()
-    assert low_rank(weight, record, rank=100).up.shape == (6, 6)
+    up, down = LowRankCodes(weight, record).factors(100, seeded())
+    assert (up.shape, down.shape) == ((6, 6), (6, 24))
