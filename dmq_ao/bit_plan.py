@@ -6,14 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmq_ao.config import MAX_BITS, InvalidFile
+from dmq_ao.config import MAX_BITS, MAX_INPUT_BITS, InvalidFile
 
 FORMAT = "dmq_ao.bit_plan"
 VERSION = 1
@@ -54,22 +54,49 @@ class LayerBits:
 
 
 @dataclass(frozen=True)
+class InputBits:
+    """Width of one layer's input.
+
+    Attributes:
+        products: multiply-accumulates of the layer, a sample, which all cost its width.
+        bits: of the input's codes.
+    """
+
+    products: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        if self.products < 1 or not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_INPUT_BITS:
+            raise ValueError(
+                f"an input has 1 to {MAX_INPUT_BITS} bits and 1 or more products, got {self.bits!r}, {self.products}"
+            )
+
+
+@dataclass(frozen=True)
 class BitPlan:
     """Bits of every output channel of the layers it names; others keep what the recipe gives them.
 
     Attributes:
         layers: by name.
         scorer: what decided, for the reader.
+        inputs: bits of layers' inputs by layer; readers of one input have the same.
     """
 
     layers: Mapping[str, LayerBits]
     scorer: str = "by hand"
+    inputs: Mapping[str, InputBits] = field(default_factory=dict)
 
     @property
-    def mean_bits(self) -> float:
-        """Mean over the weights of all layers it names."""
+    def mean_bits(self) -> float | None:
+        """Mean over the weights of all layers it names; None where it names none."""
         numel = sum(one.weights * len(one.bits) for one in self.layers.values())
-        return sum(one.weights * sum(one.bits) for one in self.layers.values()) / numel
+        return sum(one.weights * sum(one.bits) for one in self.layers.values()) / numel if numel else None
+
+    @property
+    def mean_input_bits(self) -> float | None:
+        """Mean over the multiply-accumulates of the inputs it names; None where it names none."""
+        products = sum(one.products for one in self.inputs.values())
+        return sum(one.products * one.bits for one in self.inputs.values()) / products if products else None
 
     def summary(self) -> dict[str, Any]:
         """JSON-ready: mean bits and the channels of each width, layer by layer."""
@@ -80,12 +107,21 @@ class BitPlan:
             }
             for name, one in self.layers.items()
         }
-        return {"scorer": self.scorer, "mean_bits": self.mean_bits, "layers": layers}
+        inputs = Counter(one.bits for one in self.inputs.values())
+        return {
+            "scorer": self.scorer,
+            "mean_bits": self.mean_bits,
+            "mean_input_bits": self.mean_input_bits,
+            "layers": layers,
+            "inputs_by_bits": {str(bits): count for bits, count in sorted(inputs.items())},
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; ``from_dict`` is its inverse."""
         layers = {name: {"weights": one.weights, "bits": list(one.bits)} for name, one in self.layers.items()}
-        return {"format": FORMAT, "version": VERSION, "scorer": self.scorer, "layers": layers}
+        inputs = {name: {"products": one.products, "bits": one.bits} for name, one in self.inputs.items()}
+        head = {"format": FORMAT, "version": VERSION, "scorer": self.scorer}
+        return {**head, "inputs": inputs, "layers": layers}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BitPlan:
@@ -98,18 +134,20 @@ class BitPlan:
             found = f"{data.get('format')} {data.get('version')}"
             raise ValueError(f"a plan says format {FORMAT} and version {VERSION}, got {found}")
         layers = {name: LayerBits(one["weights"], tuple(one["bits"])) for name, one in data["layers"].items()}
-        if not layers:
+        inputs = {name: InputBits(one["products"], one["bits"]) for name, one in data.get("inputs", {}).items()}
+        if not layers and not inputs:
             raise ValueError("the plan names no layer")
-        return cls(layers, str(data["scorer"]))
+        return cls(layers, str(data["scorer"]), inputs)
 
     def save(self, file: str | Path) -> None:
         """Write JSON to edit, a layer a line; whatever stood there stays until the new one is whole."""
         data = self.to_dict()
-        layers = data.pop("layers")
-        head = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(one)}" for name, one in layers.items())
+        parts = [f"  {json.dumps(key)}: {json.dumps(data[key])}" for key in ("format", "version", "scorer")]
+        for key in ("inputs", "layers"):
+            lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(one)}" for name, one in data[key].items())
+            parts.append(f'  "{key}": {{\n{lines}\n  }}')
         partial = Path(f"{file}.partial")
-        partial.write_text(f'{{\n{head},\n  "layers": {{\n{lines}\n  }}\n}}\n')
+        partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
         os.replace(partial, file)
 
     @classmethod

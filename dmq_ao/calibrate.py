@@ -152,9 +152,10 @@ def _start_clean(prepared: GraphModule) -> None:
     """Forget what an earlier calibration decided."""
     prepared.meta.pop(TUNED, None)
     forget(prepared)
-    for weight, activation in observers(prepared).values():
+    for name, (weight, activation) in observers(prepared).items():
         weight.start()
         if activation is not None:
+            activation.config = prepared.meta[PLAN][name].activation
             activation.channel_scale = None
             activation.start_ranges()
 

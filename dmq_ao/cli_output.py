@@ -92,6 +92,21 @@ def inspect_text(report: Mapping[str, Any], everything: bool) -> str:
     return f"{layers_text(shown)}{more}\n\n{totals_text(report)}"
 
 
+def plan_text(plan: Mapping[str, Any]) -> str:
+    """A bit plan, one line a layer, and its means."""
+    rows = [["layer", "mean bits", "channels"]]
+    for name, layer in plan["layers"].items():
+        channels = ", ".join(f"{count} of {bits}" for bits, count in layer["channels_by_bits"].items())
+        rows.append([name, number(layer["mean_bits"], ".2f"), f"{channels} bits"])
+    lines = [aligned(rows), "", f"decided by {plan['scorer']}"]
+    if plan["layers"]:
+        lines.append(f"weights    {plan['mean_bits']:.3f} bits in the mean of the layers named here")
+    if plan["inputs_by_bits"]:
+        inputs = ", ".join(f"{count} of {bits}" for bits, count in plan["inputs_by_bits"].items())
+        lines.append(f"inputs     {inputs} bits; {plan['mean_input_bits']:.3f} in the mean of their products")
+    return "\n".join(lines)
+
+
 def _remarkable(layers: Sequence[Mapping[str, Any]], noisiest: int = 10) -> list[Mapping[str, Any]]:
     measured = [layer for layer in layers if layer["status"] != "float" and layer["sqnr_db"] is not None]
     names = {layer["name"] for layer in sorted(measured, key=lambda layer: float(layer["sqnr_db"]))[:noisiest]}

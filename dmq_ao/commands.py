@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dmq_ao import recipes
-from dmq_ao.config import Ranges, Recipe, SelectMethod
+from dmq_ao.config import BitAllocation, Ranges, Recipe, SelectMethod
 from dmq_ao.terminal import FAILURE, Commands, Format, debug, emit, option_values, say
 
 app = typer.Typer(
@@ -79,6 +79,8 @@ def _root() -> None:
         "dmq-ao quantize ./my-ddpm -o out/ --recipe default --bits w4a8 --trajectories 64",
         "dmq-ao quantize ./my-ddpm -o out/ --bits w4a8 --power-of-two --steps 50",
         "dmq-ao quantize ./my-ddpm -o out/ --recipe default --select tdac --trajectories 64",
+        "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --mean-bits 3.3",
+        "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --bit-plan edited.json",
         "dmq-ao quantize ./my-ddpm -o out/ --keep-float '*to_out*' --dry-run",
         "dmq-ao quantize ./my-sd -o out/ --prompt 'a red fox' --state-dir calib/",
     )
@@ -98,6 +100,13 @@ def quantize(
     observer: Annotated[Observer | None, typer.Option(help="Range estimator.")] = None,
     keep_float: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="More layers to leave in float; repeatable.")
+    ] = None,
+    mean_bits: Annotated[
+        float | None,
+        typer.Option(help="Mean bits of the quantized weights; each output channel gets what saves most error."),
+    ] = None,
+    bit_plan: Annotated[
+        Path | None, typer.Option(help="Bits of each output channel: a bit_plan.json of an earlier run, or edited.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples, spread over the timesteps.")] = 256,
     trajectories: Annotated[
@@ -134,13 +143,18 @@ def quantize(
         chosen = _recipe(recipe, bits, given, keep_float or [], samples)
     if select is not None:
         chosen = replace(chosen, select=replace(chosen.select, method=select))
+    with option_values():
+        if mean_bits is not None:
+            chosen = replace(chosen, allocation=BitAllocation(mean_bits=mean_bits))
     if out is None and not dry_run:
         raise typer.BadParameter("where to write; only --dry-run does without", param_hint="--output")
     from dmq_ao import cli_output, ptq
+    from dmq_ao.bit_plan import BitPlan
     from dmq_ao.diffusers_adapter import check_free
 
     if out is not None:
         check_free(out)
+    plan = None if bit_plan is None else BitPlan.load(bit_plan)
     pipeline = _pipeline(model, prompt)
     say(f"{model}: export the denoiser")
     with option_values():
@@ -161,6 +175,7 @@ def quantize(
         state_dir=state_dir,
         trajectories=trajectories,
         max_memory=None if max_memory is None else int(max_memory * 2**30),
+        bits=plan,
     )
     return emit({"model": model, **report}, lambda: cli_output.quantize_text(report), form)
 
@@ -239,9 +254,18 @@ def compare(
     emit(report, lambda: render_table(report), form)
 
 
-@app.command(epilog=_examples("dmq-ao inspect out/", "dmq-ao inspect out/ --all", "dmq-ao inspect out/ --format json"))
+@app.command(
+    epilog=_examples(
+        "dmq-ao inspect out/",
+        "dmq-ao inspect out/ --all",
+        "dmq-ao inspect out/ --format json",
+        "dmq-ao inspect out/bit_plan.json",
+    )
+)
 def inspect(
-    quantized: Quantized,
+    quantized: Annotated[
+        Path, typer.Argument(help="A folder that `quantize` or dmq_ao.save wrote, or a bit_plan.json.")
+    ],
     everything: Annotated[
         bool, typer.Option("--all", help="Every layer; else those kept, those that fall back, and the noisiest.")
     ] = False,
@@ -249,15 +273,20 @@ def inspect(
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
 ) -> None:
-    """Show what was done to each layer of a quantized denoiser.
+    """Show what was done to each layer of a quantized denoiser, or the bits that a plan gives it.
 
     Kept in float or quantized, to how many bits, which kernel runs it on this machine, its output noise as calibration
     measured it (SQNR), and why where there is a reason.
     """
     from dmq_ao import cli_output, ptq
 
+    if quantized.suffix == ".json":
+        from dmq_ao.bit_plan import BitPlan
+
+        plan = BitPlan.load(quantized).summary()
+        return emit(plan, lambda: cli_output.plan_text(plan), form)
     report = ptq.describe_folder(quantized, backend.value)
-    emit(report, lambda: cli_output.inspect_text(report, everything), form)
+    return emit(report, lambda: cli_output.inspect_text(report, everything), form)
 
 
 @app.command(

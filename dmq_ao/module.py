@@ -86,18 +86,21 @@ class QuantizedDenoiser(nn.Module):
     def _layer_report(self, item: LayerPlan) -> dict[str, Any]:
         kernel = self.kernels.get(item.name, Kernel("float"))
         bits: float = self.float_bits if item.weight is None else item.weight.bits
+        input_bits = self.float_bits if item.activation is None else item.activation.bits
         widths = {}
         if item.name in self.records:
-            weight = outline(self.records, item.name).weight
-            if weight.channel_bits is not None:
-                bits, widths = round(weight.mean_bits, 2), {"channels_by_bits": dict(weight.segments)}
+            record = outline(self.records, item.name)
+            input_bits = input_bits if record.activation is None else record.activation.bits
+            if record.weight.channel_bits is not None:
+                bits = round(record.weight.mean_bits, 2)
+                widths = {"channels_by_bits": {str(width): count for width, count in record.weight.segments}}
         return {
             "name": item.name,
             "kind": item.kind,
             "status": "float" if item.weight is None else "quantized",
             "weight_bits": bits,
             **widths,
-            "activation_bits": self.float_bits if item.activation is None else item.activation.bits,
+            "activation_bits": input_bits,
             "kernel": kernel.name,
             "sqnr_db": self.sqnr_db.get(item.name),
             "why": item.why or kernel.why,

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from dmq_ao import graph
 from dmq_ao.annotate import PLAN, float_weight, observers
+from dmq_ao.bit_plan import BitPlan
 from dmq_ao.calibrate import calibrate
 from dmq_ao.config import Recipe
 from dmq_ao.diffusers_adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
@@ -22,6 +23,7 @@ from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.numerics import packed_bytes
 from dmq_ao.quantize import convert, denoiser_name, prepare
 
+BIT_PLAN = "bit_plan.json"
 EXAMPLE_STEPS = 2  # fewer are too few for some samplers
 
 
@@ -58,6 +60,7 @@ def quantize_pipeline(
     state_dir: str | Path | None = None,
     trajectories: int | None = None,
     max_memory: int | None = None,
+    bits: BitPlan | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Record as the recipe says, calibrate, convert, and write a pipeline folder with a ``report.json``.
@@ -75,6 +78,7 @@ def quantize_pipeline(
         state_dir: as for ``dmq_ao.calibrate``.
         trajectories: as for ``record_pipeline``.
         max_memory: as for ``dmq_ao.calibrate``.
+        bits: as for ``dmq_ao.calibrate``; where there are any, the folder gets a ``bit_plan.json`` to edit.
         progress: show progress bars.
 
     Returns:
@@ -106,6 +110,7 @@ def quantize_pipeline(
         progress=progress,
         batch_size=batch_size,
         max_memory=max_memory,
+        bits=bits,
     )
     quantized = convert(prepared, backend)
     setattr(pipeline, name, quantized)
@@ -116,6 +121,8 @@ def quantize_pipeline(
         **describe(quantized),
     }
     save_pipeline(pipeline, folder, report)
+    if found.bits is not None:
+        found.bits.save(Path(folder) / BIT_PLAN)
     size = folder_bytes(Path(folder) / name)
     return {**report, "folder": str(folder), "file_bytes": size, "float_bytes": before}
 
@@ -199,4 +206,9 @@ def _weight_shapes(prepared: GraphModule) -> dict[str, tuple[int, ...]]:
 def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
     """As ``LayerRecord.stored_bits`` will count, before there is a record: at most, where something may be refused."""
     assert item.weight is not None
-    return 8 * packed_bytes(math.prod(shape), item.weight.bits) + overhead_bits(item, shape, steps, recipe)
+    rest = overhead_bits(item, shape, steps, recipe)
+    allocation = recipe.allocation
+    if allocation is None:
+        return 8 * packed_bytes(math.prod(shape), item.weight.bits) + rest
+    mean = item.weight.bits if allocation.mean_bits is None else allocation.mean_bits
+    return math.ceil(mean * math.prod(shape)) + 8 * shape[0] + rest

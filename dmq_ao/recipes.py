@@ -220,7 +220,8 @@ def _eight_bits(role: str, weight: TensorConfig, activation: TensorConfig) -> Ov
 def default(bits: str = "w4a8") -> Recipe:
     """The best we know: DMQ's scales, ranges and votes, rounding in closed form, and a last distillation.
 
-    The layers that the output is most sensitive to, up to one weight in a hundred, get 8 bits.
+    Below 8 bits, output channels and inputs share out their bits by what these save, at the same mean. The layers that
+    the output is most sensitive to, up to one weight in a hundred, get 8 bits.
 
     Args:
         bits: ``"w4a8"`` and the like.
@@ -234,7 +235,14 @@ def default(bits: str = "w4a8") -> Recipe:
         base = dataclasses.replace(base, config=dataclasses.replace(base.config, activation=activation))
     if parse_bits(bits)[0] > LAST_ASYMMETRIC_BITS:  # wide codes do not shift into int8, and have the resolution
         base = dataclasses.replace(base, config=dataclasses.replace(base.config, power_of_two=None))
-    return dataclasses.replace(base, name="default", protection=Protection(), distillation=Distillation())
+    narrow = min(parse_bits(bits)) < MAX_BITS
+    return dataclasses.replace(
+        base,
+        name="default",
+        protection=Protection(),
+        allocation=BitAllocation() if narrow else None,
+        distillation=Distillation(),
+    )
 
 
 def mpq_dm(

@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 from dmq_ao import graph
 from dmq_ao.allocation import error_curves, exchange, kurtosis, swap
 from dmq_ao.annotate import PLAN, RECIPE, SCALED, float_weight, observers
-from dmq_ao.bit_plan import BitPlan, LayerBits
+from dmq_ao.bit_plan import BitPlan, InputBits, LayerBits
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.calibration.samples import spread_over_steps
-from dmq_ao.config import BitAllocation, ChannelScaling, Granularity, Recipe, Scope, Scorer, TensorConfig
+from dmq_ao.config import MAX_BITS, BitAllocation, ChannelScaling, Granularity, Recipe, Scope, Scorer, TensorConfig
 from dmq_ao.layer import LayerPlan, overhead_bits, shift_fits_int8
 from dmq_ao.learn import input_peak
 from dmq_ao.moments import geometry
-from dmq_ao.observers import MinMax, WeightObserver, quantize_weight
+from dmq_ao.observers import ActivationObserver, MinMax, WeightObserver, quantize_weight
 from dmq_ao.observers.channel_scale import closed_form, spread
 from dmq_ao.sensitivity import Perturbed
 from dmq_ao.state import load_state, save_state
@@ -108,6 +108,18 @@ def apply_bits(prepared: GraphModule, plan: BitPlan) -> None:
                 f" power-of-two factors, fit int8 with {most}; lower them, or take the layer out of power_of_two"
             )
         observer.channel_bits = one.tensor()
+    given: dict[int, tuple[str, int]] = {}
+    for name, wanted in plan.inputs.items():
+        activation = watchers[name][1] if name in watchers else None
+        if activation is None:
+            raise ValueError(f"the plan has bits for the input of {name!r}, which is not quantized")
+        other, bits = given.setdefault(id(activation), (name, wanted.bits))
+        if bits != wanted.bits:
+            raise ValueError(
+                f"{other} and {name} read the same input, and the plan gives it {bits} and {wanted.bits} bits; make"
+                " them one"
+            )
+        activation.config = replace(activation.config, bits=bits)
 
 
 def widest(item: LayerPlan, config: TensorConfig) -> int:
@@ -164,11 +176,13 @@ def find_bits(
     saved = load_state(file, digest, "the bits of a calibration")
     if saved is not None:
         return BitPlan.from_dict(saved[0])
-    layers, fixed = _measure(prepared, samples, allocation, batch_size, bar)
+    probe = _probe(prepared, samples) if allocation.scope is Scope.MODEL else None
+    layers, fixed = _measure(prepared, samples, allocation, probe, batch_size, bar)
     found = _share_out(layers, fixed, allocation, budget)
     plan = BitPlan(
         {name: LayerBits(layers[name].cost, tuple(widths.tolist())) for name, widths in found.items()},
         allocation.scorer.value,
+        {} if probe is None or not allocation.inputs else _input_bits(prepared, probe),
     )
     if file is not None:
         save_state(file, digest, plan.to_dict(), {})
@@ -187,12 +201,21 @@ def _share_out(
             name: exchange([one.curves], [one.cost], [one.candidates], alone[name])[0] for name, one in layers.items()
         }
     spent = sum(count * bits for count, bits in fixed.values())
+    total = _budget(layers, fixed, allocation) if budget is None else budget
+    least = sum(one.cost * len(one.curves) * one.candidates[0] for one in layers.values())
+    if spent + least > total:
+        raise ValueError(
+            f"layers that keep their own width take {spent} of the budget's {total} bits, and the smallest widths of"
+            f" the others {least}; ask for more, or override the widths of {list(fixed)}"
+        )
+    if not layers:
+        return {}
     given = list(layers.values())
     found = exchange(
         [one.curves * one.share for one in given],
         [one.cost for one in given],
         [one.candidates for one in given],
-        (_budget(layers, fixed, allocation) if budget is None else budget) - spent,
+        total - spent,
     )
     return dict(zip(layers, found, strict=True))
 
@@ -214,13 +237,17 @@ def _swapped(one: _Weights, groups: int) -> Tensor:
 
 
 def _measure(
-    prepared: GraphModule, samples: CalibrationSet, allocation: BitAllocation, batch_size: int, bar: tqdm[Any]
+    prepared: GraphModule,
+    samples: CalibrationSet,
+    allocation: BitAllocation,
+    probe: Perturbed | None,
+    batch_size: int,
+    bar: tqdm[Any],
 ) -> tuple[dict[str, _Weights], dict[str, tuple[int, int]]]:
     """Curves and scores of the layers that are searched, weights and width of the others."""
     watchers, nodes, plan = observers(prepared), graph.layer_nodes(prepared), prepared.meta[PLAN]
     inputs = _inputs(prepared, samples.select(spread_over_steps(samples, allocation.samples)), batch_size)
     scales = _closed_forms(prepared, inputs)
-    probe = _probe(prepared, samples) if allocation.scope is Scope.MODEL else None
     layers: dict[str, _Weights] = {}
     fixed: dict[str, tuple[int, int]] = {}
     for place, (name, (observer, _)) in enumerate(watchers.items()):
@@ -314,12 +341,9 @@ def _closed_forms(prepared: GraphModule, inputs: Mapping[str, _Input]) -> dict[s
     """The channel scales [C] that learning starts from; ones for layers without. Readers of one input share theirs."""
     recipe: Recipe = prepared.meta[RECIPE]
     config, nodes = recipe.scaling or ChannelScaling(), graph.layer_nodes(prepared)
-    families: dict[int | str, list[str]] = {}
-    for name, (_, activation) in observers(prepared).items():
-        families.setdefault(name if activation is None else id(activation), []).append(name)
     scales: dict[str, Tensor] = {}
-    for key, names in families.items():
-        scaled = recipe.scaling is not None and not isinstance(key, str) and names[0] in prepared.meta[SCALED]
+    for activation, names in _readers(prepared):
+        scaled = recipe.scaling is not None and activation is not None and names[0] in prepared.meta[SCALED]
         peaks = [_input_peak(float_weight(prepared, nodes[name]).float(), nodes[name]) for name in names]
         peak = inputs[names[0]].peak
         form = closed_form(peak, torch.stack(peaks).amax(0), config.migration, config.limit)
@@ -329,6 +353,46 @@ def _closed_forms(prepared: GraphModule, inputs: Mapping[str, _Input]) -> dict[s
 
 def _input_peak(weight: Tensor, node: Node) -> Tensor:
     return input_peak(weight, geometry(node, weight).groups)
+
+
+def _readers(prepared: GraphModule) -> list[tuple[ActivationObserver | None, list[str]]]:
+    """Each quantized input with the layers that read it; layers of float inputs one by one."""
+    families: dict[int | str, tuple[ActivationObserver | None, list[str]]] = {}
+    for name, (_, activation) in observers(prepared).items():
+        key = name if activation is None else id(activation)
+        families.setdefault(key, (activation, []))[1].append(name)
+    return list(families.values())
+
+
+def _input_bits(prepared: GraphModule, probe: Perturbed) -> dict[str, InputBits]:
+    """Bits of every input narrower than a byte: where they save most of what rounding it alone does to the output.
+
+    A bit more quarters an input's squared error. It costs one bit-operation for each multiply-accumulate and bit of
+    weight; weights aside, the multiply-accumulates are the cost.
+    """
+    nodes = graph.layer_nodes(prepared)
+    families: list[dict[str, int]] = []
+    curves, costs, options, budget = [], [], [], 0
+    for activation, names in _readers(prepared):
+        if activation is None or activation.config.bits >= MAX_BITS:
+            continue
+        nominal = activation.config.bits
+        error = sum(probe.error(nodes[name], None, nominal) ** 2 for name in names)
+        widths = range(max(2, nominal - 2), MAX_BITS + 1)
+        rows = {name: probe.values[nodes[name]][0].numel() for name in names}
+        families.append({n: count * float_weight(prepared, nodes[n])[0].numel() for n, count in rows.items()})
+        curves.append(torch.tensor([[error * 4.0 ** (nominal - bits) for bits in widths]], dtype=torch.float64))
+        costs.append(sum(families[-1].values()))
+        options.append(tuple(widths))
+        budget += nominal * costs[-1]
+    if not families:
+        return {}
+    found = exchange(curves, costs, options, budget)
+    return {
+        name: InputBits(products, int(bits))
+        for readers, bits in zip(families, found, strict=True)
+        for name, products in readers.items()
+    }
 
 
 def _probe(prepared: GraphModule, samples: CalibrationSet) -> Perturbed:

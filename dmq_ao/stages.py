@@ -217,6 +217,8 @@ class BitAllocation:
         scope: of the budget; over the ``MODEL``, a layer counts by what its error does to the denoiser's output.
         candidates: widths to choose from, of ``ERROR_GAIN``; a layer whose codes are shifted has those that fit.
         groups: ``KURTOSIS``: most groups of a tenth of the channels that move each way.
+        inputs: over the ``MODEL``, share out the bits of the layers' inputs too, where they have fewer than 8: their
+            mean over multiply-accumulates stays the recipe's.
         samples: to measure inputs on.
     """
 
@@ -225,6 +227,7 @@ class BitAllocation:
     scope: Scope = Scope.MODEL
     candidates: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     groups: int = 5
+    inputs: bool = True
     samples: int = 16
 
     def __post_init__(self) -> None:

@@ -72,7 +72,7 @@ class Subject:
 
 
 def variants() -> dict[str, Callable[[str], Recipe]]:
-    """Recipes by name: DMQ and EDA-DM built up, the default, and the default with one ingredient left out.
+    """Recipes by name: DMQ and EDA-DM built up, the default, and the default with ingredients left out.
 
     All take the same number of samples from the same number of trajectories, uniform or by density and diversity.
     """
@@ -94,22 +94,34 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "+ blocks": lambda bits: _with(recipes.eda_dm(bits), blocks=BLOCKS, select=EVEN),
         "+ FBR": lambda bits: _with(recipes.eda_dm(bits), select=EVEN),
         "+ TDAC samples = eda_dm": recipes.eda_dm,
-        "default, kurtosis": lambda bits: recipes.mpq_dm(bits, scorer=Scorer.KURTOSIS),
-        "default, error gain by layer": _by_layer,
-        "default, error gain": recipes.mpq_dm,
-        "default, TDAC samples": lambda bits: _with(recipes.default(bits), select=TDAC),
-        "default, then FBR": lambda bits: _with(recipes.default(bits), blocks=FBR),
-        "default": recipes.default,
-        "default without LES": lambda bits: _with(recipes.default(bits), scaling=None),
-        "default without step weights": lambda bits: _with(
-            recipes.default(bits), scaling=ChannelScaling(step_weights=UNIFORM)
+        "default, bits by kurtosis": lambda bits: _with(
+            recipes.default(bits), allocation=BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER)
         ),
-        "default without PTS": _without_votes,
-        "default without bias correction": lambda bits: _with(recipes.default(bits), bias_correction=False),
-        "default without protection": lambda bits: _with(recipes.default(bits), protection=None),
-        "default without distillation": lambda bits: _with(recipes.default(bits), distillation=None),
-        "default without good rounding": lambda bits: _with(recipes.default(bits), rounding=None),
+        "default, bits by layer": lambda bits: _with(
+            recipes.default(bits), allocation=BitAllocation(scope=Scope.LAYER)
+        ),
+        "default, bits of weights alone": lambda bits: _with(
+            recipes.default(bits), allocation=BitAllocation(inputs=False)
+        ),
+        "default, TDAC samples": lambda bits: _with(recipes.default(bits), select=TDAC),
+        "default": recipes.default,
+        "default without shared bits": _even,
+        "default without shared bits, then FBR": lambda bits: _with(_even(bits), blocks=FBR),
+        "default without shared bits or LES": lambda bits: _with(_even(bits), scaling=None),
+        "default without shared bits or step weights": lambda bits: _with(
+            _even(bits), scaling=ChannelScaling(step_weights=UNIFORM)
+        ),
+        "default without shared bits or PTS": _without_votes,
+        "default without shared bits or bias correction": lambda bits: _with(_even(bits), bias_correction=False),
+        "default without shared bits or protection": lambda bits: _with(_even(bits), protection=None),
+        "default without shared bits or distillation": lambda bits: _with(_even(bits), distillation=None),
+        "default without shared bits or good rounding": lambda bits: _with(_even(bits), rounding=None),
     }
+
+
+def _even(bits: str) -> Recipe:
+    """The default with one width for all channels, and one for all inputs."""
+    return _with(recipes.default(bits), allocation=None)
 
 
 def _minmax(bits: str, *, power_of_two: bool = False) -> Recipe:
@@ -120,12 +132,8 @@ def _feedback(bits: str) -> Recipe:
     return recipes.dmq(bits, rounding=RoundingMethod.FEEDBACK)
 
 
-def _by_layer(bits: str) -> Recipe:
-    return _with(recipes.mpq_dm(bits), allocation=BitAllocation(scope=Scope.LAYER))
-
-
 def _without_votes(bits: str) -> Recipe:
-    recipe = recipes.default(bits)
+    recipe = _even(bits)
     return _with(recipe, config=dataclasses.replace(recipe.config, power_of_two=None))
 
 

@@ -56,7 +56,7 @@ def case_of(model: str, loaders: Path | None, folder: Path) -> Case:
         raise SystemExit(f"{model} is loaded by --loaders FILE; without one there are {sorted(NAMED)}")
     size = BATCH.get(model, 4)
     subject = custom(loaders, model, *SAMPLES.get(model, (160, 32)), 0, folder / "recorded")
-    samples = subject.samples(EVEN)
+    samples = subject.samples(EVEN, 0)
     return Case(subject.net, first_rows(samples, size), samples, subject.states, size)
 
 

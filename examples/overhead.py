@@ -1,4 +1,4 @@
-"""What learned scales, exponents, ranges per step and two-byte inputs cost at run time, against plain W4A8.
+"""What scales, exponents, ranges per step, mixed widths and two-byte inputs cost at run time, against plain W4A8.
 
     python examples/overhead.py -o build/overhead.json
 
@@ -17,7 +17,7 @@ import torch
 
 import dmq_ao
 from dmq_ao.benchmark import named_denoiser
-from dmq_ao.config import ChannelScaling, Override, Recipe
+from dmq_ao.config import BitAllocation, ChannelScaling, Override, Recipe
 from dmq_ao.evaluation import machine
 from dmq_ao.measure import compiled_latency
 
@@ -40,6 +40,7 @@ def variants() -> dict[str, Recipe]:
     return {
         PLAIN: plain,
         "+ scales, exponents, ranges per step": scaled,
+        "+ a width for each channel": dataclasses.replace(scaled, allocation=BitAllocation()),
         "+ 12-bit inputs of two layers": dataclasses.replace(
             scaled, config=dataclasses.replace(scaled.config, overrides=wide)
         ),

@@ -25,7 +25,7 @@ def main(folder: Path, trials: int, seed: int) -> None:
     torch.set_num_threads(1)
     model = seeded(Plain)
     samples = plain_samples(model)
-    recipe = dataclasses.replace(dmq_ao.recipes.default("w4a8"), blocks=BlockReconstruction())
+    recipe = dataclasses.replace(dmq_ao.recipes.default("w4a8"), allocation=None, blocks=BlockReconstruction())
     recipe = small(recipe, steps=40)
     prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
     dice = random.Random(seed)

@@ -73,3 +73,38 @@ def test_a_run_is_a_table(example: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_of_no_file_wants_a_name(example: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nothing is loaded by --loaders FILE"):
         example.case_of("nothing", None, tmp_path)
+
+
+LOADERS = """
+import torch
+from plain import Plain, seeded
+
+STEPS = (900, 600, 300, 0)
+
+
+def ddpm64():
+    return seeded(Plain)
+
+
+@torch.no_grad()
+def sample_ddpm64(net, n, steps, seed):
+    x = torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+    for step in STEPS:
+        x = x - 0.1 * net(x, torch.full((n,), step))
+    return x
+"""
+
+
+def test_a_model_of_a_loaders_file(example: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "loaders.py").write_text(LOADERS)
+    case = example.case_of("ddpm64", tmp_path / "loaders.py", tmp_path)
+    assert (case.batch_size, len(case.inputs["x"])) == (4, 4)
+    assert len(case.samples) == 32 * 4  # every step of every trajectory: fewer than the 160 asked for
+    assert case.states.step.unique().numel() == 4
+    # The first trajectories of calibration and of the held-out states have seeds of their own.
+    held = {tuple(row.flatten()[:4].tolist()) for row in case.states.inputs["x"][case.states.step == 0]}
+    assert not held & {tuple(row.flatten()[:4].tolist()) for row in case.samples.inputs["x"]}
+    assert {path.name for path in (tmp_path / "recorded").iterdir()} == {
+        "ddpm64-160-32.safetensors",
+        "ddpm64-states.safetensors",
+    }

@@ -401,8 +401,8 @@ def test_the_report_is_plain_data(uninterrupted: Outcome) -> None:
         assert 0.25 <= vote.mean_agreement <= 1
     back = json.loads(json.dumps(report.to_dict()))
     measured = {"samples", "seconds", "resumed", "sqnr_db", "votes", "peak_bytes"}
-    assert back.keys() == measured | {"layers", "blocks", "distillation"}
-    assert (back["layers"], back["blocks"], back["distillation"]) == ({}, {}, None)
+    assert back.keys() == measured | {"layers", "blocks", "bits", "distillation"}
+    assert (back["layers"], back["blocks"], back["bits"], back["distillation"]) == ({}, {}, None, None)
     assert back["peak_bytes"] is None or back["peak_bytes"] > 2**20
     assert back["votes"]["merge.part0"]["channels"] == {
         str(exponent): count for exponent, count in report.votes["merge.part0"].channels.items()

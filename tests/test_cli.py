@@ -84,6 +84,32 @@ def test_dry_run_predicts_bits_and_writes_nothing(made: tuple[Path, dict[str, An
     assert [{key: layer[key] for key in plan[0]} for layer in predicted["layers"]] == plan
 
 
+def test_bits_are_searched_shown_edited_and_given_back(tmp_path: Path) -> None:
+    report = document("quantize", "demo", "-o", tmp_path / "out", *QUICK, "--bits", "w4a8", "--mean-bits", "2.5")
+    plan = tmp_path / "out" / "bit_plan.json"
+    assert report["calibration"]["bits"]["mean_bits"] == pytest.approx(2.5, abs=0.02)
+    predicted = document("quantize", "demo", *QUICK, "--bits", "w4a8", "--mean-bits", "2.5", "--dry-run")
+    assert predicted["mean_bits"] == pytest.approx(report["mean_bits"], rel=0.02)
+    shown = document("inspect", plan)
+    assert shown["layers"] == report["calibration"]["bits"]["layers"]
+    text = run("inspect", plan).stdout
+    assert "mid_block.attentions.0.to_q" in text
+    assert "decided by error_gain" in text
+    assert "bits in the mean of the layers named here" in text
+    again = document("quantize", "demo", "-o", tmp_path / "again", *QUICK, "--bits", "w4a8", "--bit-plan", plan)
+    assert again["mean_bits"] == pytest.approx(report["mean_bits"], rel=0.01)
+    bits = [[row["weight_bits"] for row in one["layers"]] for one in (report, again)]
+    assert bits[0] == bits[1]
+
+
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    result = run("quantize", "demo", "-o", tmp_path / "out", *QUICK, "--bit-plan", tmp_path / "plan.json")
+    assert result.exit_code == 1
+    assert "not a bit plan" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_shows_every_layer(made: tuple[Path, dict[str, Any]]) -> None:
     out, report = made
     found = document("inspect", out / "unet")
@@ -287,7 +313,9 @@ def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
     [
         pytest.param(("--bits", "w9a8"), "bits must look like 'w4a8'", id="bits"),
         pytest.param(("--backend", "cuda"), "'cuda' is not one of 'auto', 'onednn', 'reference'", id="backend"),
-        pytest.param(("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax']", id="recipe"),
+        pytest.param(
+            ("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax', 'mpq_dm']", id="recipe"
+        ),
         pytest.param(("--prompt", "a fox"), "takes no prompt", id="prompt"),
         pytest.param(("--steps", "0"), "--steps", id="steps"),
         pytest.param((*QUICK, "--keep-float", "nothing*"), "'nothing*' matches no layer", id="pattern"),

@@ -502,7 +502,7 @@ def test_recipes_survive_json(recipe: Recipe) -> None:
             "nmae",
             "x",
             ValueError,
-            r"recipe: unknown keys \['nmae'\]; Recipe has \['bias_correction', 'blocks', 'config',",
+            r"recipe: unknown keys \['nmae'\]; Recipe has \['allocation', 'bias_correction', 'blocks',",
         ),
         ("config.wieght", {}, ValueError, r"recipe.config: unknown keys \['wieght'\]"),
         ("config.weight.bits", "8", TypeError, r"recipe.config.weight.bits: expected int, got str '8'"),

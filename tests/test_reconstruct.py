@@ -319,6 +319,7 @@ def test_two_runs_give_the_same_bytes(
     assert written(denoiser, tmp_path / "out") == expected
     files = {"distillation.safetensors"} if recipe.distillation else set()
     files |= {"sensitivity.safetensors"} if recipe.protection else set()
+    files |= {"bits.safetensors"} if recipe.allocation else set()
     found = {name for name in contents(state) if name.endswith(".safetensors")}
     assert found == files | {f"units/{i:04d}.safetensors" for i in range(3)}
     again, report = run(model, recipe, samples, state_dir=str(state))
