@@ -338,8 +338,8 @@ class Distillation:
         batch_size: samples a step.
         checks: times that the held-out samples are looked at; the best state is kept.
         rank: of the update of each quantized layer's weight; 0 fixes the codes.
-        lr_rank: of Adam on the updates' factors, the first in steps of the weight's grid, the second as a share of its root
-            mean square; falls likewise.
+        lr_rank: of Adam on the updates' factors, the first in steps of the weight's grid, the second as a share of its
+            root mean square; falls likewise.
         relation: of the features as well, where the samples know their trajectories; None for the output alone.
     """
 
