@@ -94,8 +94,8 @@ def find_blocks(prepared: GraphModule, left_out: LeftOut = LeftOut.DATAFLOW) -> 
     for index, (path, run) in enumerate(runs):
         whole = [nodes[name] for name in run if whole_name(name) == whole_name(run[-1])]
         first, last = firsts[index], place[_sum_of(whole)]
-        start = next((i for i in range(begin, first) if _belongs(order[i], path)), first)
-        end = next((i for i in reversed(range(last, firsts[index + 1])) if _belongs(order[i], path)), last)
+        start = next((i for i in range(begin, first) if belongs(order[i], path)), first)
+        end = next((i for i in reversed(range(last, firsts[index + 1])) if belongs(order[i], path)), last)
         stretch = [node for node in order[start : end + 1] if node.op not in ("get_attr", "placeholder")]
         blocks.append(_block(prepared, index, path, run, stretch, left_out))
         begin = end + 1
@@ -112,7 +112,8 @@ def _paths(prepared: GraphModule) -> dict[str, str]:
     return {name: path for path, members in blocks_of(tree, names).items() for name in members}
 
 
-def _belongs(node: Node, path: str) -> bool:
+def belongs(node: Node, path: str) -> bool:
+    """Whether an operator is of the module at ``path``, or of one inside it."""
     stack = node.meta.get("nn_module_stack") or {}
     inside = (entry[0].removeprefix(graph.PREFIX) for entry in stack.values())
     return any(found == path or found.startswith(f"{path}.") for found in inside)

@@ -28,11 +28,13 @@ from dmq_ao.calibration.samples import spread_over_steps
 from dmq_ao.config import BitAllocation, Protection, Recipe
 from dmq_ao.distill import DistillationReport, distill
 from dmq_ao.evaluation import peak_rss_bytes
+from dmq_ao.feature_node import find_feature_node
 from dmq_ao.layer import LayerPlan
 from dmq_ao.learn_blocks import BlockLearning
 from dmq_ao.observe import observe, passes_of
 from dmq_ao.observers import VoteReport
 from dmq_ao.reconstruct import LayerLearning, Reconstruction, units_of
+from dmq_ao.relations import Watched
 from dmq_ao.search_bits import apply_bits, find_bits
 from dmq_ao.sensitivity import forget, protect
 
@@ -112,8 +114,8 @@ def calibrate(
 
     Raises:
         TypeError: when ``prepared`` is not prepared, ``samples`` are no calibration set, or ``bits`` no plan.
-        ValueError: for non-finite activations, naming the layer; for samples that lack an argument; for a
-            ``state_dir`` of another run.
+        ValueError: for non-finite activations, naming the layer; for samples that lack an argument, or windows that
+            the recipe's distillation relates; for a ``state_dir`` of another run.
         InvalidFile: for a damaged file in ``state_dir``.
     """
     if not isinstance(prepared, GraphModule) or PLAN not in prepared.meta:
@@ -189,6 +191,7 @@ class _Run:
     def learn(self, max_memory: int) -> dict[str, Any]:
         """Protect, decide layer by layer, and distill, as far as the recipe asks."""
         batches = list(self._batches())
+        watched = self._watched()
         if self.recipe.protection is not None:
             self._protect(self.recipe.protection)
         if self.bits is None and self.recipe.allocation is not None:
@@ -214,8 +217,16 @@ class _Run:
             "layers": learning.learned,
             "blocks": learning.blocks,
             "bits": self.bits,
-            "distillation": self._distill(batches, learning.held),
+            "distillation": self._distill(batches, learning.held, watched),
         }
+
+    def _watched(self) -> Watched | None:
+        """What a distillation's relation looks at; what is wrong with it must not wait for the other stages."""
+        relation = None if self.recipe.distillation is None else self.recipe.distillation.relation
+        if relation is None:
+            return None
+        node, ch_axis = find_feature_node(self.prepared, relation.tap)
+        return Watched(relation, node, ch_axis, self.samples.earlier(relation.window))
 
     def _protect(self, protection: Protection) -> None:
         rows = spread_over_steps(self.samples, protection.samples)
@@ -229,13 +240,25 @@ class _Run:
                 self.prepared, self.samples, allocation, batch_size=self.batch_size, bar=bar, **self.state
             )
 
-    def _distill(self, batches: list[list[Tensor]], held: Tensor) -> DistillationReport | None:
+    def _distill(
+        self, batches: list[list[Tensor]], held: Tensor, watched: Watched | None
+    ) -> DistillationReport | None:
         config = self.recipe.distillation
         if config is None:
             return None
         shared = set(graph.flatten_inputs(self.samples.shared))
         with self._bar("distill", "step", config.steps) as bar:
-            return distill(self.prepared, batches, config, held, shared=shared, seed=self.seed, **self.state, bar=bar)
+            return distill(
+                self.prepared,
+                batches,
+                config,
+                held,
+                shared=shared,
+                watched=watched,
+                seed=self.seed,
+                **self.state,
+                bar=bar,
+            )
 
     def _batches(self) -> Iterator[list[Tensor]]:
         return (graph.graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))

@@ -19,6 +19,7 @@ from dmq_ao.stages import BitAllocation as BitAllocation
 from dmq_ao.stages import BlockReconstruction as BlockReconstruction
 from dmq_ao.stages import LeftOut as LeftOut
 from dmq_ao.stages import Reduce as Reduce
+from dmq_ao.stages import Relation as Relation
 from dmq_ao.stages import Scope as Scope
 from dmq_ao.stages import Scorer as Scorer
 from dmq_ao.stages import Selection as Selection
@@ -325,28 +326,36 @@ class Protection:
 
 @dataclass(frozen=True)
 class Distillation:
-    """A last stage over the whole denoiser, codes fixed: what stays in float learns to make up for the codes.
+    """A last stage over the whole denoiser: what stays in float learns to make up for the codes.
 
     It learns the weights' scales, the biases, norms, embeddings and the layers kept in float, each by steps in
     proportion to its own size, so that the denoiser's output comes close to the teacher's, every timestep relative to
-    its own output.
+    its own output. The codes are fixed, or move by low-rank updates that are merged into them at the end.
 
     Attributes:
         steps: gradient steps.
         lr: of Adam, as a share of each tensor's root mean square; falls to 0 as a cosine.
         batch_size: samples a step.
         checks: times that the held-out samples are looked at; the best state is kept.
+        rank: of the update of each quantized layer's weight; 0 fixes the codes.
+        lr_rank: of Adam on the updates' factors, the first in steps of the weight's grid, the second as a share of its
+            root mean square; falls likewise.
+        relation: of the features as well, where the samples know their trajectories; None for the output alone.
     """
 
     steps: int = 200
     lr: float = 1e-3
     batch_size: int = 4
     checks: int = 6
+    rank: int = 0
+    lr_rank: float = 1e-2
+    relation: Relation | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, batch_size=1, checks=1)
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        at_least(self, steps=1, batch_size=1, checks=1, rank=0)
+        for name in ("lr", "lr_rank"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

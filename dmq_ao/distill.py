@@ -1,7 +1,8 @@
-"""The last stage, over the whole denoiser: with all codes fixed, what stays in float learns to make up for them.
+"""The last stage, over the whole denoiser: what stays in float learns to make up for the codes.
 
 Learned are the weights' scales, biases, norms, embeddings and layers kept in float: a few numbers, so a few samples
-are enough; the loss is the error of the denoiser's output, so errors that layers hand on to each other cancel. None of
+are enough; the loss is the error of the denoiser's output, so errors that layers hand on to each other cancel. Codes
+may move too, by low-rank updates, and features count beside the output, over windows of a trajectory (MPQ-DM). None of
 it costs anything at run time.
 """
 
@@ -22,7 +23,10 @@ from dmq_ao import graph, numerics
 from dmq_ao.annotate import TUNED, attention_observers, float_bias, observers
 from dmq_ao.config import Distillation
 from dmq_ao.learn import fitted
+from dmq_ao.learn_blocks import scaled_weight
+from dmq_ao.low_rank import LowRankCodes
 from dmq_ao.objectives import relative_error
+from dmq_ao.relations import Relations, Watched
 from dmq_ao.state import load_state, save_state
 
 WARMUP_STEPS = 10
@@ -60,12 +64,18 @@ class _Dequantized(torch.autograd.Function):
 class Student(Interpreter):
     """The quantized denoiser with its float numbers as free parameters.
 
-    ``parameters`` holds ``<layer>|scale`` [out, groups], ``<layer>|bias`` [out], and ``float|<target>`` for tensors of
-    the graph itself, all float32.
+    ``parameters`` holds ``<layer>|scale`` [out, groups], ``<layer>|bias`` [out], ``<layer>|up`` [out, rank] and
+    ``<layer>|down`` [rank, K] of codes that move, and ``float|<target>`` for tensors of the graph itself, all float32.
     """
 
-    def __init__(self, prepared: GraphModule) -> None:
-        """Parameters start where calibration left them."""
+    def __init__(self, prepared: GraphModule, rank: int = 0, seed: int = 0) -> None:
+        """Parameters start where calibration left them.
+
+        Args:
+            prepared: calibrated.
+            rank: of the updates of the weights' codes; 0 fixes them.
+            seed: of the updates' second factors.
+        """
         super().__init__(prepared)
         self.prepared = prepared
         self.watchers, self.attention = observers(prepared), attention_observers(prepared)
@@ -75,11 +85,17 @@ class Student(Interpreter):
         # The timestep is read by every per-step range, at any place in the graph.
         self.garbage_collect_values = False
         self.parameters: dict[str, Tensor] = {}
+        self.low_rank: dict[str, LowRankCodes] = {}
+        generator = torch.Generator().manual_seed(seed)
         own = set()
         for node, name in self.names.items():
-            weight, _ = self.watchers[name]
+            weight, activation = self.watchers[name]
             assert weight.decided is not None
             self.parameters[f"{name}|scale"] = weight.decided.scale.clone()
+            if rank:
+                self.low_rank[name] = LowRankCodes(scaled_weight(prepared, node, activation), weight.decided)
+                up, down = self.low_rank[name].factors(rank, generator)
+                self.parameters |= {f"{name}|up": up, f"{name}|down": down}
             bias = float_bias(prepared, node) if weight.bias is None else weight.bias
             if bias is not None:
                 self.parameters[f"{name}|bias"] = bias.float().clone()
@@ -91,6 +107,7 @@ class Student(Interpreter):
                 if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
                     self.parameters[f"float|{node.target}"] = tensor.detach().float().clone()
         self.sizes = {k: max(float(p.square().mean().sqrt()), SMALLEST_SIZE) for k, p in self.parameters.items()}
+        self.sizes |= {f"{name}|up": 1.0 for name in self.low_rank}
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)
 
@@ -105,24 +122,38 @@ class Student(Interpreter):
         if n not in self.names:
             return super().run_node(n)
         name = self.names[n]
-        weight, activation = self.watchers[name]
-        record = weight.decided
-        assert record is not None
+        activation = self.watchers[name][1]
         args, _ = self.fetch_args_kwargs_from_env(n)
         x: Tensor = args[0]
         if activation is not None:
             x = activation.straight_through(x, None if self.timestep is None else self.env[self.timestep])
-        values: Tensor = _Dequantized.apply(self.parameters[f"{name}|scale"], record.codes, record.zero_point)  # type: ignore[no-untyped-call]
+        values = self._weight(name)
         bias = self.parameters.get(f"{name}|bias")
         return n.target(  # type: ignore[operator]
             x, values.to(x.dtype), None if bias is None else bias.to(x.dtype), *args[3:]
         )
+
+    def _weight(self, name: str) -> Tensor:
+        """A quantized layer's float32 weight [out, ...]."""
+        scale, record = self.parameters[f"{name}|scale"], self.watchers[name][0].decided
+        assert record is not None
+        if name in self.low_rank:
+            return self.low_rank[name].values(scale, self.parameters[f"{name}|up"], self.parameters[f"{name}|down"])
+        values: Tensor = _Dequantized.apply(scale, record.codes, record.zero_point)  # type: ignore[no-untyped-call]
+        return values
 
     def predict(self, arguments: list[Tensor]) -> Tensor:
         """The denoiser's first output [B, ...]."""
         result = self.run(*arguments)
         self.env.clear()
         return graph.first_tensor(result)
+
+    def predict_with(self, arguments: list[Tensor], node: Node) -> tuple[Tensor, Tensor]:
+        """The denoiser's first output [B, ...] and, in float32, the value of a node on the way."""
+        result = self.run(*arguments)
+        features = self.env[node].float()
+        self.env.clear()
+        return graph.first_tensor(result), features
 
     def settle(self, parameters: dict[str, Tensor]) -> None:
         """Put parameters where ``convert`` finds them: records, and the graph's tuned tensors."""
@@ -133,11 +164,13 @@ class Student(Interpreter):
                 tuned[what] = parameter.detach().to(graph.attribute_at(self.prepared, what).dtype)
             elif what == "scale":
                 weight, _ = self.watchers[name]
-                assert weight.decided is not None
+                record = weight.decided
+                assert record is not None
+                if name in self.low_rank:
+                    record = self.low_rank[name].merged(parameters[f"{name}|up"], parameters[f"{name}|down"])
                 bias = parameters.get(f"{name}|bias")
                 weight.restore(
-                    replace(weight.decided, scale=parameter.detach().clone()),
-                    None if bias is None else bias.detach().clone(),
+                    replace(record, scale=parameter.detach().clone()), None if bias is None else bias.detach().clone()
                 )
         self.prepared.meta[TUNED] = tuned
 
@@ -149,6 +182,7 @@ def distill(
     held: Tensor,
     *,
     shared: set[str],
+    watched: Watched | None,
     seed: int,
     state_dir: Path | None,
     digest: str,
@@ -162,19 +196,16 @@ def distill(
         config: of the stage.
         held: [N] bool, samples that nothing is fitted to.
         shared: names of arguments that all samples share.
-        seed: of the order of samples.
+        watched: windows and features, where ``config`` has a relation.
+        seed: of the order of samples, and of the low-rank updates.
         state_dir: where the state is saved every few steps; None for nowhere.
         digest: of everything the result depends on.
         bar: one tick a step.
     """
-    with torch.no_grad():
-        targets = torch.cat([graph.first_tensor(prepared(*arguments)).float() for arguments in batches])
-    names = graph.signature_of(prepared).names
-    by_sample = [name not in shared and part.dim() > 0 for name, part in zip(names, batches[0], strict=True)]
-    columns = zip(by_sample, zip(*batches, strict=True), strict=True)
-    arguments = [torch.cat(parts) if own else parts[0] for own, parts in columns]
-    student = Student(prepared)
-    run = _Run(student, arguments, by_sample, targets, config, held, seed)
+    data = _Samples(prepared, batches, shared)
+    student = Student(prepared, config.rank, seed)
+    relations = None if watched is None else Relations(prepared, watched, batches, data.rows, held)
+    run = _Run(student, data, relations, config, held, seed)
     file = None if state_dir is None else state_dir / "distillation.safetensors"
     saved = load_state(file, digest, "a state of distillation")
     if saved is not None:
@@ -195,29 +226,46 @@ def distill(
     return DistillationReport(run.before, run.best, run.step)
 
 
+class _Samples:
+    """The graph's arguments and the teacher's outputs, sample by sample."""
+
+    def __init__(self, prepared: GraphModule, batches: list[list[Tensor]], shared: set[str]) -> None:
+        with torch.no_grad():
+            self.targets = torch.cat([graph.first_tensor(prepared(*arguments)).float() for arguments in batches])
+        names = graph.signature_of(prepared).names
+        self._by_sample = [name not in shared and part.dim() > 0 for name, part in zip(names, batches[0], strict=True)]
+        columns = zip(self._by_sample, zip(*batches, strict=True), strict=True)
+        self._arguments = [torch.cat(parts) if own else parts[0] for own, parts in columns]
+
+    def rows(self, chosen: Tensor) -> list[Tensor]:
+        """Arguments of the chosen samples [M]."""
+        return [x[chosen] if own else x for own, x in zip(self._by_sample, self._arguments, strict=True)]
+
+
 class _Run:
     """Parameters, optimizer and the best state so far."""
 
     def __init__(
         self,
         student: Student,
-        arguments: list[Tensor],
-        by_sample: list[bool],
-        targets: Tensor,
+        data: _Samples,
+        relations: Relations | None,
         config: Distillation,
         held: Tensor,
         seed: int,
     ) -> None:
-        self.student, self.arguments, self.targets = student, arguments, targets
-        self.by_sample = by_sample
+        self.student, self.data, self.relations = student, data, relations
         self.config, self.seed = config, seed
         self.held, self.fit = torch.nonzero(held)[:, 0], fitted(held)
         parameters = student.parameters
-        groups = [{"params": [p], "lr": config.lr * student.sizes[name]} for name, p in parameters.items()]
-        self.optimizer = torch.optim.Adam(groups)
+        self.optimizer = torch.optim.Adam([{"params": [p], "lr": self._lr(name)} for name, p in parameters.items()])
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
         self.kept = {name: p.detach().clone() for name, p in parameters.items()}
         self.step, self.before, self.best = 0, math.inf, math.inf
+
+    def _lr(self, name: str) -> float:
+        factor = name.rpartition("|")[2] in ("up", "down")
+        return (self.config.lr_rank if factor else self.config.lr) * self.student.sizes[name]
 
     def _rate(self) -> Callable[[int], float]:
         steps = self.config.steps
@@ -225,8 +273,20 @@ class _Run:
 
     def error(self, chosen: Tensor) -> Tensor:
         """Relative error of the chosen samples' outputs."""
-        rows = [x[chosen] if own else x for own, x in zip(self.by_sample, self.arguments, strict=True)]
-        return relative_error(self.student.predict(rows).float(), self.targets[chosen])
+        return relative_error(self.student.predict(self.data.rows(chosen)).float(), self.data.targets[chosen])
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """What is minimised, of each chosen sample: the error, and where there are relations, theirs."""
+        relations = self.relations
+        if relations is None:
+            return self.error(chosen)
+        output, features = self.student.predict_with(self.data.rows(chosen), relations.node)
+        error = relative_error(output.float(), self.data.targets[chosen])
+        return error + relations.error(chosen, features, self._features)
+
+    def _features(self, chosen: Tensor) -> Tensor:
+        assert self.relations is not None
+        return self.student.predict_with(self.data.rows(chosen), self.relations.node)[1]
 
     def check(self) -> float:
         """Mean error of the held-out samples."""
@@ -235,7 +295,7 @@ class _Run:
 
     def advance(self) -> float:
         """One gradient step."""
-        loss = self.error(self._batch()).mean()
+        loss = self.loss(self._batch()).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -101,6 +101,8 @@ class Selection:
         pilot: rows run through all timesteps before the counts are decided.
         minimum: samples that every timestep gets.
         reference_rounding: ``TDAC``: round half to even and mend the sum, as published; counts may be 0.
+        window: ``UNIFORM``: rows are kept in runs of this many steps of one trajectory, one after the other, as
+            distillation with a ``Relation`` wants them; 1 keeps each by itself.
     """
 
     method: SelectMethod = SelectMethod.UNIFORM
@@ -113,9 +115,15 @@ class Selection:
     pilot: int = 16
     minimum: int = 1
     reference_rounding: bool = False
+    window: int = 1
 
     def __post_init__(self) -> None:
-        at_least(self, pilot=1, minimum=0)
+        at_least(self, pilot=1, minimum=0, window=1)
+        if self.window > 1 and self.method is not SelectMethod.UNIFORM:
+            raise ValueError(
+                f"window={self.window} keeps runs of steps, which {self.method.value} shares cannot count; use"
+                " method=UNIFORM, or window=1"
+            )
         if not 0 < self.quantile < 1:
             raise ValueError(f"quantile must be between 0 and 1, got {self.quantile}")
         if not 0 <= self.diversity_weight < float("inf"):
@@ -171,6 +179,31 @@ class BlockReconstruction:
             raise ValueError(
                 f"layer_weight and regularizer must be 0 or more, got {self.layer_weight}, {self.regularizer}"
             )
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Time-smoothed relations between pixels, distilled beside the output (MPQ-DM, arXiv 2412.11549, TRD).
+
+    Attributes:
+        weight: of the relation error beside the output's relative error.
+        window: steps of a trajectory whose features are averaged, the sample's own and those before it; the samples
+            must be recorded with ``Selection(window=...)`` of as many or more.
+        temperature: of the distributions that are compared.
+        tap: path of the module whose output are the features; None takes what the denoiser's last norm reads.
+        reduce: mean over pixels, or their sum, as published.
+    """
+
+    weight: float = 100.0
+    window: int = 2
+    temperature: float = 1.0
+    tap: str | None = None
+    reduce: Reduce = Reduce.MEAN
+
+    def __post_init__(self) -> None:
+        at_least(self, window=1)
+        if not 0 < self.weight < float("inf") or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"weight and temperature must be positive, got {self.weight} and {self.temperature}")
 
 
 @dataclass(frozen=True)

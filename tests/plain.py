@@ -41,22 +41,27 @@ def seeded(kind: Callable[[], nn.Module]) -> nn.Module:
     return kind().eval()
 
 
-def record(model: nn.Module, call: Callable[[int], None], num_samples: int = 16) -> dmq_ao.CalibrationSet:
-    with dmq_ao.record(model, num_samples=num_samples) as recorder, torch.no_grad():
+def record(
+    model: nn.Module, call: Callable[[int], None], num_samples: int = 16, window: int = 1
+) -> dmq_ao.CalibrationSet:
+    select = dmq_ao.Selection(window=window)
+    with dmq_ao.record(model, num_samples=num_samples, select=select) as recorder, torch.no_grad():
         for step in STEPS:
             call(step)
     return recorder.calibration_set()
 
 
-def plain_samples(model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32) -> dmq_ao.CalibrationSet:
-    """Inputs that grow as the noise goes, so that ranges per step differ."""
+def plain_samples(
+    model: nn.Module, seed: int = 0, dtype: torch.dtype = torch.float32, window: int = 1
+) -> dmq_ao.CalibrationSet:
+    """Inputs that grow as the noise goes, so that ranges per step differ; 16 rows, four a step."""
     generator = torch.Generator().manual_seed(seed)
 
     def call(step: int) -> None:
         x = torch.randn(4, 3, 8, 8, generator=generator) * (2 - step / 900)
         model(x.to(dtype), torch.full((4,), step))
 
-    return record(model, call)
+    return record(model, call, window=window)
 
 
 def flow(

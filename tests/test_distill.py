@@ -1,4 +1,7 @@
-"""The last stage: better on samples it was not fitted to or as before, codes fixed, no interruption seen."""
+"""The last stage: better on samples it was not fitted to or as before, no interruption seen.
+
+Codes stay, or move by what is merged into them; features count beside the output, where samples know their steps.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Plain, assert_same_records, contents, plain_samples, record, seeded, small
+from plain import STEPS, Plain, assert_same_records, contents, plain_samples, record, seeded, small
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import state
+from dmq_ao import relations, state
 from dmq_ao.annotate import TUNED, observers
-from dmq_ao.config import Distillation, InvalidFile, Recipe
+from dmq_ao.config import Distillation, InvalidFile, Recipe, Reduce, Relation
 from dmq_ao.distill import Student
+from dmq_ao.feature_node import find_feature_node
 from dmq_ao.graph import graph_arguments
 from dmq_ao.learn import held_out
+from dmq_ao.objectives import relation_error
+from dmq_ao.relations import Relations, Watched
 
 module = importlib.import_module("dmq_ao.distill")
 STATE = "distillation.safetensors"
@@ -29,6 +35,10 @@ RECIPE = dataclasses.replace(
     small(dmq_ao.recipes.default("w3a6"), steps=2), distillation=Distillation(steps=24, lr=1e-2, checks=4)
 )
 BEFORE = dataclasses.replace(RECIPE, distillation=None)
+LOW_RANK = {"rank": 4, "lr_rank": 0.1}
+RELATED = {"relation": Relation(weight=10.0)}
+VARIANTS = {"low rank": LOW_RANK, "relations": RELATED, "both": LOW_RANK | RELATED}
+VARIED = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 
 
 class Normed(nn.Module):
@@ -337,7 +347,246 @@ def test_a_state_of_another_run_is_refused(model: nn.Module, samples: dmq_ao.Cal
     assert str(tmp_path / STATE) in str(e.value)
 
 
-@pytest.mark.parametrize("given", [{"steps": 0}, {"batch_size": 0}, {"checks": 0}, {"lr": 0.0}])
+@pytest.mark.parametrize(
+    "given", [{"steps": 0}, {"batch_size": 0}, {"checks": 0}, {"lr": 0.0}, {"rank": -1}, {"lr_rank": 0.0}]
+)
 def test_what_is_no_distillation(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(given))} must be"):
         Distillation(**given)
+
+
+# --- codes that move, features that count ------------------------------------
+
+
+def with_stage(**changes: Any) -> Recipe:
+    assert RECIPE.distillation is not None
+    return dataclasses.replace(RECIPE, distillation=dataclasses.replace(RECIPE.distillation, **changes))
+
+
+@pytest.fixture(scope="module")
+def windows(model: nn.Module) -> dmq_ao.CalibrationSet:
+    """What ``samples`` are, with their trajectories."""
+    return plain_samples(model, window=2)
+
+
+@BOTH
+def test_codes_move_and_held_out_samples_are_closer(
+    before: Outcome, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    outcome = calibrated(model, samples, with_stage(**LOW_RANK))
+    report = outcome.report.distillation
+    assert report is not None
+    assert report.after < report.before
+    assert error_on_held_out(outcome.denoiser, model, samples) == pytest.approx(report.after, rel=1e-3)
+    moved = 0
+    for name, layer in outcome.denoiser.records.items():
+        other = before.denoiser.records[name]
+        assert layer.weight.codes.shape == other.weight.codes.shape
+        assert layer.weight.codes.dtype is other.weight.codes.dtype
+        assert torch.equal(layer.weight.zero_point, other.weight.zero_point)
+        moved += int((layer.weight.codes != other.weight.codes).sum())
+    assert moved > 0
+
+
+@BOTH
+def test_codes_start_where_they_were_bit_for_bit(before: Outcome, samples: dmq_ao.CalibrationSet) -> None:
+    arguments = graph_arguments(before.prepared, samples.example(6))
+    fixed, free = Student(before.prepared), Student(before.prepared, rank=4)
+    results = [student.predict(arguments) for student in (fixed, free)]
+    assert torch.equal(*(result.detach() for result in results))
+    for result in results:
+        result.square().sum().backward()
+    for name, parameter in fixed.parameters.items():
+        assert torch.equal(parameter.grad, free.parameters[name].grad), name  # type: ignore[arg-type]
+    factors = free.parameters.keys() - fixed.parameters.keys()
+    assert {name.rpartition("|")[2] for name in factors} == {"up", "down"}
+    for name in factors:
+        assert bool(free.parameters[name].grad.any()) == name.endswith("up"), name  # type: ignore[union-attr]
+
+
+def moved_student(prepared: GraphModule, size: float) -> Student:
+    student = Student(prepared, rank=4)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in student.parameters.items():
+        if name.endswith("|up"):
+            parameter.data = size * torch.randn(parameter.shape, generator=generator)
+    return student
+
+
+@BOTH
+def test_the_converted_denoiser_is_the_student_whose_codes_moved(
+    model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    prepared = calibrated(model, samples, BEFORE).prepared
+    arguments = graph_arguments(prepared, samples.example(6))
+    student = moved_student(prepared, 3.0)
+    predicted = student.predict(arguments).detach()
+    assert not torch.allclose(predicted, Student(prepared).predict(arguments), rtol=0.05)
+    student.settle(student.parameters)
+    denoiser = dmq_ao.convert(prepared, "reference")
+    torch.testing.assert_close(predicted, denoiser(**samples.example(6)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(predicted, Student(prepared).predict(arguments).detach(), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+@pytest.mark.parametrize("term", ["output", "relations"])
+def test_each_term_has_a_gradient_in_the_student_and_none_in_the_teacher(
+    term: str, before: Outcome, model: nn.Module, windows: dmq_ao.CalibrationSet
+) -> None:
+    student = moved_student(before.prepared, 0.5)
+    if term == "output":
+        arguments = graph_arguments(before.prepared, windows.example(16))
+        student.predict(arguments).square().sum().backward()
+    else:
+        relation, features = related(before.prepared, windows, student)
+        chosen = torch.arange(16)
+        relation.error(chosen, features(chosen), features).sum().backward()
+    # What comes after the features is no part of their relations.
+    late = ("last.weight", "last.bias")
+    for name, parameter in student.parameters.items():
+        if term == "relations" and name.endswith(late):
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None, name
+            assert bool(torch.isfinite(parameter.grad).all()), name
+            assert bool(parameter.grad.any()), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def related(
+    prepared: GraphModule, samples: dmq_ao.CalibrationSet, student: Student, held: Tensor | None = None, **given: Any
+) -> tuple[Relations, Callable[[Tensor], Tensor]]:
+    """The relation term over ``samples``, and the student's features of some of them."""
+
+    def rows(chosen: Tensor) -> list[Tensor]:
+        [inputs] = samples.select(chosen).batches(len(chosen))
+        return graph_arguments(prepared, inputs)
+
+    batches = [graph_arguments(prepared, inputs) for inputs in samples.batches(5)]
+    config = Relation(**given)
+    watched = Watched(config, *find_feature_node(prepared, config.tap), samples.earlier(config.window))
+    nothing = torch.zeros(len(samples), dtype=torch.bool)
+    term = Relations(prepared, watched, batches, rows, nothing if held is None else held)
+    return term, lambda chosen: student.predict_with(rows(chosen), term.node)[1]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_the_term_by_hand(window: int, kept_bytes: int, before: Outcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relations, "KEPT_BYTES", kept_bytes)
+    model = seeded(Plain)
+    samples = plain_samples(model, window=max(window, 2))
+    student = Student(before.prepared)
+    given = {"weight": 7.0, "window": window, "temperature": 0.3, "tap": "tokens", "reduce": Reduce.SUM}
+    term, features = related(before.prepared, samples, student, **given)
+    found = term.error(torch.arange(16), features(torch.arange(16)), features)
+    seen: list[Tensor] = []
+    handle = model.tokens.register_forward_hook(lambda module, args, output: seen.append(output.detach()))
+    [inputs] = samples.batches(16)
+    model(**inputs)
+    handle.remove()
+    assert samples.trajectory is not None
+    ours, expected = features(torch.arange(16)).detach(), torch.zeros(16)
+    for row in range(16):
+        same = samples.trajectory == samples.trajectory[row]
+        steps = [samples.step[row] - back for back in range(window)]
+        members = [int(i) for step in steps for i in (same & (samples.step == step)).nonzero()[:, 0]]
+        if len(members) == window:
+            pair = [x[members].mean(0, keepdim=True) for x in (ours, seen[0])]
+            expected[row] = 7 * relation_error(*pair, ch_axis=2, temperature=0.3, reduce=Reduce.SUM)[0]
+    assert int((expected > 0).sum()) == 4 * (len(STEPS) + 1 - window)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_windows_hold_no_held_out_sample(before: Outcome, windows: dmq_ao.CalibrationSet) -> None:
+    earlier = windows.earlier(2)[:, 0]
+    held = torch.zeros(16, dtype=torch.bool)
+    held[earlier.max()] = True
+    term, features = related(before.prepared, windows, Student(before.prepared), held)
+    counts = term.error(torch.arange(16), features(torch.arange(16)), features) > 0
+    assert torch.equal(counts, (earlier >= 0) & ~held & ~held[earlier])
+    with pytest.raises(ValueError, match="each window of 16 samples holds a sample that is held out"):
+        related(before.prepared, windows, Student(before.prepared), torch.ones(16, dtype=torch.bool))
+
+
+def test_relations_are_learned(before: Outcome, model: nn.Module, windows: dmq_ao.CalibrationSet) -> None:
+    outcome = calibrated(model, windows, with_stage(**RELATED))
+    report = outcome.report.distillation
+    assert report is not None
+    assert report.after < report.before
+    without = calibrated(model, windows, RECIPE)
+    assert without.report.distillation != report
+
+    def error(prepared: GraphModule) -> float:
+        student, chosen = Student(prepared), torch.arange(16)
+        for target, tensor in prepared.meta.get(TUNED, {}).items():
+            student.parameters[f"float|{target}"].data = tensor
+        term, features = related(prepared, windows, student)
+        with torch.no_grad():
+            return float(term.error(chosen, features(chosen), features).sum())
+
+    assert error(outcome.prepared) < error(without.prepared)
+    assert error(outcome.prepared) < error(before.prepared)
+
+
+@pytest.mark.parametrize(
+    ("relation", "message"),
+    [
+        (Relation(), r"no 2 rows of the samples .* record with select=Selection\(window=2\)"),
+        (Relation(window=1, tap="token"), r"tap 'token' is no module of Plain; close ones are \['tokens', "),
+    ],
+)
+def test_what_cannot_be_related_is_refused_before_anything_is_learned(
+    relation: Relation, message: str, samples: dmq_ao.CalibrationSet, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        calibrated(seeded(Plain), samples, with_stage(relation=relation), state_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_window_of_one_needs_no_trajectories(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
+    report = calibrated(model, samples, with_stage(relation=Relation(window=1))).report.distillation
+    assert report is not None
+    assert report.after < report.before
+
+
+@VARIED
+@pytest.mark.parametrize("count", [9, 11])
+def test_an_interrupted_run_of_any_kind_ends_the_same(
+    count: int,
+    variant: dict[str, Any],
+    model: nn.Module,
+    windows: dmq_ao.CalibrationSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = with_stage(**variant)
+    uninterrupted = calibrated(model, windows, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "advance", _interrupted(count))
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, windows, recipe, state_dir=tmp_path)
+    outcome = calibrated(model, windows, recipe, state_dir=tmp_path)
+    assert_same_outcome(outcome, uninterrupted)
+    dmq_ao.save(outcome.denoiser, tmp_path / "one")
+    dmq_ao.save(uninterrupted.denoiser, tmp_path / "other")
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+
+
+@VARIED
+def test_recipes_of_any_kind_are_read_as_they_were_written(variant: dict[str, Any]) -> None:
+    recipe = with_stage(**variant)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": 0.0}, "weight and temperature must be positive, got 0.0 and 1.0"),
+        ({"temperature": float("inf")}, "weight and temperature must be positive, got 100.0 and inf"),
+        ({"window": 0}, "window must be 1 or more, got 0"),
+    ],
+)
+def test_what_is_no_relation(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Relation(**given)

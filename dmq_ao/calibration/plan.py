@@ -20,6 +20,11 @@ from dmq_ao.config import Selection, SelectMethod
 FEATURE_BYTES = 64 << 20
 
 
+def begins_another(visited: list[int], step: int) -> bool:
+    """Whether a call at ``step`` begins another trajectory than the one that ``visited`` these steps."""
+    return step in visited[:-1] and step != visited[-1]
+
+
 class Features:
     """What the pilot saw at the tap, as sums over pairs of steps; holds the features of one trajectory at a time."""
 
@@ -134,7 +139,7 @@ class Plan:
 
     def begins(self, step: int) -> bool:
         """Whether a call at ``step`` cannot belong to the trajectory under way."""
-        return step in self._visited[:-1] and step != self._visited[-1]
+        return begins_another(self._visited, step)
 
     def end(self) -> None:
         """The trajectory under way is over."""

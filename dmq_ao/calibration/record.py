@@ -6,7 +6,6 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,16 +14,9 @@ from torch import Tensor, nn
 from dmq_ao.calibration.plan import Plan
 from dmq_ao.calibration.samples import SHARED_TYPES, CalibrationSet, Shared, describe, layout, take
 from dmq_ao.calibration.select import counts_of
+from dmq_ao.calibration.windows import Row, Windows
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
 from dmq_ao.graph import TIMESTEP_NAMES, find_timestep, flatten_inputs
-
-
-@dataclass(eq=False)
-class _Row:
-    step: int
-    priority: float
-    position: int  # in the batch it came with
-    inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Enough(BaseException):
@@ -36,7 +28,8 @@ class Recorder:
 
     Each row draws a random priority. A timestep keeps its lowest ones, up to its share of ``num_samples``. Equal
     shares shrink as further timesteps appear; where these outnumber the samples, one row each competes for a place.
-    For uneven shares twice as many rows are held until the shares are known.
+    For uneven shares twice as many rows are held until the shares are known. Windows hold whole runs of rows, and all
+    rows of the last calls beside.
 
     Attributes:
         num_calls: calls of the denoiser seen so far.
@@ -66,12 +59,13 @@ class Recorder:
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
             self._timestep_arg = _timestep_name(parameters, timestep_arg)
         self._steps: dict[int | float, int] = {}
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         self._shared: dict[str, Shared] = {}
         self._layouts: dict[str, str] = {}
         selection = _selection(select)
         uneven = selection.method is not SelectMethod.UNIFORM
         self._plan = Plan(denoiser, selection, num_samples, self._generator) if uneven else None
+        self._windows = Windows(selection.window, num_samples) if selection.window > 1 else None
         self._inside = False
         self._part: float | None = None
 
@@ -83,19 +77,23 @@ class Recorder:
         """The rows held, ordered by step and then by priority.
 
         Raises:
-            MissingStatistics: when the denoiser was not called.
+            MissingStatistics: when the denoiser was not called, or never in as many steps of a trajectory as a window
+                has.
         """
         if self._timestep_arg is None or not self._rows:
             raise MissingStatistics(
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"
-                " as recorder:`, on that very module, before torch.compile"
+                " as recorder:`, on that very module, before torch.compile; windows need as many steps of a trajectory"
             )
         rows = sorted(self._chosen(), key=lambda row: (row.step, row.priority))
         inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
         step = torch.tensor([row.step for row in rows], device="cpu")
         dtype = torch.float32 if any(isinstance(timestep, float) for timestep in self._steps) else torch.int64
         visited = torch.tensor(list(self._steps), dtype=dtype, device="cpu")
-        return CalibrationSet(inputs, dict(self._shared), visited[step], step, self._timestep_arg, visited)
+        trajectory = None
+        if self._windows is not None:
+            trajectory = torch.tensor([row.trajectory for row in rows], device="cpu")
+        return CalibrationSet(inputs, dict(self._shared), visited[step], step, self._timestep_arg, visited, trajectory)
 
     @contextmanager
     def trajectory(self, part: float | None = None) -> Iterator[None]:
@@ -125,8 +123,9 @@ class Recorder:
             self._inside, self._part = False, None
 
     def _end_trajectory(self) -> None:
-        if self._plan is not None:
-            self._plan.end()
+        for follower in (self._plan, self._windows):
+            if follower is not None:
+                follower.end()
 
     def _close(self) -> None:
         if self._plan is not None and self._plan.features is not None:
@@ -142,10 +141,12 @@ class Recorder:
         timesteps = _per_row(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))
         self._check_like_before(inputs, shared)
         steps = [self._steps.setdefault(timestep, len(self._steps)) for timestep in timesteps]
-        if self._plan is None:
-            self._offer(steps, range(len(steps)))
-        else:
+        if self._plan is not None:
             self._follow(self._plan, steps, timesteps, args, kwargs)
+        elif self._windows is not None:
+            self._extend(self._windows, steps)
+        else:
+            self._offer(steps, range(len(steps)))
         self._copy(inputs)
         self.num_calls += 1
 
@@ -158,12 +159,7 @@ class Recorder:
         kwargs: dict[str, Any],
     ) -> None:
         """Offer what the plan wants of a call."""
-        step, rows = steps[0], len(steps)
-        if set(steps) != {step}:
-            raise ValueError(
-                f"call {self.num_calls + 1} of the denoiser has rows at {len(set(steps))} timesteps; uneven selection"
-                " follows trajectories, which are at one timestep in every call: use select='uniform' for this loop"
-            )
+        step, rows = self._only_step(steps), len(steps)
         if not self._inside and plan.begins(step):
             plan.end()
         if plan.starts:
@@ -177,13 +173,29 @@ class Recorder:
             plan.features.expect(step, timesteps[0], rows, args, kwargs)
         self._offer(steps, range(rows) if wanted is None else wanted)
 
+    def _extend(self, windows: Windows, steps: list[int]) -> None:
+        """Let the runs that end with a call compete for those held."""
+        if not self._inside and windows.begins(self._only_step(steps)):
+            windows.end()
+        windows.add(self._drawn(steps))
+        self._rows = windows.held()
+
+    def _only_step(self, steps: list[int]) -> int:
+        if set(steps) != {steps[0]}:
+            raise ValueError(
+                f"call {self.num_calls + 1} of the denoiser has rows at {len(set(steps))} timesteps; uneven selection"
+                " and windows follow trajectories, which are at one timestep in every call: use select='uniform' for"
+                " this loop"
+            )
+        return steps[0]
+
     def _held(self) -> list[int]:
         held = [0] * len(self._steps)
         for row in self._rows:
             held[row.step] += 1
         return held
 
-    def _chosen(self) -> list[_Row]:
+    def _chosen(self) -> list[Row]:
         """The rows held, or as many of them as were asked for where the pilot was all there was."""
         plan, held = self._plan, self._held()
         if plan is None or plan.counts is not None:
@@ -218,10 +230,17 @@ class Recorder:
 
     def _offer(self, steps: list[int], wanted: Iterable[int]) -> None:
         """Let the rows at ``wanted`` places of a batch compete for those held."""
-        priorities = torch.rand(len(steps), generator=self._generator, dtype=torch.float64, device="cpu").tolist()
-        self._rows += [_Row(steps[i], priorities[i], i) for i in wanted]
+        rows = self._drawn(steps)
+        self._rows += [rows[i] for i in wanted]
         pilot = self._plan is not None and self._plan.counts is None
         self._thin(self._quota, self._num_samples * (2 if pilot else 1))
+
+    def _drawn(self, steps: list[int]) -> list[Row]:
+        """The rows of a call, each with a priority."""
+        priorities = torch.rand(len(steps), generator=self._generator, dtype=torch.float64, device="cpu").tolist()
+        return [
+            Row(step, priority, place) for place, (step, priority) in enumerate(zip(steps, priorities, strict=True))
+        ]
 
     def _quota(self, step: int) -> int:
         """The most rows of a step to hold."""
@@ -236,7 +255,7 @@ class Recorder:
         self._rows = sorted(self._lowest(self._rows, quota), key=lambda row: row.priority)[:limit]
 
     @staticmethod
-    def _lowest(rows: list[_Row], quota: Callable[[int], int]) -> list[_Row]:
+    def _lowest(rows: list[Row], quota: Callable[[int], int]) -> list[Row]:
         """Of each step the ``quota(step)`` rows of lowest priority."""
         rows = sorted(rows, key=lambda row: (row.step, row.priority))
         return [
@@ -246,7 +265,8 @@ class Recorder:
         ]
 
     def _copy(self, inputs: Mapping[str, Tensor]) -> None:
-        new = [row for row in self._rows if not row.inputs]
+        rows = self._rows if self._windows is None else self._windows.pending()
+        new = [row for row in rows if not row.inputs]
         index = torch.tensor([row.position for row in new], dtype=torch.int64, device="cpu")
         for name, value in inputs.items():
             for row, kept in zip(new, take(value.detach(), index).cpu(), strict=True):
@@ -270,15 +290,16 @@ def record(
         timestep_arg: name of the timestep, when it is not ``timestep``, ``timesteps`` or ``t``.
         select: how the rows are spread: ``"uniform"``, ``"normal"`` or ``"tdac"``, or a ``Selection`` with more to
             say. Uneven shares are decided once ``Selection.pilot`` rows have run through all timesteps; a loop that
-            says where its trajectories begin, with ``Recorder.trajectory``, can leave them early from then on.
+            says where its trajectories begin, with ``Recorder.trajectory``, can leave them early from then on. With a
+            ``Selection.window`` every row comes with the rows before it, which count among ``num_samples``.
 
     Yields:
         A ``Recorder``; its ``calibration_set()`` is what was recorded. Tensors are copied to the CPU.
 
     Raises:
         TypeError: for a denoiser that is no module, or arguments that cannot be recorded.
-        ValueError: for ``num_samples`` below 1, an unknown selection, a timestep that is not found, calls that do not
-            go together, or features that are NaN or infinite.
+        ValueError: for ``num_samples`` below 1 or below a window, an unknown selection, a timestep that is not found,
+            calls that do not go together, or features that are NaN or infinite.
     """
     recorder = Recorder(denoiser, num_samples, seed, timestep_arg, select)
     handle = denoiser.register_forward_pre_hook(recorder._observe, with_kwargs=True)

@@ -21,7 +21,9 @@ from torch import Tensor
 from dmq_ao.config import InvalidFile
 from dmq_ao.graph import unflatten_inputs
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Of sets without trajectories, which older readers know; both are read.
+_FIRST_VERSION = 1
 Shared: TypeAlias = Tensor | int | float | bool | str | None
 SHARED_TYPES = (Tensor, int, float, bool, str, type(None))
 # One metadata entry: safetensors writes several in an order of its own, and two runs must give the same bytes.
@@ -39,9 +41,11 @@ class CalibrationSet:
         step: [N] int64, row of ``timesteps``; 0 is the first that the sampler visited, the noisiest.
         timestep_arg: name of the argument that held the timestep.
         visited: [S], all of ``timesteps`` where some have no row in this set; None reads them off the rows.
+        trajectory: [N] int64, the same number for rows that one run of the sampler gave at one place of its batch;
+            None where that was not recorded.
 
     Raises:
-        TypeError: for inputs that are no tensors or plain values, or a timestep or step of another dtype.
+        TypeError: for inputs that are no tensors or plain values, or a timestep, step or trajectory of another dtype.
         ValueError: for an empty set, NaN or infinity, unequal numbers of rows, steps that do not fit the timesteps.
     """
 
@@ -51,6 +55,7 @@ class CalibrationSet:
     step: Tensor
     timestep_arg: str = "timestep"
     visited: Tensor | None = None
+    trajectory: Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -105,7 +110,8 @@ class CalibrationSet:
             raise ValueError(f"indices must be a list of one or more rows from 0 to {len(self) - 1}, got {got}")
         inputs = {name: take(value, rows) for name, value in self.inputs.items()}
         timestep, step = take(self.timestep, rows), take(self.step, rows)
-        return CalibrationSet(inputs, self.shared, timestep, step, self.timestep_arg, self.timesteps)
+        trajectory = None if self.trajectory is None else take(self.trajectory, rows)
+        return CalibrationSet(inputs, self.shared, timestep, step, self.timestep_arg, self.timesteps, trajectory)
 
     def split(self, num_held_out: int, seed: int = 0) -> tuple[CalibrationSet, CalibrationSet]:
         """Two sets: the rest, and ``num_held_out`` rows drawn at random. Both keep the order of rows.
@@ -117,6 +123,33 @@ class CalibrationSet:
             raise ValueError(f"num_held_out must be from 1 to {len(self) - 1} of {len(self)} rows, got {num_held_out}")
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu")
         return self.select(order[num_held_out:].sort().values), self.select(order[:num_held_out].sort().values)
+
+    def earlier(self, window: int) -> Tensor:
+        """The rows that came before each row in its trajectory.
+
+        Args:
+            window: steps in a row, the row's own included.
+
+        Returns:
+            [N, window - 1] int64, row numbers at the steps before, nearest first; -1 in rows that lack any of them.
+
+        Raises:
+            ValueError: for a ``window`` below 1, or where all rows lack some.
+        """
+        if window < 1:
+            raise ValueError(f"window must be 1 or more, got {window}")
+        numbers = torch.arange(len(self)) if self.trajectory is None else self.trajectory
+        places = list(zip(numbers.tolist(), self.step.tolist(), strict=True))
+        row_at = {place: row for row, place in enumerate(places)}
+        found = [[row_at.get((number, step - back), -1) for back in range(1, window)] for number, step in places]
+        rows = torch.tensor(found, dtype=torch.int64, device="cpu").reshape(len(self), window - 1)
+        incomplete = (rows < 0).any(1)
+        if bool(incomplete.all()):
+            raise ValueError(
+                f"no {window} rows of the samples are of one trajectory at steps one after the other; record with"
+                f" select=Selection(window={window})"
+            )
+        return rows.masked_fill(incomplete[:, None], -1)
 
     def digest(self) -> str:
         """Sha256, in hex, of every name, shape, dtype and byte; the same before ``save`` and after ``load``."""
@@ -130,7 +163,7 @@ class CalibrationSet:
         """Write one ``.safetensors`` file, whole or not at all: a failed write leaves what was there before."""
         path = Path(path)
         header = {
-            "format_version": FORMAT_VERSION,
+            "format_version": _FIRST_VERSION if self.trajectory is None else FORMAT_VERSION,
             "inputs": list(self.inputs),
             "shared": self._plain(),
             "timestep_arg": self.timestep_arg,
@@ -160,13 +193,15 @@ class CalibrationSet:
                 step=tensors["step"],
                 timestep_arg=header["timestep_arg"],
                 visited=tensors["visited"],
+                trajectory=tensors.get("trajectory"),
             )
             if samples.digest() != header["digest"]:
                 raise ValueError("the contents do not match their checksum")
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise InvalidFile(
                 f"{os.fspath(path)}: {type(error).__name__}: {error}. Expected a calibration set of format version"
-                f" {FORMAT_VERSION}, as CalibrationSet.save writes it; copy the file anew, or record and save again"
+                f" {_FIRST_VERSION} or {FORMAT_VERSION}, as CalibrationSet.save writes it; copy the file anew, or"
+                " record and save again"
             ) from error
         return samples
 
@@ -174,6 +209,7 @@ class CalibrationSet:
         tensors: dict[str, Shared] = {f"inputs.{name}": value for name, value in self.inputs.items()}
         tensors |= {f"shared.{name}": value for name, value in self.shared.items()}
         tensors |= {"timestep": self.timestep, "step": self.step, "visited": self.timesteps}
+        tensors["trajectory"] = self.trajectory
         return {
             name: value.detach().cpu().contiguous() for name, value in tensors.items() if isinstance(value, Tensor)
         }
@@ -197,6 +233,8 @@ def _check_types(samples: CalibrationSet) -> None:
         raise TypeError(f"timestep must be [rows] float32 or int64, got {describe(samples.timestep)}")
     if samples.step.dtype is not torch.int64:
         raise TypeError(f"step must be [rows] int64, got {describe(samples.step)}")
+    if samples.trajectory is not None and samples.trajectory.dtype is not torch.int64:
+        raise TypeError(f"trajectory must be [rows] int64, got {describe(samples.trajectory)}")
 
 
 def _check_rows(samples: CalibrationSet) -> None:
@@ -207,7 +245,10 @@ def _check_rows(samples: CalibrationSet) -> None:
     names = [*samples.inputs, *samples.shared, samples.timestep_arg]
     if len(set(names)) < len(names):
         raise ValueError(f"each argument is either an input, shared or the timestep, got a name twice in {names}")
-    for name, value in {**samples.inputs, "timestep": samples.timestep}.items():
+    columns = {**samples.inputs, "timestep": samples.timestep}
+    if samples.trajectory is not None:
+        columns["trajectory"] = samples.trajectory
+    for name, value in columns.items():
         if len(value) != len(samples):
             raise ValueError(
                 f"{name} has {len(value)} rows, step has {len(samples)}; give each sample one row of both, and what"
@@ -249,7 +290,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
         if not isinstance(header, dict):
             raise ValueError("its metadata names no calibration set")
-        if header.get("format_version") != FORMAT_VERSION:
+        if header.get("format_version") not in (_FIRST_VERSION, FORMAT_VERSION):
             raise ValueError(f"it has format version {header.get('format_version')}")
         names = list(file.keys())
         return header, {name: file.get_tensor(name) for name in names}

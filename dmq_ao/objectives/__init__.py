@@ -2,6 +2,7 @@
 
 from dmq_ao.objectives.fine_grained import Compared, fine_grained_error
 from dmq_ao.objectives.output import output_error, relative_error
+from dmq_ao.objectives.relation import relation_error, smoothed
 from dmq_ao.objectives.rounding import rounding_regularizer, temperature
 from dmq_ao.objectives.step_weights import StepWeighting
 
@@ -10,7 +11,9 @@ __all__ = [
     "StepWeighting",
     "fine_grained_error",
     "output_error",
+    "relation_error",
     "relative_error",
     "rounding_regularizer",
+    "smoothed",
     "temperature",
 ]

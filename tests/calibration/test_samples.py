@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -99,6 +100,9 @@ def assert_same(left: CalibrationSet, right: CalibrationSet) -> None:
         other = right.shared[name]
         assert type(value) is type(other)
         assert torch.equal(value, other) if isinstance(value, Tensor) else value == other  # type: ignore[arg-type]
+    assert (left.trajectory is None) == (right.trajectory is None)
+    if left.trajectory is not None and right.trajectory is not None:
+        assert torch.equal(left.trajectory, right.trajectory)
     assert left.timestep_arg == right.timestep_arg
     assert left.digest() == right.digest()
 
@@ -130,6 +134,23 @@ def test_select_takes_rows_in_the_order_asked_and_keeps_the_timesteps() -> None:
     assert chosen.step.tolist() == [2, 0]
     assert chosen.timesteps.tolist() == [900, 500, 100]
     assert torch.equal(chosen.inputs["sample"], make().inputs["sample"][[3, 0]])
+
+
+def test_earlier_rows_are_of_the_same_trajectory_nearest_first() -> None:
+    whole = make(trajectory=torch.tensor([5, 4, 4, 4]))
+    assert whole.earlier(1).shape == (4, 0)
+    assert whole.earlier(2).tolist() == [[-1], [-1], [1], [2]]
+    assert whole.earlier(3).tolist() == [[-1, -1], [-1, -1], [-1, -1], [2, 1]]
+    assert whole.select([3, 1, 2]).earlier(2).tolist() == [[2], [-1], [1]]
+    assert make().earlier(1).shape == (4, 0)
+
+
+@pytest.mark.parametrize("trajectory", [None, torch.arange(4)])
+def test_rows_without_earlier_ones_say_how_to_record_them(trajectory: Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"no 3 rows .* record with select=Selection\(window=3\)"):
+        make(trajectory=trajectory).earlier(3)
+    with pytest.raises(ValueError, match="window must be 1 or more, got 0"):
+        make(trajectory=trajectory).earlier(0)
 
 
 def test_split_parts_the_rows_without_loss() -> None:
@@ -174,6 +195,8 @@ def test_repr_tells_rows_timesteps_and_shapes() -> None:
         ({"step": torch.tensor([0, 0, 1, 3])}, ValueError, "rows of the 3 timesteps, got 0 to 3"),
         ({"step": torch.tensor([0, 1, 1, 2])}, ValueError, "row 2 is of step 1, timestep 900, but has timestep 500"),
         ({"visited": torch.tensor([900, 500])}, ValueError, "rows of the 2 timesteps, got 0 to 2"),
+        ({"trajectory": torch.zeros(4)}, TypeError, "trajectory must be .* int64, got .* torch.float32"),
+        ({"trajectory": torch.tensor([0, 1])}, ValueError, "trajectory has 2 rows, step has 4"),
     ],
 )
 def test_wrong_sets_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -219,6 +242,31 @@ def test_load_after_save_is_the_identity(tmp_path: Path) -> None:
     assert_same(CalibrationSet.load(tmp_path / "part.safetensors"), part)
 
 
+def test_trajectories_are_saved_and_selected_with_their_rows(tmp_path: Path) -> None:
+    whole = make(trajectory=torch.tensor([7, 2, 2, 2]))
+    whole.save(tmp_path / "set.safetensors")
+    assert_same(CalibrationSet.load(tmp_path / "set.safetensors"), whole)
+    part = whole.select([3, 0])
+    assert part.trajectory is not None
+    assert part.trajectory.tolist() == [2, 7]
+
+
+def test_a_file_without_trajectories_is_one_of_the_first_version(tmp_path: Path) -> None:
+    for version, whole in ((1, make()), (2, make(trajectory=torch.arange(4)))):
+        whole.save(tmp_path / "set")
+        with safe_open(tmp_path / "set", "pt") as file:
+            header = json.loads(file.metadata()["dmq_ao.calibration_set"])
+        assert header["format_version"] == version
+    old = tmp_path / "old"
+    header = {"format_version": 1, "inputs": list(make().inputs), "timestep_arg": "timestep"}
+    header |= {"shared": {"guidance": 3.5, "flag": True, "mode": "a", "none": None}, "digest": make().digest()}
+    tensors = {f"inputs.{name}": x for name, x in make().inputs.items()}
+    tensors |= {"shared.img_ids": torch.arange(6.0).reshape(2, 3), "visited": torch.tensor([900, 500, 100])}
+    tensors |= {"timestep": make().timestep, "step": make().step}
+    save_file(tensors, old, metadata={"dmq_ao.calibration_set": json.dumps(header)})
+    assert_same(CalibrationSet.load(old), make())
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     make().save(tmp_path / "a")
     make().save(tmp_path / "b")
@@ -244,6 +292,8 @@ def test_digest_sees_names_values_and_dtypes() -> None:
         make(shared={"guidance": 3.0}),
         make(timestep_arg="t"),
         make().select([0, 1]),
+        make(trajectory=torch.zeros(4, dtype=torch.int64)),
+        make(trajectory=torch.arange(4)),
     ]
     assert len({variant.digest() for variant in variants}) == len(variants)
 
@@ -302,7 +352,7 @@ def test_a_file_that_is_no_calibration_set_is_refused(
     with pytest.raises(InvalidFile, match=message) as caught:
         CalibrationSet.load(path)
     assert str(path) in str(caught.value)
-    assert "Expected a calibration set of format version 1" in str(caught.value)
+    assert "Expected a calibration set of format version 1 or 2" in str(caught.value)
     assert "record and save again" in str(caught.value)
 
 

@@ -1,0 +1,128 @@
+"""The relation term of a distillation: features smoothed over windows of a trajectory, compared with the teacher's.
+
+Of a window the sample's own step is live, the steps before it are not: the student is run on them without gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from dmq_ao.config import Relation
+from dmq_ao.objectives import relation_error, smoothed
+
+# Features of the teacher that are kept; where those of all samples are more, they are computed anew in every step.
+KEPT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Watched:
+    """What a relation term looks at.
+
+    Attributes:
+        config: of the term.
+        node: whose value are the features, [B, C, ...] or [B, ..., C].
+        ch_axis: their channel axis.
+        earlier: [N, window - 1] the samples before each sample, -1 where there are none.
+    """
+
+    config: Relation
+    node: Node
+    ch_axis: int
+    earlier: Tensor
+
+
+class Relations:
+    """The relation term of samples, by their numbers.
+
+    Attributes:
+        node: whose value are the features.
+    """
+
+    def __init__(
+        self,
+        prepared: GraphModule,
+        watched: Watched,
+        batches: list[list[Tensor]],
+        arguments: Callable[[Tensor], list[Tensor]],
+        held: Tensor,
+    ) -> None:
+        """Of a prepared graph, which is the teacher as it stands.
+
+        Args:
+            prepared: the graph.
+            watched: windows and features.
+            batches: the graph's arguments, a list a batch.
+            arguments: the same of chosen samples [M].
+            held: [N] bool, samples that nothing is fitted to, as parts of a window neither.
+
+        Raises:
+            ValueError: where no window is left.
+        """
+        self._config, self._earlier = watched.config, watched.earlier
+        self.node, self._ch_axis = watched.node, watched.ch_axis
+        self._whole = ~held & (self._earlier >= 0).all(1) & ~held[self._earlier].any(1)
+        if not bool(self._whole.any()):
+            raise ValueError(f"each window of {len(held)} samples holds a sample that is held out; record more")
+        self._teacher, self._arguments = _Teacher(prepared, self.node), arguments
+        self._kept = self._of_all(batches, len(held))
+
+    def _of_all(self, batches: list[list[Tensor]], count: int) -> Tensor | None:
+        """The teacher's features of all samples; None where they would be too much."""
+        first = self._teacher.features(batches[0])
+        if first[0].nbytes * count > KEPT_BYTES:
+            return None
+        return torch.cat([first, *(self._teacher.features(arguments) for arguments in batches[1:])])
+
+    def _taught(self, chosen: Tensor) -> Tensor:
+        return self._teacher.features(self._arguments(chosen)) if self._kept is None else self._kept[chosen]
+
+    def error(self, chosen: Tensor, features: Tensor, student: Callable[[Tensor], Tensor]) -> Tensor:
+        """The term of samples [B], weighted; 0 where a sample has no window.
+
+        Args:
+            chosen: [B], numbers of samples.
+            features: the student's [B, ...], gradients flow.
+            student: gives the student's features of other samples [M].
+        """
+        whole = self._whole[chosen]
+        if not bool(whole.any()):
+            return features.new_zeros(len(chosen))
+        own, before = chosen[whole], self._earlier[chosen[whole]].unbind(1)
+        with torch.no_grad():
+            earlier = [student(rows) for rows in before]
+            teacher = smoothed(self._taught(own), [self._taught(rows) for rows in before])
+        config = self._config
+        error = relation_error(
+            smoothed(features[whole], earlier),
+            teacher,
+            ch_axis=self._ch_axis,
+            temperature=config.temperature,
+            reduce=config.reduce,
+        )
+        return error.new_zeros(len(chosen)).masked_scatter(whole.to(error.device), config.weight * error)
+
+
+class _Teacher(Interpreter):
+    """The float denoiser, looked at on the way."""
+
+    def __init__(self, prepared: GraphModule, node: Node) -> None:
+        super().__init__(prepared)
+        self._node = node
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n is self._node:
+            self._seen: Tensor = value
+        return value
+
+    def features(self, arguments: list[Tensor]) -> Tensor:
+        """Value of the node [B, ...], float32, without gradient."""
+        with torch.no_grad():
+            self.run(*arguments)
+        return self._seen.float()
