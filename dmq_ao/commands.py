@@ -141,9 +141,9 @@ def quantize(
     given = {"power_of_two": power_of_two, "ranges": ranges, "observer": observer and observer.value}
     with option_values():
         chosen = _recipe(recipe, bits, given, keep_float or [], samples)
-    if select is not None:
-        chosen = replace(chosen, select=replace(chosen.select, method=select))
     with option_values():
+        if select is not None:
+            chosen = replace(chosen, select=replace(chosen.select, method=select))
         if mean_bits is not None:
             chosen = replace(chosen, allocation=BitAllocation(mean_bits=mean_bits))
     if out is None and not dry_run:

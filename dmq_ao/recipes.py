@@ -25,6 +25,7 @@ from dmq_ao.config import (
     Ranges,
     Recipe,
     Reduce,
+    Relation,
     Rounding,
     RoundingMethod,
     Scope,
@@ -252,18 +253,21 @@ def mpq_dm(
     scorer: Scorer = Scorer.ERROR_GAIN,
     compat: str | None = None,
 ) -> Recipe:
-    """MPQ-DM (arXiv 2412.11549): a width for each output channel under a budget of mean bits.
+    """MPQ-DM (arXiv 2412.11549): a width for each output channel, and distillation along the trajectory.
 
     Channel scales in closed form, refined by learning; bits by what they save over the whole model; error feedback,
-    bias correction and ranges per timestep as in ``default``; a last distillation.
+    bias correction and ranges per timestep as in ``default``; a distillation with low-rank updates of the weights,
+    merged into their codes, and with time-smoothed relations between pixels. It needs samples in windows: record with
+    ``select=recipe.select``.
 
     Args:
         bits: mean bits of the weights and bits of the activations: ``"w2a6"``, ``"w3a6"``, ``"w4a4"`` and the like.
         mean_bits: of the weights, where it is no whole number.
         scorer: of channels; ``KURTOSIS`` moves bits inside each layer, equally many channels up and down.
         compat: ``"reference"`` allocates as the published code does: scales in closed form only, kurtosis, none or a
-            tenth of the channels moved, nearest rounding on grids of least error. Not reproduced: its search on
-            min-max grids, activations that are float in the search, and its training on trajectories.
+            tenth of the channels moved, nearest rounding on grids of least error; low-rank updates of rank 32, and
+            relations summed over pixels, which here have a gradient. Not reproduced: its search on min-max grids, the
+            sum of squares as the error of the output, learned zero points, and its 16000 steps.
 
     Raises:
         ValueError: for a scheme that is not of this form, or another ``compat``.
@@ -278,15 +282,23 @@ def mpq_dm(
             name="mpq_dm-reference",
             config=dataclasses.replace(base.config, weight=weight),
             split_concat=False,
+            select=Selection(window=2),
             scaling=ChannelScaling(steps=0),
             allocation=BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER, groups=1),
+            distillation=Distillation(rank=32, relation=Relation(reduce=Reduce.SUM)),
         )
     allocation = (
         BitAllocation(mean_bits=mean_bits, least_gain=1.0)
         if scorer is Scorer.ERROR_GAIN
         else BitAllocation(scorer=scorer, scope=Scope.LAYER)
     )
-    return dataclasses.replace(default(bits), name="mpq_dm", allocation=allocation)
+    return dataclasses.replace(
+        default(bits),
+        name="mpq_dm",
+        select=Selection(window=2),
+        allocation=allocation,
+        distillation=Distillation(steps=400, rank=32, relation=Relation()),
+    )
 
 
 ALL_RECIPES: dict[str, Callable[..., Recipe]] = {

@@ -38,8 +38,10 @@ from dmq_ao.config import (
     BitAllocation,
     BlockReconstruction,
     ChannelScaling,
+    Distillation,
     Ranges,
     Recipe,
+    Relation,
     Rounding,
     RoundingMethod,
     Scope,
@@ -105,6 +107,8 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         ),
         "default, TDAC samples": lambda bits: _with(recipes.default(bits), select=TDAC),
         "default": recipes.default,
+        "default, distilled with low rank": lambda bits: _with(recipes.mpq_dm(bits), distillation=_low_rank(None)),
+        "default, distilled with low rank and relations = mpq_dm": recipes.mpq_dm,
         "default without shared bits": _even,
         "default without shared bits, then FBR": lambda bits: _with(_even(bits), blocks=FBR),
         "default without shared bits or LES": lambda bits: _with(_even(bits), scaling=None),
@@ -117,6 +121,11 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "default without shared bits or distillation": lambda bits: _with(_even(bits), distillation=None),
         "default without shared bits or good rounding": lambda bits: _with(_even(bits), rounding=None),
     }
+
+
+def _low_rank(relation: Relation | None) -> Distillation | None:
+    base = recipes.mpq_dm().distillation
+    return None if base is None else dataclasses.replace(base, relation=relation)
 
 
 def _even(bits: str) -> Recipe:

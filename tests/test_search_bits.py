@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain import assert_same_records, contents, flow, relative, small
+from plain import assert_same_records, contents, flow, plain_samples, relative, small
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -311,7 +311,8 @@ def test_integer_kernels_equal_the_graph(recipe: Recipe, model: nn.Module, sampl
         assert relative(quantized(**samples.example(4)), reference(**samples.example(4))) < 1e-3
 
 
-def test_an_interrupted_run_goes_on(model: nn.Module, samples: dmq_ao.CalibrationSet, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on(model: nn.Module, tmp_path: Path) -> None:
+    samples = plain_samples(model, window=2)
     recipe = small(recipes.mpq_dm("w3a6"), 4)
     made = []
     for folder in (tmp_path / "one", tmp_path / "two"):
@@ -330,9 +331,10 @@ def test_an_interrupted_run_goes_on(model: nn.Module, samples: dmq_ao.Calibratio
 
 
 @pytest.mark.parametrize("bits", ["w2a4", "w2a6", "w3a4", "w3a6", "w4a4", "w4a6"])
-def test_the_recipe_runs_at_every_width(bits: str, model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
-    for recipe in (small(recipes.mpq_dm(bits), 4), recipes.mpq_dm(bits, compat="reference")):
-        quantized, report = flow(model, dataclasses.replace(recipe, protection=None), samples)
+def test_the_recipe_runs_at_every_width(bits: str, model: nn.Module) -> None:
+    for recipe in (small(recipes.mpq_dm(bits), 4), small(recipes.mpq_dm(bits, compat="reference"), 4)):
+        windows = plain_samples(model, window=2)
+        quantized, report = flow(model, dataclasses.replace(recipe, protection=None), windows)
         assert report.bits is not None
         assert report.bits.mean_bits <= int(bits[1])
         assert Recipe.from_dict(recipe.to_dict()) == recipe
