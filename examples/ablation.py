@@ -99,6 +99,9 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "default, bits by kurtosis": lambda bits: _with(
             recipes.default(bits), allocation=BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER)
         ),
+        "default, bits shared out always": lambda bits: _with(
+            recipes.default(bits), allocation=BitAllocation(least_gain=0.0)
+        ),
         "default, bits by layer": lambda bits: _with(
             recipes.default(bits), allocation=BitAllocation(scope=Scope.LAYER)
         ),
@@ -110,6 +113,7 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "default, distilled with low rank": lambda bits: _with(recipes.mpq_dm(bits), distillation=_low_rank(None)),
         "default, distilled with low rank and relations = mpq_dm": recipes.mpq_dm,
         "default without shared bits": _even,
+        "default without shared bits, TDAC samples": lambda bits: _with(_even(bits), select=TDAC),
         "default without shared bits, then FBR": lambda bits: _with(_even(bits), blocks=FBR),
         "default without shared bits or LES": lambda bits: _with(_even(bits), scaling=None),
         "default without shared bits or step weights": lambda bits: _with(
@@ -272,8 +276,8 @@ def table(results: list[dict[str, Any]]) -> str:
         base = next((r["one_step_error"] for r in rows if r["variant"] == "min-max per step"), None)
         lines += [f"## {model}, {bits.upper()}", ""]
         lines += [
-            "| variant | one-step error | of min-max | PSNR dB (std) | s | peak GiB |",
-            "|---|---|---|---|---|---|",
+            "| variant | one-step error | of min-max | PSNR dB (std) | samples | s | peak GiB |",
+            "|---|---|---|---|---|---|---|",
         ]
         for r in rows:
             share = "-" if base is None else f"{r['one_step_error'] / base:.2f}"
@@ -282,7 +286,8 @@ def table(results: list[dict[str, Any]]) -> str:
             distilled = r["recipe"]["distillation"]
             name = r["variant"] + ("" if distilled is None else f" ({distilled['steps']} steps)")
             error = f"{r['one_step_error']:.4f}" + r["spread"]
-            lines.append(f"| {name} | {error} | {share} | {psnr} | {r['seconds']:.0f} | {peak} |")
+            cost = f"{r['samples']} | {r['seconds']:.0f} | {peak}"
+            lines.append(f"| {name} | {error} | {share} | {psnr} | {cost} |")
         lines.append("")
     return "\n".join(lines)
 
