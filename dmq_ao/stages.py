@@ -186,12 +186,13 @@ class Relation:
     """Time-smoothed relations between pixels, distilled beside the output (MPQ-DM, arXiv 2412.11549, TRD).
 
     Attributes:
-        weight: of the relation error beside the output's relative error.
+        weight: of the relation error beside the output's relative error. At temperature 1 the distributions are nearly
+            flat, and a pixel's divergence is some 1e-5 to 1e-3.
         window: steps of a trajectory whose features are averaged, the sample's own and those before it; the samples
             must be recorded with ``Selection(window=...)`` of as many or more.
         temperature: of the distributions that are compared.
         tap: path of the module whose output are the features; None takes what the denoiser's last norm reads.
-        reduce: mean over pixels, or their sum, as published.
+        reduce: mean over pixels, or their sum, as published, which wants as many times less weight.
     """
 
     weight: float = 100.0
