@@ -88,7 +88,15 @@ def _fake_norm(
     return x.new_empty((x.shape[0], *sizes, x.shape[1]), dtype=torch.uint8).movedim(-1, 1)
 
 
-def _fake_gelu(x: Tensor, scale: Tensor, zero_point: Tensor, channel_scale: Tensor | None, quant_max: int) -> Tensor:
+def _fake_gelu(
+    x: Tensor,
+    factor: Tensor | None,
+    tanh: bool,
+    scale: Tensor,
+    zero_point: Tensor,
+    channel_scale: Tensor | None,
+    quant_max: int,
+) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.uint8)
 
 
@@ -251,18 +259,35 @@ def _channels_last_input(gm: GraphModule, node: Node) -> None:
 
 
 def _fuse_gelu(gm: GraphModule, quantize: Node) -> None:
+    """GELU, or a factor times GELU (GEGLU), before quantize."""
     x, scale, zero_point, channel_scale, ch_axis, _, quant_max = quantize.args
     assert isinstance(x, Node)
     assert isinstance(quant_max, int)
-    gelu, _ = _behind(x, None)
-    if gelu.target is not torch.ops.dmq_ao.gelu_tanh.default or not _only_reader(gelu) or quant_max > 255:
+    gelu, factor = _behind(x, None)[0], None
+    if gelu.target is aten.mul.Tensor and _only_reader(gelu) and len(gelu.all_input_nodes) == 2:
+        factor, gelu = gelu.all_input_nodes if _gelu_kind(gelu.all_input_nodes[1]) else gelu.all_input_nodes[::-1]
+        gelu, _ = _behind(gelu, None)
+    kind = _gelu_kind(gelu)
+    if kind is None or not _only_reader(gelu) or quant_max > 255:
         return
+    source = gelu.args[0]
+    assert isinstance(source, Node)
     if _rank(gelu) < 2 or ch_axis not in (-1, _rank(gelu) - 1):
         return
+    if factor is not None and factor.meta[VAL].shape != source.meta[VAL].shape:
+        return
     with gm.graph.inserting_before(quantize):
-        args = (gelu.args[0], scale, zero_point, channel_scale, quant_max)
+        args = (source, factor, kind == "tanh", scale, zero_point, channel_scale, quant_max)
         codes = gm.graph.call_function(torch.ops.dmq_ao_cpu.gelu_quantize.default, args)
     quantize.replace_all_uses_with(codes)
+
+
+def _gelu_kind(node: Node) -> str | None:
+    """The formula of a GELU, ``tanh`` or ``none`` (erf) as PyTorch calls them; None for any other node."""
+    node, _ = _behind(node, None)
+    if node.target is torch.ops.dmq_ao.gelu_tanh.default:
+        return "tanh"
+    return str(node.kwargs.get("approximate", "none")) if node.target is aten.gelu.default else None
 
 
 def _fuse_norm(gm: GraphModule, quantize: Node) -> None:

@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -259,45 +260,94 @@ Tensor group_norm_quantize(const Tensor& given, const optional<Tensor>& shift, i
 
 // ------------------------------------------------------------------------------------------------ GELU
 
+// x Phi(x) by its tanh formula, or by erf (Abramowitz and Stegun, 7.1.26: to 1.5e-7).
+template <bool tanh>
+inline float gelu(float x) {
+  if (tanh) {
+    constexpr float kScale = 1.5957691216057308f;  // 2 sqrt(2 / pi): (1 + tanh(u)) / 2 is sigmoid(2 u)
+    return x / (1.0f + exponential(-kScale * (x + 0.044715f * x * x * x)));
+  }
+  const float t = 1.0f / std::fma(0.3275911f * 0.70710678f, std::abs(x), 1.0f);
+  float p = 1.061405429f;
+  p = std::fma(p, t, -1.453152027f);
+  p = std::fma(p, t, 1.421413741f);
+  p = std::fma(p, t, -0.284496736f);
+  p = std::fma(p, t, 0.254829592f);
+  const float tail = 0.5f * p * t * exponential(-0.5f * x * x);  // 1 - Phi(|x|)
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// Rows of channels, each row `line` numbers after the one before.
 template <typename T>
-void gelu_codes(const T* x, int64_t rows, int64_t channels, const float* step, float zero_point, float largest,
-                uint8_t* codes) {
-  constexpr float kScale = 1.5957691216057308f;  // 2 sqrt(2 / pi): (1 + tanh(u)) / 2 is sigmoid(2 u)
-  for (int64_t row = 0; row < rows; ++row, x += channels, codes += channels) {
+struct Lines {
+  const T* data;
+  int64_t line;
+  const T* at(int64_t row) const { return data + row * line; }
+};
+
+template <typename T, bool tanh, bool gated>
+void gelu_codes(Lines<T> x, Lines<T> factor, int64_t first, int64_t rows, int64_t channels, const float* step,
+                float zero_point, float largest, uint8_t* codes) {
+  for (int64_t row = first; row < first + rows; ++row, codes += channels) {
+    const T* from = x.at(row);
+    const T* times = gated ? factor.at(row) : nullptr;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
-      float value = widen(x[c]);
-      value = value / (1.0f + exponential(-kScale * (value + 0.044715f * value * value * value)));
+      float value = gelu<tanh>(widen(from[c]));
+      if (gated) value *= widen(times[c]);
       value = std::nearbyint(value * step[c]) + zero_point;
       codes[c] = static_cast<uint8_t>(static_cast<int32_t>(std::min(std::max(value, 0.0f), largest)));
     }
   }
 }
 
-// Codes of gelu(x) by the tanh formula, x [B, ..., C] with channels last.
-Tensor gelu_quantize(const Tensor& given, const Tensor& scale, const Tensor& zero_point,
-                     const optional<Tensor>& channel_scale, int64_t quant_max) {
-  const bool half = given.scalar_type() == at::kBFloat16;
-  const Tensor x = half ? given.contiguous() : given.to(at::kFloat).contiguous();
-  const int64_t channels = x.size(-1), batch = x.size(0);
-  const int64_t rows = x.numel() / std::max<int64_t>(1, channels), per_sample = rows / std::max<int64_t>(1, batch);
-  Tensor codes = at::empty(x.sizes(), x.options().dtype(at::kByte));
+// The rows of x [B, ..., C], which may be a slice of its last axis; kept alive by `kept`.
+template <typename T>
+Lines<T> lines_of(const Tensor& x, Tensor& kept) {
+  kept = x.to(c10::CppTypeToScalarType<T>::value);
+  bool even = kept.stride(-1) == 1;  // every row at the same distance from the last
+  for (int64_t axis = 0; axis + 2 < kept.dim(); ++axis) {
+    even = even && kept.stride(axis) == kept.stride(axis + 1) * kept.size(axis + 1);
+  }
+  if (!even) kept = kept.contiguous();
+  return {kept.data_ptr<T>(), kept.stride(-2)};
+}
+
+// Codes of gelu(x), times `factor` if there is one, both [B, ..., C] with channels last.
+Tensor gelu_quantize(const Tensor& given, const optional<Tensor>& factor, bool tanh, const Tensor& scale,
+                     const Tensor& zero_point, const optional<Tensor>& channel_scale, int64_t quant_max) {
+  TORCH_CHECK_VALUE(given.dim() >= 2 && (!factor.has_value() || factor->sizes() == given.sizes()),
+                    "gelu_quantize takes x [B, ..., C] and a factor of its shape, got ", given.sizes());
+  const int64_t channels = given.size(-1), batch = given.size(0);
+  const int64_t rows = given.numel() / std::max<int64_t>(1, channels), per_sample = rows / std::max<int64_t>(1, batch);
+  Tensor codes = at::empty(given.sizes(), given.options().dtype(at::kByte));
   const std::vector<float> steps = reciprocals(scale, channel_scale, channels);
   const int64_t stride = static_cast<int64_t>(steps.size()) == channels ? 0 : channels;
   const Tensor zeros = zero_point.to(at::kInt).contiguous();
   const int32_t* zero = zeros.data_ptr<int32_t>();
   const int64_t count = zeros.numel();
-  at::parallel_for(0, rows, std::max<int64_t>(1, 8192 / std::max<int64_t>(1, channels)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin, run = 0; row < end; row += run) {  // up to the end of each sample
-      const int64_t b = row / per_sample;
-      run = std::min(end, (b + 1) * per_sample) - row;
-      const auto go = [&](const auto* data) {
-        gelu_codes(data + row * channels, run, channels, steps.data() + b * stride, static_cast<float>(zero[b % count]),
-                   static_cast<float>(quant_max), codes.data_ptr<uint8_t>() + row * channels);
-      };
-      half ? go(x.data_ptr<c10::BFloat16>()) : go(x.data_ptr<float>());
-    }
-  });
+  const auto go = [&](auto type, auto by_tanh, auto gated) {
+    using T = decltype(type);
+    Tensor kept[2];
+    const Lines<T> x = lines_of<T>(given, kept[0]);
+    const Lines<T> times = gated ? lines_of<T>(*factor, kept[1]) : x;
+    const int64_t piece = std::max<int64_t>(1, 8192 / std::max<int64_t>(1, channels));
+    at::parallel_for(0, rows, piece, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin, run = 0; row < end; row += run) {  // up to the end of each sample
+        const int64_t b = row / per_sample;
+        run = std::min(end, (b + 1) * per_sample) - row;
+        gelu_codes<T, by_tanh, gated>(x, times, row, run, channels, steps.data() + b * stride,
+                                      static_cast<float>(zero[b % count]), static_cast<float>(quant_max),
+                                      codes.data_ptr<uint8_t>() + row * channels);
+      }
+    });
+  };
+  const auto pick = [&](auto type) {
+    const bool gated = factor.has_value();
+    if (tanh) return gated ? go(type, std::true_type(), std::true_type()) : go(type, std::true_type(), std::false_type());
+    gated ? go(type, std::false_type(), std::true_type()) : go(type, std::false_type(), std::false_type());
+  };
+  given.scalar_type() == at::kBFloat16 ? pick(c10::BFloat16(0.0f)) : pick(0.0f);
   return codes;
 }
 
@@ -517,7 +567,8 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
       "group_norm_quantize(Tensor x, Tensor? shift, int groups, Tensor? weight, Tensor? bias, float eps, bool silu,"
       " Tensor scale, Tensor zero_point, Tensor? channel_scale, int quant_max, int[] padding) -> Tensor");
   m.def(
-      "gelu_quantize(Tensor x, Tensor scale, Tensor zero_point, Tensor? channel_scale, int quant_max) -> Tensor");
+      "gelu_quantize(Tensor x, Tensor? factor, bool tanh, Tensor scale, Tensor zero_point, Tensor? channel_scale,"
+      " int quant_max) -> Tensor");
   m.def("attention(Tensor query, Tensor key, Tensor value, float scale) -> Tensor");
   m.def(
       "conv(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor weight_sum,"

@@ -268,6 +268,15 @@ def observers(prepared: GraphModule) -> dict[str, tuple[WeightObserver, Activati
     return found
 
 
+def readers(prepared: GraphModule) -> list[tuple[ActivationObserver | None, list[str]]]:
+    """Each quantized input with the layers that read it, in graph order; layers of float inputs one by one."""
+    found: dict[int | str, tuple[ActivationObserver | None, list[str]]] = {}
+    for name, (_, activation) in observers(prepared).items():
+        key = name if activation is None else id(activation)
+        found.setdefault(key, (activation, []))[1].append(name)
+    return list(found.values())
+
+
 def float_weight(prepared: GraphModule, node: Node) -> Tensor:
     """The float weight [out, ...] that a quantized layer's observer watches."""
     observer = node.args[1]

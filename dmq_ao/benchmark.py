@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dmq_ao import recipes
+from dmq_ao.arguments import unflatten_inputs
 from dmq_ao.calibrate import calibrate
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.compile import Mode
@@ -20,7 +21,7 @@ from dmq_ao.config import Recipe
 from dmq_ao.diffusers_adapter import denoiser_folder, is_quantized, load_denoiser, load_pipeline, record_pipeline
 from dmq_ao.evaluation import latency, machine, speedup
 from dmq_ao.evaluation.peers import COMPILED_FP32, check_installed
-from dmq_ao.graph import Signature, unflatten_inputs
+from dmq_ao.graph import Signature
 from dmq_ao.measure import compiled_calls, held_out_states
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.named import NAMED, SEED, STEPS, named_denoiser

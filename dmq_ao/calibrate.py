@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
 from dmq_ao.annotate import PLAN, RECIPE, TUNED, float_weight, observers
+from dmq_ao.arguments import flatten_inputs
 from dmq_ao.bit_plan import BitPlan
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.calibration.samples import spread_over_steps
@@ -246,7 +247,7 @@ class _Run:
         config = self.recipe.distillation
         if config is None:
             return None
-        shared = set(graph.flatten_inputs(self.samples.shared))
+        shared = set(flatten_inputs(self.samples.shared))
         with self._bar("distill", "step", config.steps) as bar:
             return distill(
                 self.prepared,

@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,9 @@ from torch.export import Dim
 from torch.fx import GraphModule, Node
 
 from dmq_ao import size_rules
+from dmq_ao.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
 from dmq_ao.patch_embed import any_size
 
-TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 SAMPLE_NAMES = ("sample", "hidden_states", "x")
 META = "dmq_ao"
 LAYER = "dmq_ao.layer"
@@ -93,80 +93,6 @@ class Layer:
     ch_axis: int
     quantizable: bool
     numel: int
-
-
-def flatten_inputs(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries, lists and tuples as one dictionary of dotted paths; empty containers vanish."""
-    flat: dict[str, Any] = {}
-    for key, value in inputs.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten_inputs(value, path + ".")
-        elif isinstance(value, (list, tuple)):
-            flat |= flatten_inputs({str(i): item for i, item in enumerate(value)}, path + ".")
-        else:
-            flat[path] = value
-    return flat
-
-
-def unflatten_inputs(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as nested dictionaries; a level whose keys are 0, 1, 2 ... becomes a list."""
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = path.split(".")
-        level = nested
-        for parent in parents:
-            level = level.setdefault(parent, {})
-        level[last] = value
-    return {key: _lists(value) for key, value in nested.items()}
-
-
-def _lists(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    items = {key: _lists(item) for key, item in value.items()}
-    if items and all(key.isdigit() for key in items):
-        return [items[str(i)] for i in range(len(items))]
-    return items
-
-
-def bind(denoiser: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
-    """Keyword arguments of ``denoiser.forward`` from a dict or a tuple of positionals.
-
-    Raises:
-        TypeError: when they do not fit the signature.
-    """
-    signature = inspect.signature(denoiser.forward)
-    try:
-        if isinstance(example_inputs, Mapping):
-            bound = signature.bind(**example_inputs)
-        else:
-            bound = signature.bind(*example_inputs)
-    except TypeError as error:
-        raise TypeError(
-            f"example_inputs do not fit {type(denoiser).__name__}.forward{signature}: {error}. Give a dict of its"
-            " keyword arguments, or a tuple of its positionals."
-        ) from error
-    arguments = dict(bound.arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            arguments |= arguments.pop(name, {})
-    arguments.pop("return_dict", None)
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def find_timestep(names: Iterator[str] | list[str] | tuple[str, ...], timestep_arg: str | None) -> str | None:
-    """The timestep among argument names: ``timestep_arg`` if given, else by the usual names.
-
-    Raises:
-        ValueError: when ``timestep_arg`` is given and is not an argument.
-    """
-    known = list(names)
-    if timestep_arg is not None:
-        if timestep_arg not in known:
-            raise ValueError(f"timestep_arg={timestep_arg!r} is not an argument of the denoiser; it takes {known}")
-        return timestep_arg
-    return next((name for name in TIMESTEP_NAMES if name in known), None)
 
 
 class _Positional(nn.Module):

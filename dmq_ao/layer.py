@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dmq_ao import numerics
-from dmq_ao.config import PowerOfTwo, Ranges, Recipe, TensorConfig
+from dmq_ao.config import MAX_BITS, PowerOfTwo, Ranges, Recipe, TensorConfig
+from dmq_ao.segments import segment_bytes
 
 # Up to here two codes share a byte.
 PACKED_BITS = 4
@@ -127,8 +128,13 @@ class WeightRecord:
     channel_bits: Tensor | None = None
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.codes.shape
+
+    @property
     def row_bits(self) -> int | Tensor:
-        """What ``numerics.quantize_rows`` takes as the widths."""
+        """What ``numerics.RowLimits`` takes as the widths."""
         return self.bits if self.channel_bits is None else self.channel_bits
 
     @property
@@ -139,14 +145,13 @@ class WeightRecord:
     @property
     def code_bytes(self) -> int:
         """Bytes that the codes take in a file, every width packed by itself."""
-        each = self.codes.numel() // len(self.codes)
-        return sum(numerics.packed_bytes(count * each, bits) for bits, count in self.segments)
+        return sum(segment_bytes(self.segments, math.prod(self.shape[1:])))
 
     @property
     def segments(self) -> list[tuple[int, int]]:
         """Widths in ascending order, each with the number of output channels that have it."""
         if self.channel_bits is None:
-            return [(self.bits, len(self.codes))]
+            return [(self.bits, self.shape[0])]
         widths, counts = self.channel_bits.unique(return_counts=True)
         return list(zip(widths.tolist(), counts.tolist(), strict=True))
 
@@ -165,12 +170,11 @@ class PackedWeight(WeightRecord):
     Attributes:
         packed: [ceil(out / 2), inputs] uint8, ``numerics.pack_rows`` of the codes plus ``offset``.
         offset: what a stored code is more than a code, so that it is not negative.
-        shape: of the codes.
     """
 
     packed: Tensor
     offset: int
-    shape: torch.Size
+    _shape: torch.Size
 
     def __init__(
         self,
@@ -188,10 +192,15 @@ class PackedWeight(WeightRecord):
         """
         offset = -numerics.code_range(bits, symmetric)[0]
         packed = numerics.pack_rows(codes.flatten(1) + offset)
-        own = {"packed": packed, "offset": offset, "shape": codes.shape}
+        own = {"packed": packed, "offset": offset, "_shape": codes.shape}
         same = {"bits": bits, "symmetric": symmetric, "scale": scale, "zero_point": zero_point}
         for name, value in (own | same | {"channel_bits": channel_bits}).items():
             object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight; unpacks nothing."""
+        return self._shape
 
     @property
     def codes(self) -> Tensor:
@@ -364,3 +373,9 @@ def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 
 def shift_fits_int8(bits: int, symmetric: bool, largest_exponent: int) -> bool:
     """Whether every shifted code of this width is an int8 (composition of methods, width table)."""
     return bits + largest_exponent <= (8 if symmetric else 7)
+
+
+def widest_that_fits(item: LayerPlan, config: TensorConfig) -> int:
+    """Most bits of a layer's codes that still fit int8 after centring and the largest shift that may be voted."""
+    shift = 0 if item.power_of_two is None else item.power_of_two.max_exponent
+    return max(bits for bits in range(1, MAX_BITS + 1) if bits == 1 or shift_fits_int8(bits, config.symmetric, shift))

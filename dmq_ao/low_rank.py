@@ -35,10 +35,10 @@ class LowRankCodes:
         centred = self._grouped(record.codes).float() - self._zero_point
         place = self._grouped(weight).float() / record.scale.unsqueeze(-1)
         self._start = centred + (place - centred).clamp(_MARGIN - 0.5, 0.5 - _MARGIN)
-        one_bit = torch.as_tensor(record.row_bits, device=weight.device).expand(len(weight)) == 1
-        if bool(one_bit.any()):  # the codes are signs, and a cell has one end
+        self._limits = numerics.RowLimits.of(record.row_bits, record.symmetric, place)
+        if self._limits.one_bit is not None:  # the codes are signs, and a cell has one end
             signs = centred.sign() * (place * centred.sign()).clamp_min(_MARGIN)
-            self._start = torch.where(one_bit[:, None, None], signs, self._start)
+            self._start = torch.where(self._limits.one_bit, signs, self._start)
         ends = torch.tensor([-1e6, 1e6], device=weight.device).expand(*record.scale.shape, 2)
         self._low, self._high = (self._codes(ends) - self._zero_point).split(1, -1)
 
@@ -59,8 +59,7 @@ class LowRankCodes:
 
     def _codes(self, place: Tensor) -> Tensor:
         """Codes as float32 of values counted in steps, [out, groups, n]."""
-        one = torch.ones((), device=place.device)
-        return numerics.quantize_rows(place, one, self._zero_point, self.record.row_bits, self.record.symmetric)
+        return numerics.quantize_rows(place, torch.ones((), device=place.device), self._zero_point, self._limits)
 
     def _place(self, up: Tensor, down: Tensor) -> Tensor:
         return self._start + self._grouped(up @ down)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao import size_rules
+from dmq_ao.arguments import flatten_inputs
 from dmq_ao.config import Recipe
-from dmq_ao.graph import Signature, flatten_inputs
+from dmq_ao.graph import Signature
 from dmq_ao.graph_file import StoredGraph
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, outline
 

@@ -4,6 +4,8 @@ Codes are integers ``q``; the real value of a code is ``(q - zero_point) * scale
 zero point is itself a code and padding with it is padding with zero.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,26 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant
     return torch.clamp(torch.round(x.float() / scale) + zero_point, quant_min, quant_max)
 
 
-def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tensor, symmetric: bool) -> Tensor:
+class RowLimits(NamedTuple):
+    """Smallest and largest code of rows, and which rows have one bit; each a number, or [rows, 1, ...]."""
+
+    low: int | Tensor
+    high: int | Tensor
+    one_bit: Tensor | None
+
+    @staticmethod
+    def of(bits: int | Tensor, symmetric: bool, like: Tensor) -> "RowLimits":
+        """Limits of the rows of ``like`` [rows, ...], all of ``bits`` bits or each of its own, [rows]."""
+        if isinstance(bits, int) and bits > 1:
+            return RowLimits(*code_range(bits, symmetric), None)
+        widths = torch.as_tensor(bits, device=like.device).reshape(-1, *[1] * (like.dim() - 1))
+        levels = torch.exp2(widths.float())
+        one_bit = widths == 1
+        low, high = (-levels / 2, levels / 2 - 1) if symmetric else (torch.zeros_like(levels), levels - 1)
+        return RowLimits(low, high, one_bit if bool(one_bit.any()) else None)
+
+
+def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, limits: RowLimits) -> Tensor:
     """Codes of the rows of a weight as float32, each row of its own width.
 
     One bit is a sign: the codes ``zero_point - 1`` and ``zero_point + 1``, for {0, d} has no negative value, or no
@@ -62,16 +83,12 @@ def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int | Tens
         x: [rows, ...], float.
         scale: broadcasts against ``x``, and so does ``zero_point``.
         zero_point: integer codes; 1 in asymmetric rows of one bit.
-        bits: of all rows, or [rows].
-        symmetric: signed codes with zero point 0.
+        limits: of the codes.
     """
-    if isinstance(bits, int) and bits > 1:
-        return quantize(x, scale, zero_point, *code_range(bits, symmetric))
-    widths = torch.as_tensor(bits, device=x.device).reshape(-1, *[1] * (x.dim() - 1))
-    levels = torch.exp2(widths.float())
-    low, high = (-levels / 2, levels / 2 - 1) if symmetric else (torch.zeros_like(levels), levels - 1)
-    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, low, high)
-    return torch.where(widths == 1, zero_point + torch.where(x < 0, -1.0, 1.0), codes)
+    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, limits.low, limits.high)  # type: ignore[arg-type]
+    if limits.one_bit is None:
+        return codes
+    return torch.where(limits.one_bit, zero_point + torch.where(x < 0, -1.0, 1.0), codes)
 
 
 def sign_qparams(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.arguments import flatten_inputs, unflatten_inputs
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.compile import Mode, compile
 from dmq_ao.evaluation import folder_bytes, latency, one_step_error
 from dmq_ao.evaluation.peers import PEERS, Artifact, Call, Inputs, Plain
-from dmq_ao.graph import flatten_inputs, unflatten_inputs
 from dmq_ao.measure import by_timestep
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.roofline import int8_peak, integer_macs

@@ -14,6 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, graph_file, values
 from dmq_ao.annotate import PLAN, RECIPE, SKELETON, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
+from dmq_ao.arguments import TIMESTEP_NAMES
 from dmq_ao.backends import Backend, choose, onednn_measured
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
@@ -71,7 +72,7 @@ def _pass_timestep(prepared: GraphModule) -> None:
             if timestep is None:
                 raise ValueError(
                     f"{observer.layer}: per_step ranges need the timestep, and no argument is called"
-                    f" {', '.join(graph.TIMESTEP_NAMES)}; name it with timestep_arg=, or use static ranges"
+                    f" {', '.join(TIMESTEP_NAMES)}; name it with timestep_arg=, or use static ranges"
                 )
             node.args = (node.args[0], timestep)
             if node < timestep:  # it watches another input, and stands between the two

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, serialization
-from dmq_ao.annotate import PLAN, SCALED, attention_observers, float_bias, observers
+from dmq_ao.annotate import PLAN, SCALED, attention_observers, float_bias, observers, readers
 from dmq_ao.blocks import Block, Rows, find_blocks, run_block
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
 from dmq_ao.layer import LayerRecord, WeightRecord
@@ -37,7 +37,7 @@ from dmq_ao.learn import (
 )
 from dmq_ao.learn_blocks import BlockData, BlockLearning, learn_block, scaled_weight
 from dmq_ao.moments import Geometry, Moments, geometry
-from dmq_ao.observers import ActivationObserver, VoteReport, quantize_weight
+from dmq_ao.observers import ActivationObserver, VoteReport
 from dmq_ao.roles import whole_name
 from dmq_ao.state import load_state, save_state
 from dmq_ao.stream import Stream, Value
@@ -75,11 +75,8 @@ def units_of(prepared: GraphModule) -> list[Unit]:
     A part of a split layer may read the tensor that a layer far above reads: that unit is decided there, where the
     other part has no input yet.
     """
-    groups: dict[int | str, list[str]] = {}
-    for name, (_, activation) in observers(prepared).items():
-        groups.setdefault(name if activation is None else id(activation), []).append(name)
     merged: dict[str, list[str]] = {}
-    for names in groups.values():
+    for _, names in readers(prepared):
         wholes = {whole_name(name) for name in names}
         key = wholes.pop() if len(wholes) == 1 else "+".join(names)
         merged.setdefault(key, []).extend(names)
@@ -264,12 +261,7 @@ class Reconstruction:
         observer, activation = self.watchers[name]
         weight = scaled_weight(self.prepared, node, activation)
         shape = geometry(node, weight)
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}: its weight holds NaN or infinity; check the float checkpoint")
-        try:
-            nearest = quantize_weight(weight, observer.config, observer.estimator, observer.channel_bits)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        nearest = observer.round(weight)
         rounding = self.recipe.rounding
         chosen = rounding or Rounding()
         second = rounding is not None and rounding.method is RoundingMethod.FEEDBACK

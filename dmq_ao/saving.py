@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from dmq_ao import as_json, graph, graph_file, layer, serialization
 from dmq_ao.annotate import observers
+from dmq_ao.arguments import unflatten_inputs
 from dmq_ao.backends import choose
 from dmq_ao.calibrate import SQNR
 from dmq_ao.config import InvalidFile
@@ -241,7 +242,7 @@ def _exported_again(
         denoiser = copy.deepcopy(denoiser)
     _set_float_tensors(denoiser, stored)
     example = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored.example.items()}
-    inputs = graph.unflatten_inputs({**stored.constants, **example})
+    inputs = unflatten_inputs({**stored.constants, **example})
     prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
     found = observers(prepared)
     if set(found) != set(stored.records):

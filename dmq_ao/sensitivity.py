@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics, ops
-from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers
+from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers, readers
 from dmq_ao.config import Override, Protection, Recipe
 from dmq_ao.layer import LayerPlan
 from dmq_ao.objectives import relative_error
@@ -70,6 +70,12 @@ class Perturbed(Interpreter):
             result = self.run(*self.arguments, initial_env=kept)
         return float(relative_error(graph.first_tensor(result), self.expected).mean())
 
+    def products(self, node: Node) -> int:
+        """Multiply-accumulates of a layer, a sample."""
+        weight = node.args[1]
+        assert isinstance(weight, Node)
+        return int(self.values[node][0].numel() * self.values[weight][0].numel())
+
     def run_node(self, n: Node) -> Any:
         """Observers let through; the changed layer has the weight set, its input rounded by each sample's range."""
         args, _ = self.fetch_args_kwargs_from_env(n)
@@ -100,7 +106,7 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
         node = nodes[name]
         rounded = weight.record(float_weight(prepared, node)).dequantize()
         both = run.error(node, rounded, None if activation is None else activation.config.bits)
-        found[name] = Sensitivity(both, 0.0, run.values[node][0].numel() * rounded[0].numel())
+        found[name] = Sensitivity(both, 0.0, run.products(node))
         if activation is not None:
             widths[name] = activation.config.bits
         bar.set_postfix(layer=name)
@@ -185,11 +191,8 @@ def protect(
     for name in choose(found, plan, protection):
         _widen_weight(watchers, plan, name, protection.bits)
         _widen_input(watchers, plan, name, protection.bits)
-    readers: dict[int, list[str]] = {}
-    for name, (_, activation) in watchers.items():
-        if activation is not None and activation.config.bits < protection.input_bits:
-            readers.setdefault(id(activation), []).append(name)
-    for name in choose_inputs(found, list(readers.values()), protection):
+    inputs = [names for one, names in readers(prepared) if one and one.config.bits < protection.input_bits]
+    for name in choose_inputs(found, inputs, protection):
         _widen_input(watchers, plan, name, protection.input_bits)
     changed = [name for name, item in plan.items() if item != prepared.meta[PLAN][name]]
     overrides = [Override(graph.literal(n), weight=plan[n].weight, activation=plan[n].activation) for n in changed]

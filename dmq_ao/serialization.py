@@ -29,9 +29,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmq_ao import numerics
 from dmq_ao.config import InvalidFile, Ranges, Recipe
 from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord, zero_point_dtype
+from dmq_ao.segments import pack_segments, segment_bytes, unpack_segments
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
@@ -105,7 +105,10 @@ class StoredRecords(Mapping[str, LayerRecord]):
         key = f"{name}.weight"
         if key not in self._names:
             raise KeyError(key)
-        expected, found = sum(_segment_bytes(layer)), opened.get_slice(key).get_shape()
+        expected, found = (
+            sum(segment_bytes(_segments(layer), math.prod(layer["shape"][1:]))),
+            opened.get_slice(key).get_shape(),
+        )
         if found != [expected]:
             widths = " and ".join(str(bits) for bits, _ in _segments(layer))
             raise ValueError(
@@ -307,9 +310,10 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, record in records.items():
         weight, activation = record.weight, record.activation
-        tensors[f"{name}.weight"] = _packed(weight)
-        if weight.channel_bits is not None:
-            tensors[f"{name}.weight_bits"] = weight.channel_bits.cpu()
+        widths = None if weight.channel_bits is None else weight.channel_bits.cpu()
+        tensors[f"{name}.weight"] = pack_segments(weight.codes.cpu(), weight.segments, widths, weight.symmetric)
+        if widths is not None:
+            tensors[f"{name}.weight_bits"] = widths
         tensors[f"{name}.weight_scale"] = weight.scale.cpu()
         if not weight.symmetric:
             tensors[f"{name}.weight_zero_point"] = weight.zero_point.cpu().to(torch.uint8)
@@ -375,7 +379,9 @@ def _check_float_tensors(
 def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
     """Take one layer's tensors out of ``left``."""
     packed = left.pop(f"{name}.weight")
-    return _with_codes(name, layer, left, _codes(packed, layer, left.get(f"{name}.weight_bits")))
+    widths = left[f"{name}.weight_bits"] if "segments" in layer else None
+    codes = unpack_segments(packed, layer["shape"], _segments(layer), widths, layer["symmetric"])
+    return _with_codes(name, layer, left, codes)
 
 
 def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
@@ -383,37 +389,9 @@ def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, T
     return _with_codes(name, layer, left, torch.empty(layer["shape"], dtype=dtype, device="meta"))
 
 
-def _packed(weight: WeightRecord) -> Tensor:
-    """A weight's codes as a file holds them: output channels in order of their width, every width packed by itself."""
-    codes, parts = weight.codes.cpu(), []
-    for bits, _ in weight.segments:
-        rows = codes if weight.channel_bits is None else codes[weight.channel_bits.cpu() == bits]
-        parts.append(numerics.pack(numerics.to_unsigned(rows, bits, weight.symmetric), bits))
-    return torch.cat(parts)
-
-
 def _segments(layer: Mapping[str, Any]) -> list[tuple[int, int]]:
     """Widths, each with its number of output channels, in the order of the file."""
     return [(bits, count) for bits, count in layer.get("segments", [(layer["bits"], layer["shape"][0])])]
-
-
-def _segment_bytes(layer: Mapping[str, Any]) -> list[int]:
-    each = math.prod(layer["shape"][1:])
-    return [numerics.packed_bytes(count * each, bits) for bits, count in _segments(layer)]
-
-
-def _codes(packed: Tensor, layer: Mapping[str, Any], channel_bits: Tensor | None) -> Tensor:
-    """The inverse of ``_packed``: codes in the order of the layer's output channels."""
-    shape, symmetric = layer["shape"], layer["symmetric"]
-    codes = torch.empty(shape, dtype=torch.int8 if symmetric else torch.uint8)
-    parts = packed.split(_segment_bytes(layer))
-    for part, (bits, count) in zip(parts, _segments(layer), strict=True):
-        rows = numerics.unpack(part, bits, count * math.prod(shape[1:])).reshape(count, *shape[1:])
-        rows = numerics.from_unsigned(rows, bits, symmetric)
-        if channel_bits is None:
-            return rows
-        codes[channel_bits == bits] = rows
-    return codes
 
 
 def _with_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor], codes: Tensor) -> LayerRecord:

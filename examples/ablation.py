@@ -5,9 +5,9 @@
     python examples/ablation.py --models demo --bits w4a6 --variants "+ FBR" "+ blocks" --seeds 0 1 2 -o build/ablation
 
 Every result is a file of its own under the output folder: interrupted, the same command goes on where it stopped. At
-the end ``results.json``, ``table.md`` and ``errors.png`` hold all results found there. Errors are relative to the
-float denoiser's output, on states of float trajectories whose seeds calibration did not see, at ten timesteps spread
-over the schedule; images are drawn from the same seeds by both.
+the end ``results.json``, ``table.md``, ``errors.png`` and, for each model and width, a picture of same-seed images
+hold all results found there. Errors are relative to the float denoiser's output, on states of float trajectories whose
+seeds calibration did not see, at ten timesteps spread over the schedule; images are drawn from the same seeds by both.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Any
 
 import torch
 from quantize_custom_module import load_module, record, samplers, spread
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dmq_ao
@@ -53,6 +55,7 @@ from dmq_ao.config import (
 )
 from dmq_ao.diffusers_adapter import load_pipeline, record_pipeline
 from dmq_ao.evaluation import image_fidelity, machine, one_step_error, peak_rss_bytes
+from dmq_ao.evaluation.pictures import image_grid
 from dmq_ao.measure import by_timestep, held_out_states, images_of
 
 UNIFORM = StepWeights(Weighting.UNIFORM)
@@ -61,6 +64,8 @@ LAYERS, FBR = Rounding(RoundingMethod.ADAROUND, compensate=True), BlockReconstru
 BLOCKS = BlockReconstruction(layer_weight=0.0)
 TIMESTEPS = 10
 STEPS = 20
+SHOWN = 8
+IMAGES, FLOAT = ".safetensors", "float.safetensors"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,10 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
         "+ bias correction = dmq": recipes.dmq,
         "dmq, rounding in closed form": _feedback,
         "dmq, rounding in closed form, TDAC samples": lambda bits: _with(_feedback(bits), select=TDAC),
+        "dmq, rounding in closed form without LES": lambda bits: _with(_feedback(bits), scaling=None),
+        "dmq, rounding in closed form without LES, TDAC samples": lambda bits: _with(
+            _feedback(bits), scaling=None, select=TDAC
+        ),
         "dmq, TDAC samples": lambda bits: _with(recipes.dmq(bits), select=TDAC),
         "dmq, blocks": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=BLOCKS),
         "dmq, FBR": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=FBR),
@@ -209,8 +218,10 @@ def _recorded(file: Path, make: Callable[[], CalibrationSet]) -> CalibrationSet:
     return CalibrationSet.load(file)
 
 
-def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int, seed: int) -> dict[str, Any]:
-    """Quantize and compare: both measures, time and memory."""
+def measure(
+    subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int, seed: int
+) -> tuple[dict[str, Any], Tensor]:
+    """Quantize and compare: both measures, time and memory; and the images drawn."""
     samples = subject.samples(recipe.select, seed)
     started = time.monotonic()
     prepared = dmq_ao.prepare(subject.net, recipe, samples.example())
@@ -218,16 +229,18 @@ def measure(subject: Subject, recipe: Recipe, expected: Tensor, batch_size: int,
     quantized = dmq_ao.convert(prepared)
     seconds = time.monotonic() - started
     errors = one_step_error(subject.net, quantized, by_timestep(subject.states))
-    return {
+    drawn = subject.images(quantized)
+    result = {
         "one_step_error": errors.mean,
         "errors_by_timestep": errors.to_dict(),
-        **image_fidelity(subject.images(quantized), expected, data_range=1.0),
+        **image_fidelity(drawn, expected, data_range=1.0),
         "seconds": seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "mean_bits": quantized.mean_bits,
         "samples": report.samples,
         "recipe": quantized.recipe.to_dict(),
     }
+    return result, drawn
 
 
 def run(
@@ -236,22 +249,50 @@ def run(
     """Measure what is not in ``folder`` yet, one file a variant, width and seed."""
     expected: Tensor | None = None
     for bits, seed, name in itertools.product(widths, seeds, chosen):
-        file = folder / bits / f"{name.replace(' ', '_').replace(',', '')}{_seeded(seed)}.json"
+        file = folder / bits / file_name(name, seed)
         if file.exists():
             continue
         if expected is None:
             with torch.no_grad():
                 expected = subject.images(subject.net)
+            _keep_images(expected, folder / FLOAT)
         result = {"model": folder.name, "bits": bits, "variant": name, "seed": seed}
         result |= {"date": str(datetime.date.today()), "machine": machine()}
-        result |= measure(subject, variants()[name](bits), expected, batch_size, seed)
+        found, drawn = measure(subject, variants()[name](bits), expected, batch_size, seed)
+        result |= found
         file.parent.mkdir(parents=True, exist_ok=True)
+        _keep_images(drawn, file.with_suffix(IMAGES))
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=2) + "\n")
         os.replace(partial, file)
         psnr = f"PSNR {result['psnr_db']:.2f} dB (std {result['psnr_std_db']:.2f})"
         what = f"{folder.name} {bits} {name}{_seeded(seed)}"
         print(f"{what}: one-step {result['one_step_error']:.4f}, {psnr}, {result['seconds']:.0f} s", flush=True)
+
+
+def _keep_images(drawn: Tensor, file: Path) -> None:
+    """The first of a result's images, as bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"images": drawn[:SHOWN].clamp(0, 1).mul(255).round().byte().contiguous()}, file)
+
+
+def pictures(results: list[dict[str, Any]], folder: Path) -> None:
+    """A grid of images for each model and width, float first; of the results whose images are still there."""
+    for model, bits in dict.fromkeys((r["model"], r["bits"]) for r in results):
+        rows = {"float": folder / model / FLOAT}
+        for r in results:
+            if (r["model"], r["bits"], r["seed"]) == (model, bits, 0):
+                rows[textwrap.fill(r["variant"], 24)] = (
+                    folder / model / bits / file_name(r["variant"], 0)
+                ).with_suffix(IMAGES)
+        there = {name: load_file(file)["images"].float() / 255 for name, file in rows.items() if file.exists()}
+        if len(there) > 1:
+            (folder / f"{model}-{bits}.png").write_bytes(image_grid(there))
+
+
+def file_name(variant: str, seed: int) -> str:
+    """Of a result."""
+    return f"{variant.replace(' ', '_').replace(',', '')}{_seeded(seed)}.json"
 
 
 def collect(folder: Path) -> list[dict[str, Any]]:
@@ -354,6 +395,7 @@ def main() -> None:
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.out / "table.md").write_text(table(results) + "\n")
     plot(results, args.out / "errors.png")
+    pictures(results, args.out)
     print(table(results))
 
 

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import recipes
+from dmq_ao.arguments import flatten_inputs, unflatten_inputs
 from dmq_ao.benchmark import first_rows
 from dmq_ao.cli_output import aligned
 from dmq_ao.evaluation import folder_bytes, machine, peak_rss_bytes, rss_bytes
-from dmq_ao.graph import flatten_inputs, unflatten_inputs
 from dmq_ao.named import NAMED, named_denoiser
 
 FLOAT = "float32"

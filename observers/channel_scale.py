@@ -6,6 +6,8 @@ through the step as well as through the straight-through rounding (DMQ, arXiv 25
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,29 @@ def fake_quantize_ste(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric
     else:
         scale = ((high - low) / (quant_max - quant_min)).clamp_min(numerics.EPS)
         zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max).detach()
-    codes = torch.clamp(round_ste(x / scale) + zero_point, quant_min, quant_max)
-    return (codes - zero_point) * scale
+    values: Tensor = _FakeQuantize.apply(x, scale, zero_point, quant_min, quant_max)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """``(clamp(round_ste(x / scale) + zero_point) - zero_point) * scale`` in few passes over memory; keeps ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.limits = quant_min, quant_max
+        codes = (x / scale).round_().add_(zero_point).clamp_(quant_min, quant_max)
+        return codes.sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        x, scale, zero_point = ctx.saved_tensors
+        place = x / scale
+        codes = torch.round(place).add_(zero_point)
+        inside = (codes >= ctx.limits[0]) & (codes <= ctx.limits[1])
+        passed = gradients[0] * inside
+        for_scale = codes.clamp_(*ctx.limits).sub_(zero_point).mul_(gradients[0]).addcmul_(passed, place, value=-1)
+        return passed, for_scale.sum_to_size(scale.shape), None, None, None
 
 
 def spread(channel_scale: Tensor, out: int, taps: int, groups: int = 1) -> Tensor:

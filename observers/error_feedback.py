@@ -45,6 +45,7 @@ def round_with_feedback(
     lower = torch.linalg.cholesky(moments[order[:, None], order])
     groups = (torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1]))[order]
     ordered = weight.to(moments.dtype)[:, order]
+    limits = numerics.RowLimits.of(bits, symmetric, ordered[:, 0])
     codes = torch.empty_like(ordered, dtype=torch.int32)
     owed = torch.zeros_like(ordered)
     for stop in range(ordered.shape[1], 0, -BLOCK):
@@ -52,7 +53,7 @@ def round_with_feedback(
         errors = torch.empty_like(ordered[:, start:stop])
         for i in range(stop - 1, start - 1, -1):
             step, zero = scale[:, groups[i]], zero_point[:, groups[i]]
-            code = numerics.quantize_rows(ordered[:, i] + owed[:, i] / lower[i, i], step, zero, bits, symmetric)
+            code = numerics.quantize_rows(ordered[:, i] + owed[:, i] / lower[i, i], step, zero, limits)
             codes[:, i] = code.to(torch.int32)
             error = ordered[:, i] - numerics.dequantize(code, step, zero)
             errors[:, i - start] = error

@@ -49,7 +49,8 @@ def quantize_weight(
         for width in bits.unique().tolist():
             where = bits == width
             scale[where], zero_point[where] = _qparams(rows[where], width, config.symmetric, estimator)
-    codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], bits, config.symmetric)
+    limits = numerics.RowLimits.of(bits, config.symmetric, rows)
+    codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], limits)
     if config.granularity is Granularity.PER_TENSOR:
         scale, zero_point = scale.expand(out).contiguous(), zero_point.expand(out).contiguous()
     return WeightRecord(
@@ -95,14 +96,20 @@ class WeightObserver(ObserverBase):
         Raises:
             ValueError: naming the layer, when the weight is not finite or does not fit the configuration.
         """
-        if self.decided is not None:
-            return self.decided
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{self.layer}: its weight holds NaN or infinity; check the float checkpoint")
+        return self.round(weight) if self.decided is None else self.decided
+
+    def round(self, weight: Tensor) -> WeightRecord:
+        """The codes nearest to ``weight`` [out, ...], whatever was decided; raises what ``record`` does."""
+        self.check(weight)
         try:
             return quantize_weight(weight, self.config, self.estimator, self.channel_bits)
         except ValueError as error:
             raise ValueError(f"{self.layer}: {error}") from error
+
+    def check(self, weight: Tensor) -> None:
+        """Refuse a ``weight`` that is not finite, naming the layer."""
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"{self.layer}: its weight holds NaN or infinity; check the float checkpoint")
 
     def restore(self, record: WeightRecord, bias: Tensor | None = None) -> None:
         """Take a record as decided, from a file or from ``record``, and a ``bias`` [out] in place of the layer's."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao import graph
+from dmq_ao.arguments import bind, find_timestep, flatten_inputs
 from dmq_ao.calibration import CalibrationSet
 
 # Tensors here are tiny: handing work to a second thread costs more than it saves, and takes cores from parallel runs.
@@ -126,9 +127,9 @@ def capture_once() -> Callable[..., GraphModule]:
     kept: dict[str, tuple[nn.Module, GraphModule]] = {}
 
     def copy_of(denoiser: nn.Module, example_inputs: Any, timestep_arg: str | None = None) -> GraphModule:
-        flat = graph.flatten_inputs(graph.bind(denoiser, example_inputs))
+        flat = flatten_inputs(bind(denoiser, example_inputs))
         like = {name: (x.shape, x.dtype) if isinstance(x, Tensor) else x for name, x in flat.items()}
-        key = f"{id(denoiser)} {like} {graph.find_timestep(list(flat), timestep_arg)}"
+        key = f"{id(denoiser)} {like} {find_timestep(list(flat), timestep_arg)}"
         if key not in kept:
             kept[key] = denoiser, capture(denoiser, example_inputs, timestep_arg)
         gm = kept[key][1]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from plain import Plain, plain_samples, seeded
 from torch import nn
 
@@ -65,6 +66,16 @@ def test_a_run_measures_what_is_missing(
     monkeypatch.setenv("MPLBACKEND", "Agg")
     ablation.plot(results, tmp_path / "errors.png")
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+    whole = _height(ablation, results, tmp_path)
+    next((tmp_path / "plain" / "w4a8").glob("min*.safetensors")).unlink()
+    assert 0 < _height(ablation, results, tmp_path) < whole
+
+
+def _height(ablation: ModuleType, results: list[dict[str, Any]], folder: Path) -> int:
+    """Of the picture of images, which has a row for each result whose images are there."""
+    ablation.pictures(results, folder)
+    with Image.open(folder / "plain-w4a8.png") as picture:
+        return picture.height
 
 
 def _pictures(denoiser: nn.Module, samples: dmq_ao.CalibrationSet) -> torch.Tensor:

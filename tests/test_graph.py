@@ -13,6 +13,7 @@ from torch.export import Dim
 from torch.fx import GraphModule
 
 from dmq_ao import graph, patch_embed
+from dmq_ao.arguments import flatten_inputs, unflatten_inputs
 from dmq_ao.roles import blocks_of, roles_of
 
 Inputs = dict[str, Any]
@@ -348,7 +349,7 @@ def plain() -> tuple[Plain, GraphModule]:
 
 
 def run(gm: GraphModule, inputs: Inputs) -> Tensor:
-    flat = graph.flatten_inputs(inputs)
+    flat = flatten_inputs(inputs)
     with torch.no_grad():
         return gm(*[flat[name] for name in graph.signature_of(gm).names])
 
@@ -385,7 +386,7 @@ def test_a_plain_module_called_by_position(plain: tuple[Plain, GraphModule], bat
 
 def test_every_input_reaches_the_output(captured: tuple[Case, GraphModule]) -> None:
     case, gm = captured
-    inputs = graph.flatten_inputs(case.inputs(2, 2))
+    inputs = flatten_inputs(case.inputs(2, 2))
     names = graph.signature_of(gm).names
     expected = run(gm, inputs)
     for name in names:
@@ -580,9 +581,9 @@ def test_a_model_that_does_not_export_raises_its_own_error() -> None:
 def test_nested_inputs_flatten_and_come_back() -> None:
     nested = {"a": 1, "b": {"c": 2, "d": [3, {"e": 4}]}, "f": (5, 6)}
     flat = {"a": 1, "b.c": 2, "b.d.0": 3, "b.d.1.e": 4, "f.0": 5, "f.1": 6}
-    assert graph.flatten_inputs(nested) == flat
-    assert graph.unflatten_inputs(flat) == {**nested, "f": [5, 6]}
-    assert graph.flatten_inputs({"empty": {}, "none": None}) == {"none": None}
+    assert flatten_inputs(nested) == flat
+    assert unflatten_inputs(flat) == {**nested, "f": [5, 6]}
+    assert flatten_inputs({"empty": {}, "none": None}) == {"none": None}
 
 
 # --- names -------------------------------------------------------------------

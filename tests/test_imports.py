@@ -10,8 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SIBLINGS = ("observers", "passes", "backends")  # top-level folders, installed as dmq_ao.<name>
 
 FLOORS = (
-    "as_json numerics patch_embed size_rules stages values",
-    "config",
+    "arguments as_json numerics patch_embed size_rules stages values",
+    "config segments",
     "ops layer graph",
     "graph_file noise",
     "roles",
@@ -20,6 +20,7 @@ FLOORS = (
     "layer_rows blocks roofline",
     "feature_node learn_blocks relations",
     "observe reconstruct distill sensitivity",
+    "bit_errors",
     "search_bits",
     "calibrate",
     "quantize compile",

@@ -80,7 +80,7 @@ def test_a_packed_weight_is_the_same_record_in_half_the_bytes(
         "symmetric",
         "packed",
         "offset",
-        "shape",
+        "_shape",
         "scale",
         "zero_point",
         "channel_bits",

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.arguments import TIMESTEP_NAMES, find_timestep, flatten_inputs
 from dmq_ao.calibration.plan import Plan
 from dmq_ao.calibration.samples import SHARED_TYPES, CalibrationSet, Shared, describe, layout, take
 from dmq_ao.calibration.select import counts_of
 from dmq_ao.calibration.windows import Row, Windows
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
-from dmq_ao.graph import TIMESTEP_NAMES, find_timestep, flatten_inputs
 
 
 class _Enough(BaseException):

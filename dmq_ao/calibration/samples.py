@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmq_ao.arguments import unflatten_inputs
 from dmq_ao.config import InvalidFile
-from dmq_ao.graph import unflatten_inputs
 
 FORMAT_VERSION = 2
 # Of sets without trajectories, which older readers know; both are read.

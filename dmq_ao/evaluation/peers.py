@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.arguments import flatten_inputs
 from dmq_ao.evaluation.cost import folder_bytes
-from dmq_ao.graph import flatten_inputs
 
 Inputs = Mapping[str, Any]
 Call = Callable[..., Tensor]

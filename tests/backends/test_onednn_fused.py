@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
@@ -74,32 +75,59 @@ def test_norm_and_codes_are_those_of_float64(
             assert float((codes.double() - real.clamp(0, 255)).abs().max()) <= 0.5 + 2e-3
 
 
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(3, 5, 40), (2, 7), (1, 4, 6, 17), (5, 1, 1)])
-def test_codes_of_gelu_are_those_of_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x = (torch.randn(shape) * 4).to(dtype)
+def test_codes_of_gelu_are_those_of_float64(shape: tuple[int, ...], dtype: torch.dtype, approximate: str) -> None:
+    both = (torch.randn(*shape[:-1], 2 * shape[-1]) * 4).to(dtype)
+    factor, x = both.chunk(2, -1)  # slices of one tensor, as feed-forwards have them
     for rows in (1, shape[0]):
         scale, zero_point = torch.rand(rows) * 0.02 + 0.01, torch.randint(0, 200, (rows,), dtype=torch.int32)
         for channel_scale in (None, torch.rand(shape[-1]) + 0.5, torch.rand(shape[0], shape[-1]) + 0.5):
             step = along(scale, 0, len(shape))
             if channel_scale is not None:
                 step = step * channel_scale.reshape(-1, *[1] * (len(shape) - 2), shape[-1])
-            real = F.gelu(x.double(), approximate="tanh") / step.double() + along(zero_point, 0, len(shape))
-            codes = torch.ops.dmq_ao_cpu.gelu_quantize(x, scale, zero_point, channel_scale, 255)
-            assert (codes.dtype, codes.shape) == (torch.uint8, x.shape)
-            assert float((codes.double() - real.clamp(0, 255)).abs().max()) <= 0.5 + 2e-3
+            for times in (None, factor):
+                value = F.gelu(x.double(), approximate=approximate) * (1 if times is None else times.double())
+                real = value / step.double() + along(zero_point, 0, len(shape))
+                given = (x, times, approximate == "tanh", scale, zero_point, channel_scale, 255)
+                codes = torch.ops.dmq_ao_cpu.gelu_quantize(*given)
+                assert (codes.dtype, codes.shape) == (torch.uint8, x.shape)
+                assert float((codes.double() - real.clamp(0, 255)).abs().max()) <= 0.5 + 2e-3
+
+
+def test_a_factor_of_another_shape_is_refused() -> None:
+    scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="a factor of its shape"):
+        torch.ops.dmq_ao_cpu.gelu_quantize(torch.ones(2, 4), torch.ones(2, 1), True, scale, zero_point, None, 255)
+
+
+def _tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _geglu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, -1)
+    return value * F.gelu(gate)
+
+
+def _gate_first(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, -1)
+    return F.gelu(gate) * value
 
 
 @needs_bfloat16
-def test_a_feed_forward_is_fused() -> None:
+@pytest.mark.parametrize(("activation", "inner"), [(_tanh, 32), (F.gelu, 32), (_geglu, 16), (_gate_first, 16)])
+def test_a_feed_forward_is_fused(activation: Callable[[Tensor], Tensor], inner: int) -> None:
     class Feed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.up, self.down, self.last = (nn.Linear(*s) for s in ((8, 16), (16, 32), (32, 16), (16, 8)))
+            sizes = ((8, 16), (16, 32), (inner, 16), (16, 8))
+            self.first, self.up, self.down, self.last = (nn.Linear(*s) for s in sizes)
 
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             x = self.first(x)
-            x = x + self.down(F.dropout(F.gelu(self.up(x), approximate="tanh"), training=self.training))
+            x = x + self.down(F.dropout(activation(self.up(x)), training=self.training))
             return self.last(x) + t.to(x.dtype)[:, None, None]
 
     model = seeded(Feed)
