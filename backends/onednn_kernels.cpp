@@ -6,6 +6,7 @@
 #include <ATen/native/CPUBlas.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -375,17 +376,45 @@ void pack_values(const c10::BFloat16* v, int64_t stride, int64_t n, int64_t d, c
   }
 }
 
-// One row of scores to probabilities, up to a factor; returns the new maximum and adds to `total`.
-float softmax_row(const float* scores, int64_t n, float scale, float before, float& total, c10::BFloat16* out) {
-  float most = before;
-#pragma omp simd reduction(max : most)
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, scores[i] * scale);
+// 2^y for y from -126 to about 0, to 1e-4: it is rounded to bfloat16 next.
+inline float power_of_two(float y) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  const float shifted = y + kMagic;
+  const float f = y - (shifted - kMagic);
+  float p = std::fma(5.517164431e-2f, f, 2.426111203e-1f);
+  p = std::fma(p, f, 6.932609900e-1f);
+  p = std::fma(p, f, 9.999280738e-1f);
+  uint32_t bits, whole;
+  std::memcpy(&bits, &p, sizeof(bits));
+  std::memcpy(&whole, &shifted, sizeof(whole));
+  bits += whole << 23;
+  std::memcpy(&p, &bits, sizeof(p));
+  return p;
+}
+
+// The largest of n numbers, n a multiple of kLanes; compilers do not vectorize a maximum by themselves.
+float largest(const float* x, int64_t n) {
+  float lanes[kLanes];
+  std::copy_n(x, kLanes, lanes);
+  for (int64_t i = kLanes; i < n; i += kLanes) {
+#pragma omp simd
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] = x[i + j] > lanes[j] ? x[i + j] : lanes[j];
+  }
+  return *std::max_element(lanes, lanes + kLanes);
+}
+
+// One row of scores to probabilities, up to a factor; returns the new maximum and adds to `total`. `scale` and the
+// maximum are in powers of two.
+float softmax_row(const float* scores, int64_t n, float scale, float before, float& total, uint16_t* out) {
+  const float most = std::max(before, largest(scores, n) * scale);
   float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const float p = exponential(scores[i] * scale - most);
+    const float p = power_of_two(std::max(std::fma(scores[i], scale, -most), -126.0f));
     sum += p;
-    out[i] = narrow(p);
+    uint32_t bits;
+    std::memcpy(&bits, &p, sizeof(bits));
+    out[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);  // to nearest, ties up: p is not negative
   }
   total += sum;
   return most;
@@ -418,6 +447,7 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, do
     }
   });
   const int64_t tiles = (n + kQueries - 1) / kQueries;
+  const float scale2 = static_cast<float>(scale * 1.4426950408889634);  // e^x = 2^(x log2 e)
   const int64_t line = (width + kLanes - 1) / kLanes * kLanes;  // whole vectors: the rest of a row counts as never
   at::parallel_for(0, batch * heads * tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> scores(kQueries * line), sums(kQueries * d);
@@ -437,9 +467,9 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, do
           const float before = most[row];
           float added = 0.0f;
           std::fill(scores.data() + row * line + count, scores.data() + (row + 1) * line, kNever);
-          most[row] = softmax_row(scores.data() + row * line, line, static_cast<float>(scale), before, added,
-                                  shares.data() + row * line);
-          const float fade = block == 0 ? 0.0f : exponential(before - most[row]);
+          most[row] = softmax_row(scores.data() + row * line, line, scale2, before, added,
+                                  reinterpret_cast<uint16_t*>(shares.data() + row * line));
+          const float fade = block == 0 ? 0.0f : std::exp2(before - most[row]);
           total[row] = total[row] * fade + added;
           if (block > 0 && fade != 1.0f) {
             for (int64_t c = 0; c < d; ++c) sums[row * d + c] *= fade;
