@@ -7,6 +7,7 @@ calibration samples to take, and the graph passes. It prints, compares, round-tr
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -334,6 +335,8 @@ class Distillation:
 
     Attributes:
         steps: gradient steps.
+        passes: at least so many times over the samples, where that takes more steps than ``steps``: many samples are
+            worth more steps, few are soon learned by heart.
         lr: of Adam, as a share of each tensor's root mean square; falls to 0 as a cosine.
         batch_size: samples a step.
         checks: times that the held-out samples are looked at; the best state is kept.
@@ -344,6 +347,7 @@ class Distillation:
     """
 
     steps: int = 200
+    passes: float = 0.0
     lr: float = 1e-3
     batch_size: int = 4
     checks: int = 6
@@ -352,10 +356,14 @@ class Distillation:
     relation: Relation | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, steps=1, batch_size=1, checks=1, rank=0)
+        at_least(self, steps=1, passes=0, batch_size=1, checks=1, rank=0)
         for name in ("lr", "lr_rank"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def steps_of(self, samples: int) -> int:
+        """Gradient steps where there are so many samples to fit."""
+        return max(self.steps, math.ceil(self.passes * samples / self.batch_size))
 
 
 @dataclass(frozen=True)

@@ -206,6 +206,7 @@ def distill(
     student = Student(prepared, config.rank, seed)
     relations = None if watched is None else Relations(prepared, watched, batches, data.rows, held)
     run = _Run(student, data, relations, config, held, seed)
+    bar.reset(run.total)
     file = None if state_dir is None else state_dir / "distillation.safetensors"
     saved = load_state(file, digest, "a state of distillation")
     if saved is not None:
@@ -213,12 +214,12 @@ def distill(
         bar.update(run.step)
     else:
         run.best = run.before = run.check()
-    every = max(1, config.steps // config.checks)
-    while run.step < config.steps:
+    every = max(1, run.total // config.checks)
+    while run.step < run.total:
         loss = run.advance()
-        if run.step % every == 0 or run.step == config.steps:
+        if run.step % every == 0 or run.step == run.total:
             run.keep_if_better()
-        if file is not None and (run.step % SAVE_EVERY == 0 or run.step == config.steps):
+        if file is not None and (run.step % SAVE_EVERY == 0 or run.step == run.total):
             save_state(file, digest, *run.state())
         bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{run.best:.4f}")
         bar.update(1)
@@ -257,6 +258,7 @@ class _Run:
         self.student, self.data, self.relations = student, data, relations
         self.config, self.seed = config, seed
         self.held, self.fit = torch.nonzero(held)[:, 0], fitted(held)
+        self.total = config.steps_of(len(self.fit))
         parameters = student.parameters
         self.optimizer = torch.optim.Adam([{"params": [p], "lr": self._lr(name)} for name, p in parameters.items()])
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
@@ -268,8 +270,8 @@ class _Run:
         return (self.config.lr_rank if factor else self.config.lr) * self.student.sizes[name]
 
     def _rate(self) -> Callable[[int], float]:
-        steps = self.config.steps
-        return lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)) * min(1.0, (step + 1) / WARMUP_STEPS)
+        total = self.total
+        return lambda step: 0.5 * (1 + math.cos(math.pi * step / total)) * min(1.0, (step + 1) / WARMUP_STEPS)
 
     def error(self, chosen: Tensor) -> Tensor:
         """Relative error of the chosen samples' outputs."""

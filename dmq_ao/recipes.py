@@ -242,7 +242,7 @@ def default(bits: str = "w4a8") -> Recipe:
         name="default",
         protection=Protection(),
         allocation=BitAllocation() if narrow else None,
-        distillation=Distillation(),
+        distillation=Distillation(passes=2),
     )
 
 

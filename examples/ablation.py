@@ -238,6 +238,7 @@ def measure(
         "peak_rss_bytes": peak_rss_bytes(),
         "mean_bits": quantized.mean_bits,
         "samples": report.samples,
+        "distillation_steps": None if report.distillation is None else report.distillation.steps,
         "recipe": quantized.recipe.to_dict(),
     }
     return result, drawn
@@ -324,13 +325,20 @@ def table(results: list[dict[str, Any]]) -> str:
             share = "-" if base is None else f"{r['one_step_error'] / base:.2f}"
             peak = "-" if r["peak_rss_bytes"] is None else f"{r['peak_rss_bytes'] / 2**30:.1f}"
             psnr = f"{r['psnr_db']:.2f} ({r['psnr_std_db']:.2f})"
-            distilled = r["recipe"]["distillation"]
-            name = r["variant"] + ("" if distilled is None else f" ({distilled['steps']} steps)")
+            steps = _distillation_steps(r)
+            name = r["variant"] + (f" ({steps} steps)" if steps else "")
             error = f"{r['one_step_error']:.4f}" + r["spread"]
             cost = f"{r['samples']} | {r['seconds']:.0f} | {peak}"
             lines.append(f"| {name} | {error} | {share} | {psnr} | {cost} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _distillation_steps(result: dict[str, Any]) -> int | None:
+    """Steps taken; results from before these were kept took those of their recipe."""
+    distilled = result["recipe"]["distillation"]
+    steps: int | None = result.get("distillation_steps", None if distilled is None else distilled["steps"])
+    return steps
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -106,7 +106,7 @@ def small(recipe: Recipe, steps: int = 20) -> Recipe:
     if recipe.blocks is not None:
         changes["blocks"] = dataclasses.replace(recipe.blocks, steps=steps)
     if recipe.distillation is not None:
-        changes["distillation"] = dataclasses.replace(recipe.distillation, steps=steps, checks=4)
+        changes["distillation"] = dataclasses.replace(recipe.distillation, steps=steps, passes=0, checks=4)
     return dataclasses.replace(recipe, **changes)
 
 

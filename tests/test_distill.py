@@ -590,3 +590,9 @@ def test_recipes_of_any_kind_are_read_as_they_were_written(variant: dict[str, An
 def test_what_is_no_relation(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Relation(**given)
+
+
+def test_many_samples_take_more_steps() -> None:
+    config = Distillation(steps=20, passes=2, batch_size=4)
+    assert [config.steps_of(samples) for samples in (1, 40, 41, 400)] == [20, 20, 21, 200]
+    assert Distillation(steps=20).steps_of(10_000) == 20
