@@ -51,6 +51,7 @@ def load_kernels() -> None:
             f' ninja), or use mode="default". The compiler said: {error}'
         ) from error
     torch.library.register_fake("dmq_ao_cpu::group_norm_quantize", _fake_norm)
+    torch.library.register_fake("dmq_ao_cpu::float_linear", _fake_linear)
     torch.library.register_fake("dmq_ao_cpu::gelu_quantize", _fake_gelu)
     torch.library.register_fake("dmq_ao_cpu::attention", _fake_attention)
     torch.library.register_fake("dmq_ao_cpu::conv", onednn.fake_conv)
@@ -100,6 +101,10 @@ def _fake_gelu(
     return x.new_empty(x.shape, dtype=torch.uint8)
 
 
+def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, rows, width = query.shape
     return query.new_empty((batch, rows, heads, width)).transpose(1, 2)
@@ -123,6 +128,9 @@ def fuse(gm: GraphModule) -> GraphModule:
             _take_padding(node)
         elif node.target is torch.ops.dmq_ao.int_linear.default:
             node.target = torch.ops.dmq_ao_cpu.linear.default
+        elif node.target is aten.linear.default and _rank(node) == 2 and node.meta[VAL].dtype == torch.float32:
+            node.target = torch.ops.dmq_ao_cpu.float_linear.default  # of the timestep: as many rows as samples
+            node.args = (*node.args, *(None,) * (3 - len(node.args)))
         elif node.target is aten.scaled_dot_product_attention.default:
             _fuse_attention(gm, node)
         elif node.target is aten.matmul.default:

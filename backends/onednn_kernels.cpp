@@ -489,6 +489,61 @@ Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, do
   return out.transpose(1, 2);
 }
 
+// ------------------------------------------------------------------------------------------------ few float rows
+
+constexpr int64_t kFewRows = 16;  // beyond, a blocked gemm is faster
+
+// Outputs `begin` to `end` of R rows at once, so that every weight is read once: y[r, o] = x[r] w[o] + bias[o].
+template <int R>
+void few_rows(const float* x, const float* weight, const float* bias, int64_t inputs, int64_t outputs, int64_t begin,
+              int64_t end, float* y) {
+  const int64_t whole = inputs / kLanes * kLanes;
+  for (int64_t o = begin; o < end; ++o) {
+    const float* w = weight + o * inputs;
+    float sums[R][kLanes] = {};
+    for (int64_t k = 0; k < whole; k += kLanes) {
+      for (int r = 0; r < R; ++r) {
+#pragma omp simd
+        for (int64_t j = 0; j < kLanes; ++j) sums[r][j] += w[k + j] * x[r * inputs + k + j];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      float sum = bias == nullptr ? 0.0f : bias[o];
+      for (int64_t k = whole; k < inputs; ++k) sum += w[k] * x[r * inputs + k];
+      for (int64_t j = 0; j < kLanes; ++j) sum += sums[r][j];
+      y[r * outputs + o] = sum;
+    }
+  }
+}
+
+// x [B, K] times weight [N, K] plus bias [N] in float32. Few rows are bound by reading the weight, which a gemm would
+// first copy into blocks.
+Tensor float_linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias) {
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
+  const bool plain = x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.is_contiguous();
+  if (!plain || rows > kFewRows) return at::linear(x, weight, bias);
+  TORCH_CHECK_VALUE(weight.size(1) == inputs, "float_linear takes x [B, K] and weight [N, K], got ", x.sizes(), " and ",
+                    weight.sizes());
+  const Tensor dense = x.contiguous();
+  Tensor kept, result = at::empty({rows, outputs}, x.options());
+  const float *from = dense.data_ptr<float>(), *w = weight.data_ptr<float>(), *added = numbers_of(bias, kept);
+  float* to = result.data_ptr<float>();
+  at::parallel_for(0, outputs, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, inputs)), [&](int64_t begin, int64_t end) {
+    for (int64_t row = 0; row < rows;) {
+      const float* here = from + row * inputs;
+      float* out = to + row * outputs;
+      if (rows - row >= 4) {
+        few_rows<4>(here, w, added, inputs, outputs, begin, end, out);
+        row += 4;
+      } else {
+        few_rows<1>(here, w, added, inputs, outputs, begin, end, out);
+        row += 1;
+      }
+    }
+  });
+  return result;
+}
+
 // ------------------------------------------------------------------------------------------------ integer kernels
 
 // Runs `kernel` with one scale and zero point; rows of other timesteps go in calls of their own.
@@ -596,6 +651,7 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
   m.def(
       "group_norm_quantize(Tensor x, Tensor? shift, int groups, Tensor? weight, Tensor? bias, float eps, bool silu,"
       " Tensor scale, Tensor zero_point, Tensor? channel_scale, int quant_max, int[] padding) -> Tensor");
+  m.def("float_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "gelu_quantize(Tensor x, Tensor? factor, bool tanh, Tensor scale, Tensor zero_point, Tensor? channel_scale,"
       " int quant_max) -> Tensor");
@@ -611,6 +667,7 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
 
 TORCH_LIBRARY_IMPL(dmq_ao_cpu, CompositeExplicitAutograd, m) {
   m.impl("group_norm_quantize", group_norm_quantize);
+  m.impl("float_linear", float_linear);
   m.impl("gelu_quantize", gelu_quantize);
   m.impl("attention", attention);
   m.impl("conv", conv);

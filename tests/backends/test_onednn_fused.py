@@ -141,6 +141,19 @@ def test_a_feed_forward_is_fused(activation: Callable[[Tensor], Tensor], inner: 
         assert relative(fused(x, t), quantized.graph_module(x, t)) < 0.02
 
 
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 1, 1), (4, 33, 7), (7, 384, 50), (16, 20, 3), (17, 8, 5)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_of_few_rows_is_that_of_float64(rows: int, inputs: int, outputs: int, biased: bool) -> None:
+    both = torch.randn(2 * rows, inputs)
+    x, weight, bias = both[::2], torch.randn(outputs, inputs), torch.randn(outputs) if biased else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert torch.allclose(torch.ops.dmq_ao_cpu.float_linear(x, weight, bias).double(), expected, atol=1e-4)
+    narrow = torch.ops.dmq_ao_cpu.float_linear(
+        x.bfloat16(), weight.bfloat16(), None if bias is None else bias.bfloat16()
+    )
+    assert narrow.dtype is torch.bfloat16
+
+
 def test_padding_is_the_zero_point() -> None:
     x, zero_point = torch.randn(2, 8, 5, 6), torch.tensor([7, 9], dtype=torch.int32)
     args = (x, None, 4, None, None, 1e-5, True, torch.full((2,), 0.03), zero_point, None, 255)
@@ -267,7 +280,7 @@ def test_the_compiler_is_told_the_layouts(block: dmq_ao.QuantizedDenoiser) -> No
 
     with torch.no_grad():
         Calls(fused).run(torch.randn(2, 3, 8, 8), torch.tensor([900, 0]))
-    assert len({target for target, _ in calls}) == 4
+    assert len({target for target, _ in calls}) == 5
     for target, args in calls:
         actual = target(*args)
         told = target(
