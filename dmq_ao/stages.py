@@ -231,7 +231,7 @@ class BitAllocation:
     candidates: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     groups: int = 5
     inputs: bool = True
-    least_gain: float = 4.0
+    least_gain: float = 3.0
     samples: int = 16
 
     def __post_init__(self) -> None:
