@@ -47,6 +47,7 @@ class WeightErrors:
         cost: weights of an output channel.
         nominal: the recipe's width.
         share: by which its errors count in the whole.
+        scale: [C] closed form that the curves are of.
     """
 
     curves: Tensor
@@ -55,6 +56,7 @@ class WeightErrors:
     cost: int
     nominal: int
     share: float
+    scale: Tensor
 
 
 def weight_errors(
@@ -93,14 +95,53 @@ def weight_errors(
             fixed[name] = (weight.numel(), observer.config.bits)
             continue
         groups, taps = geometry(node, weight).groups, weight[0, 0].numel()
-        scaled = (weight.flatten(1) * spread(scales[name], len(weight), taps, groups)).reshape(weight.shape)
+        scaled = weight * _factors(scales[name], node, weight)
         importance = spread(inputs[name].squares / scales[name].square(), len(weight), taps, groups)
         curves = _curves(scaled, importance, observer, candidates, place)
         share = 1.0 if probe is None else _share(probe, node, weight, inputs[name].squares, groups)
         layers[name] = WeightErrors(
-            curves, kurtosis(scaled.flatten(1)), candidates, weight[0].numel(), observer.config.bits, share
+            curves,
+            kurtosis(scaled.flatten(1)),
+            candidates,
+            weight[0].numel(),
+            observer.config.bits,
+            share,
+            scales[name],
         )
     return layers, fixed
+
+
+def _factors(scale: Tensor, node: Node, weight: Tensor) -> Tensor:
+    """A channel scale [C] in the shape of a layer's weight."""
+    return spread(scale, len(weight), weight[0, 0].numel(), geometry(node, weight).groups).reshape(weight.shape)
+
+
+def output_error(
+    prepared: GraphModule, probe: Perturbed, layers: Mapping[str, WeightErrors], widths: Mapping[str, Tensor] | None
+) -> float:
+    """Relative error of the denoiser's output when the weights of all ``layers`` are rounded to nearest at once.
+
+    Args:
+        prepared: the graph.
+        probe: of it.
+        layers: of ``weight_errors``.
+        widths: [out] of each layer; the recipe's own where None.
+    """
+    nodes, changed = graph.layer_nodes(prepared), {}
+    for name, (observer, _) in observers(prepared).items():
+        if name in layers:
+            weight = float_weight(prepared, nodes[name]).float()
+            factors = _factors(layers[name].scale, nodes[name], weight)
+            bits = None if widths is None else widths[name].to(torch.uint8)
+            rounded = quantize_weight(weight * factors, observer.config, observer.estimator, bits).dequantize()
+            changed[nodes[name]] = (rounded / factors, None)
+    return probe.error_of(changed)
+
+
+def output_error_of_inputs(prepared: GraphModule, probe: Perturbed, widths: Mapping[str, int]) -> float:
+    """The same with the inputs of layers rounded, to so many bits."""
+    nodes = graph.layer_nodes(prepared)
+    return probe.error_of({nodes[name]: (None, bits) for name, bits in widths.items()})
 
 
 def _candidates(allocation: BitAllocation, item: LayerPlan, config: TensorConfig) -> tuple[int, ...]:

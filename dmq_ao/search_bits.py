@@ -6,25 +6,32 @@ What widths cost is measured in ``bit_errors``; here it is shared out under a bu
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.allocation import exchange, places, swap
+from dmq_ao.allocation import exchange, swap
 from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers
-from dmq_ao.bit_errors import InputErrors, WeightErrors, input_errors, probe_of, weight_errors
+from dmq_ao.bit_errors import (
+    WeightErrors,
+    input_errors,
+    output_error,
+    output_error_of_inputs,
+    probe_of,
+    weight_errors,
+)
 from dmq_ao.bit_plan import BitPlan, InputBits, LayerBits
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import BitAllocation, Recipe, Scope, Scorer
 from dmq_ao.layer import LayerPlan, overhead_bits, widest_that_fits
 from dmq_ao.observers import ActivationObserver, WeightObserver
+from dmq_ao.sensitivity import Perturbed
 from dmq_ao.state import load_state, save_state
 
 Watchers = Mapping[str, tuple[WeightObserver, ActivationObserver | None]]
@@ -154,12 +161,17 @@ def find_bits(
         return BitPlan.from_dict(saved[0])
     probe = probe_of(prepared, samples) if allocation.scope is Scope.MODEL else None
     layers, fixed = weight_errors(prepared, samples, allocation, probe, batch_size, bar)
-    found = _share_out(layers, fixed, allocation, budget)
-    inputs = [] if probe is None or not allocation.inputs else input_errors(prepared, probe)
+    found, inputs = _share_out(layers, fixed, allocation, budget), dict[str, InputBits]()
+    if probe is not None:
+        own_mean = budget is None and allocation.mean_bits is None
+        if own_mean and not _weights_gain(prepared, probe, layers, found, allocation.least_gain):
+            found = {}
+        if allocation.inputs:
+            inputs = _inputs_that_gain(prepared, probe, allocation.least_gain)
     plan = BitPlan(
         {name: LayerBits(layers[name].cost, tuple(widths.tolist())) for name, widths in found.items()},
         allocation.scorer.value,
-        _share_inputs(inputs, allocation.least_gain),
+        inputs,
     )
     if file is not None:
         save_state(file, digest, plan.to_dict(), {})
@@ -190,31 +202,25 @@ def _share_out(
     given = list(layers.values())
     curves, options = [one.curves * one.share for one in given], [one.candidates for one in given]
     found = exchange(curves, [one.cost for one in given], options, total - spent)
-    even = [torch.full((len(one.curves),), one.nominal) for one in given]
-    own_mean = budget is None and allocation.mean_bits is None
-    if own_mean and not _worth_it(curves, options, found, even, allocation.least_gain):
-        return {}
     return dict(zip(layers, found, strict=True))
 
 
-def _worth_it(
-    curves: Sequence[Tensor],
-    options: Sequence[Sequence[int]],
-    found: Sequence[Tensor],
-    even: Sequence[Tensor],
+def _weights_gain(
+    prepared: GraphModule,
+    probe: Perturbed,
+    layers: Mapping[str, WeightErrors],
+    found: Mapping[str, Tensor],
     least_gain: float,
 ) -> bool:
-    """Whether the widths ``found`` divide the expected error of ``even`` ones by ``least_gain``."""
-    if any(not set(one.tolist()) <= set(widths) for one, widths in zip(even, options, strict=True)):
-        return True  # the recipe's width is none of the candidates
-    errors = [
-        sum(
-            float(curve.gather(1, places(one, o)[:, None]).sum())
-            for curve, one, o in zip(curves, widths, options, strict=True)
-        )
-        for widths in (found, even)
-    ]
-    return least_gain * errors[0] <= errors[1]
+    """Whether the widths ``found`` divide the squared error of the output, all rounded at once, by ``least_gain``.
+
+    Asked of the output, since errors that the curves count one by one may cancel. Widths that the recipe could not
+    have are always worth it: there is nothing to compare with.
+    """
+    if not found or any(one.nominal not in one.candidates for one in layers.values()):
+        return True
+    even, shared = (output_error(prepared, probe, layers, widths) for widths in (None, found))
+    return least_gain * shared**2 <= even**2
 
 
 def _budget(layers: dict[str, WeightErrors], fixed: dict[str, tuple[int, int]], allocation: BitAllocation) -> int:
@@ -233,25 +239,24 @@ def _swapped(one: WeightErrors, groups: int) -> Tensor:
     return swap(one.scores, one.curves, nominal, one.candidates, sizes)
 
 
-def _share_inputs(inputs: Sequence[InputErrors], least_gain: float) -> dict[str, InputBits]:
-    """Bits of every input narrower than a byte: where they save most of what rounding it alone does to the output.
+def _inputs_that_gain(prepared: GraphModule, probe: Perturbed, least_gain: float) -> dict[str, InputBits]:
+    """Bits of every input narrower than a byte, if sharing them out divides the output's squared error so much.
 
-    A bit costs one bit-operation for each multiply-accumulate and bit of weight; weights aside, the
-    multiply-accumulates are the cost.
+    They go where they save most of what rounding an input alone does to the output. A bit costs one bit-operation for
+    each multiply-accumulate and bit of weight; weights aside, the multiply-accumulates are the cost.
     """
+    inputs = input_errors(prepared, probe)
     if not inputs:
         return {}
-    curves, options = [one.curve for one in inputs], [one.candidates for one in inputs]
     costs = [sum(one.products.values()) for one in inputs]
-    even = [torch.tensor([one.nominal]) for one in inputs]
-    found = exchange(curves, costs, options, sum(one.nominal * cost for one, cost in zip(inputs, costs, strict=True)))
-    if not _worth_it(curves, options, found, even, least_gain):
+    budget = sum(one.nominal * cost for one, cost in zip(inputs, costs, strict=True))
+    found = exchange([one.curve for one in inputs], costs, [one.candidates for one in inputs], budget)
+    shared = {name: int(bits) for one, bits in zip(inputs, found, strict=True) for name in one.products}
+    even = {name: one.nominal for one in inputs for name in one.products}
+    before, after = (output_error_of_inputs(prepared, probe, widths) for widths in (even, shared))
+    if least_gain * after**2 > before**2:
         return {}
-    return {
-        name: InputBits(products, int(bits))
-        for one, bits in zip(inputs, found, strict=True)
-        for name, products in one.products.items()
-    }
+    return {name: InputBits(count, shared[name]) for one in inputs for name, count in one.products.items()}
 
 
 def other_bits(prepared: GraphModule, steps: int) -> int:

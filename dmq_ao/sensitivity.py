@@ -7,6 +7,7 @@ left: those get more bits than a byte. What was decided is written into the reci
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dmq_ao.state import load_state, save_state
 
 ASKED = "dmq_ao.asked"
 Watchers = tuple[WeightObserver, ActivationObserver | None]
+Change = tuple[Tensor | None, int | None]  # the weight of a layer, and bits of its input; None for float
 
 
 # Share of the squared error of all inputs that one must make to be worth more bits.
@@ -48,23 +50,25 @@ class Sensitivity:
 
 
 class Perturbed(Interpreter):
-    """The float graph with one layer rounded to nearest, from that layer on."""
+    """The float graph with some layers rounded to nearest, from the first of them on."""
 
     def __init__(self, prepared: GraphModule, arguments: list[Tensor]) -> None:
         """Run the float graph once on ``arguments``; its values stay."""
         super().__init__(prepared, garbage_collect_values=False)
         self.arguments = arguments
-        self.changed: Node | None = None
-        self.weight: Tensor | None = None
-        self.bits: int | None = None
+        self.changed: Mapping[Node, Change] = {}
         with torch.no_grad():
             self.expected = graph.first_tensor(self.run(*arguments))
         self.values = dict(self.env)
 
     def error(self, node: Node, weight: Tensor | None, bits: int | None) -> float:
         """Mean relative error of the output when a layer has this ``weight``, and an input of ``bits`` bits."""
-        self.changed, self.weight, self.bits = node, weight, bits
-        reached = graph.reach(self.module, {node})  # type: ignore[arg-type]
+        return self.error_of({node: (weight, bits)})
+
+    def error_of(self, changed: Mapping[Node, Change]) -> float:
+        """Mean relative error of the output when layers have these weights, and inputs of so many bits, at once."""
+        self.changed = changed
+        reached = graph.reach(self.module, set(changed))  # type: ignore[arg-type]
         kept = {other: value for other, value in self.values.items() if other not in reached}
         with torch.no_grad():
             result = self.run(*self.arguments, initial_env=kept)
@@ -77,17 +81,18 @@ class Perturbed(Interpreter):
         return int(self.values[node][0].numel() * self.values[weight][0].numel())
 
     def run_node(self, n: Node) -> Any:
-        """Observers let through; the changed layer has the weight set, its input rounded by each sample's range."""
+        """Observers let through; changed layers have the weights set, their inputs rounded by each sample's range."""
         args, _ = self.fetch_args_kwargs_from_env(n)
         if n.op == "call_module":
             return args[0]
-        if n is not self.changed:
+        if n not in self.changed:
             return super().run_node(n)
         x: Tensor = args[0]
-        if self.bits is not None:
-            scale, zero_point = (numerics.along(t, 0, x.dim()) for t in ops.dynamic_qparams(x, self.bits))
-            x = numerics.fake_quantize(x, scale, zero_point, *numerics.code_range(self.bits, False)).to(x.dtype)
-        weight = args[1] if self.weight is None else self.weight.to(args[1].dtype)
+        weight, bits = self.changed[n]
+        if bits is not None:
+            scale, zero_point = (numerics.along(t, 0, x.dim()) for t in ops.dynamic_qparams(x, bits))
+            x = numerics.fake_quantize(x, scale, zero_point, *numerics.code_range(bits, False)).to(x.dtype)
+        weight = args[1] if weight is None else weight.to(args[1].dtype)
         return n.target(x, weight, *args[2:])  # type: ignore[operator]
 
 

@@ -220,8 +220,9 @@ class BitAllocation:
         groups: ``KURTOSIS``: most groups of a tenth of the channels that move each way.
         inputs: over the ``MODEL``, share out the bits of the layers' inputs too, where they have fewer than 8: their
             mean over multiply-accumulates stays the recipe's.
-        least_gain: over the ``MODEL`` at the recipe's own mean, the widths stay the recipe's where sharing them out is
-            not expected to divide the squared error by this; weights and inputs by themselves.
+        least_gain: over the ``MODEL`` at the recipe's own mean, the widths stay the recipe's where sharing them out
+            does not divide the squared error of the output by this, measured with all of them rounded to nearest;
+            weights and inputs by themselves.
         samples: to measure inputs on.
     """
 
@@ -231,7 +232,7 @@ class BitAllocation:
     candidates: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
     groups: int = 5
     inputs: bool = True
-    least_gain: float = 3.0
+    least_gain: float = 1.3
     samples: int = 16
 
     def __post_init__(self) -> None:
