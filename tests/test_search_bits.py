@@ -12,16 +12,19 @@ import torch
 from plain import assert_same_records, contents, flow, plain_samples, relative, small
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from tqdm.auto import tqdm
 
 import dmq_ao
 from dmq_ao import BitPlan, PowerOfTwo, recipes
 from dmq_ao.annotate import observers
 from dmq_ao.backends.onednn import has_vnni
+from dmq_ao.bit_errors import output_error, output_error_of_inputs, probe_of, weight_errors
 from dmq_ao.bit_plan import InputBits, LayerBits
 from dmq_ao.config import (
     BitAllocation,
     ChannelScaling,
     InvalidFile,
+    Ranges,
     Recipe,
     Rounding,
     RoundingMethod,
@@ -29,6 +32,7 @@ from dmq_ao.config import (
     Scorer,
     TensorConfig,
 )
+from dmq_ao.objectives import relative_error
 from dmq_ao.serialization import TENSORS
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
@@ -83,6 +87,27 @@ def test_what_gains_little_stays_as_it_was(model: nn.Module, samples: dmq_ao.Cal
     report = dmq_ao.calibrate(prepared, samples, progress=False)
     assert report.bits is not None
     assert report.to_dict()["bits"]["mean_bits"] is None
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [("w3a16", 1e-3), ("w8a3", 0.05)])  # 8 bits are not quite float
+def test_sharing_is_judged_by_the_output_of_the_converted_graph(
+    bits: str, tolerance: float, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    recipe = recipes.minmax(bits, ranges=Ranges.DYNAMIC)
+    quantized, prepared = flow(model, recipe, samples)[0], prepared_for(recipe, model, samples)
+    probe = probe_of(prepared, samples)
+    if bits.startswith("w8"):
+        widths = {name: activation.config.bits for name, (_, activation) in observers(prepared).items() if activation}
+        found = output_error_of_inputs(prepared, probe, widths)
+    else:
+        layers, fixed = weight_errors(prepared, samples, BitAllocation(), probe, 4, tqdm(disable=True))
+        assert not fixed
+        found = output_error(prepared, probe, layers, None)
+        eight = {name: torch.full((len(one.curves),), 8) for name, one in layers.items()}
+        assert output_error(prepared, probe, layers, eight) < 0.1 * found
+    with torch.no_grad():
+        expected = relative_error(quantized.graph_module(*probe.arguments), probe.expected).mean()
+    assert found == pytest.approx(float(expected), rel=tolerance)
 
 
 def test_more_bits_more_fidelity(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
