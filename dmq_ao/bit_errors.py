@@ -94,11 +94,10 @@ def weight_errors(
         if not candidates:
             fixed[name] = (weight.numel(), observer.config.bits)
             continue
-        groups, taps = geometry(node, weight).groups, weight[0, 0].numel()
         scaled = weight * _factors(scales[name], node, weight)
-        importance = spread(inputs[name].squares / scales[name].square(), len(weight), taps, groups)
+        importance = _factors(inputs[name].squares / scales[name].square(), node, weight).flatten(1)
         curves = _curves(scaled, importance, observer, candidates, place)
-        share = 1.0 if probe is None else _share(probe, node, weight, inputs[name].squares, groups)
+        share = 1.0 if probe is None else _share(probe, node, weight, inputs[name].squares)
         layers[name] = WeightErrors(
             curves,
             kurtosis(scaled.flatten(1)),
@@ -111,9 +110,9 @@ def weight_errors(
     return layers, fixed
 
 
-def _factors(scale: Tensor, node: Node, weight: Tensor) -> Tensor:
-    """A channel scale [C] in the shape of a layer's weight."""
-    return spread(scale, len(weight), weight[0, 0].numel(), geometry(node, weight).groups).reshape(weight.shape)
+def _factors(channels: Tensor, node: Node, weight: Tensor) -> Tensor:
+    """A number per input channel [C] in the shape of a layer's weight."""
+    return spread(channels, len(weight), weight[0, 0].numel(), geometry(node, weight).groups).reshape(weight.shape)
 
 
 def output_error(
@@ -267,10 +266,9 @@ def probe_of(prepared: GraphModule, samples: CalibrationSet) -> Perturbed:
     return Perturbed(prepared, graph.graph_arguments(prepared, next(iter(some.batches(PROBE_SAMPLES)))))
 
 
-def _share(probe: Perturbed, node: Node, weight: Tensor, squares: Tensor, groups: int) -> float:
+def _share(probe: Perturbed, node: Node, weight: Tensor, squares: Tensor) -> float:
     """Squared error of the denoiser's output for each unit of a layer's weighted squared error."""
     config = TensorConfig(PROBE_BITS, Granularity.PER_CHANNEL)
     rounded = quantize_weight(weight, config, MinMax).dequantize()
-    importance = spread(squares, len(weight), weight[0, 0].numel(), groups)
-    own = float(((rounded - weight).flatten(1).square() * importance).sum())
+    own = float(((rounded - weight).square() * _factors(squares, node, weight)).sum())
     return probe.error(node, rounded, None) ** 2 / own if own > 0 else 0.0

@@ -46,12 +46,12 @@ def choose_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tup
     return scale, zero_point.to(torch.int32)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Codes ``clamp(round(x / scale) + zero_point)`` as float32; ``scale`` and ``zero_point`` broadcast against ``x``.
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tensor, quant_max: int | Tensor) -> Tensor:
+    """Codes ``clamp(round(x / scale) + zero_point)`` as float32; all others broadcast against ``x``.
 
     Computed in float32 whatever the dtype of ``x``; ties go to even.
     """
-    return torch.clamp(torch.round(x.float() / scale) + zero_point, quant_min, quant_max)
+    return torch.clamp(torch.round(x.float() / scale) + zero_point, quant_min, quant_max)  # type: ignore[arg-type]
 
 
 class RowLimits(NamedTuple):
@@ -85,7 +85,7 @@ def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, limits: RowLimit
         zero_point: integer codes; 1 in asymmetric rows of one bit.
         limits: of the codes.
     """
-    codes = torch.clamp(torch.round(x.float() / scale) + zero_point, limits.low, limits.high)  # type: ignore[arg-type]
+    codes = quantize(x, scale, zero_point, limits.low, limits.high)
     if limits.one_bit is None:
         return codes
     return torch.where(limits.one_bit, zero_point + torch.where(x < 0, -1.0, 1.0), codes)
