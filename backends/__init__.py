@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch.fx import GraphModule
 
+from dmq_ao.backends import cuda
+from dmq_ao.backends.cuda import Cuda
 from dmq_ao.backends.onednn import OneDNN
 from dmq_ao.backends.reference import Reference
 from dmq_ao.config import UnsupportedByBackend
@@ -26,7 +28,7 @@ class Backend(Protocol):
         """A q/dq graph made to run here, and the kernel of each layer."""
 
 
-ALL_BACKENDS: dict[str, Backend] = {"reference": Reference(), "onednn": OneDNN()}
+ALL_BACKENDS: dict[str, Backend] = {"reference": Reference(), "onednn": OneDNN(), "cuda": Cuda()}
 
 
 def choose(
@@ -36,7 +38,7 @@ def choose(
     packed: bool = False,
     latency_aware: bool = False,
 ) -> Backend:
-    """The backend called ``name``; ``"auto"`` takes the integer kernels of ``device`` if they can run ``plan``.
+    """The backend called ``name``; ``"auto"`` takes oneDNN's integer kernels on a CPU if they can run ``plan``.
 
     Args:
         name: of a backend, or ``"auto"``.
@@ -71,18 +73,27 @@ def choose(
 
 def _choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan]) -> Backend:
     if name == "auto":
+        # Not yet "cuda", which has run in Triton's interpreter but on no GPU: it is asked for by name.
         integer = ALL_BACKENDS["onednn"]
-        runs = device.type == "cpu" and not integer.unsupported(plan)
+        runs = not _why_elsewhere(integer, device) and not integer.unsupported(plan)
         return integer if runs else ALL_BACKENDS["reference"]
     if name not in ALL_BACKENDS:
         raise ValueError(f"backend {name!r} is not known; the backends are {['auto', *ALL_BACKENDS]}")
     backend = ALL_BACKENDS[name]
-    if name == "onednn" and device.type != "cpu":
-        raise ValueError(f"backend 'onednn' runs on CPUs and the denoiser is on {device}; move it, or use 'reference'")
+    why = _why_elsewhere(backend, device)
+    if why:
+        raise ValueError(f"backend {name!r} does not run here: {why}, or use 'reference'")
     reasons = backend.unsupported(plan)
     if reasons:
         raise UnsupportedByBackend(name, reasons)
     return backend
 
 
-__all__ = ["ALL_BACKENDS", "Backend", "OneDNN", "Reference", "choose"]
+def _why_elsewhere(backend: Backend, device: torch.device) -> str:
+    """Why a backend does not run on a device, and what to do; empty when it does."""
+    if backend.name == "onednn" and device.type != "cpu":
+        return f"it is for CPUs and the denoiser is on {device}; move it"
+    return cuda.why_not_here(device) if backend.name == "cuda" else ""
+
+
+__all__ = ["ALL_BACKENDS", "Backend", "Cuda", "OneDNN", "Reference", "choose"]

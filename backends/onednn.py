@@ -2,9 +2,7 @@
 
 A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one integer kernel that reads
 the codes. The quantize step stays plain operators, so Inductor fuses it with the norm and activation before it.
-Power-of-two exponents cost nothing when the shifted weight codes fit int8; codes too wide for that are multiplied in
-up to four groups of channels, one group per exponent, each exact. Inputs of more than 8 bits are multiplied byte by
-byte: ``q - zero_point = 2**s * (high - zero_high) + (low - zero_low)``.
+``products`` says which layers take more than one.
 
 The kernels are operators of their own (``dmq_ao::int_conv``, ``dmq_ao::int_linear``) because Inductor lowers oneDNN's
 only under global freezing. Scales and zero points are tensors, so a table looked up by timestep needs no
@@ -18,7 +16,7 @@ oneDNN prepacked once, or plain int8 codes, which they prepack for the call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,22 +24,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, ops
+from dmq_ao import graph
 from dmq_ao.backends import onednn_packed
+from dmq_ao.backends.products import (
+    Convolution,
+    Product,
+    channels_last,
+    fits,
+    replace_layer,
+    replace_layers,
+    turned,
+    unfoldable,
+    why_float,
+)
 from dmq_ao.layer import (
     Kernel,
     LayerPlan,
     LayerRecord,
     PackedRecords,
     PackedWeight,
-    WeightRecord,
-    joined,
-    outline,
-    shift_fits_int8,
     shifted_codes,
 )
 from dmq_ao.passes.hoist_tables import hoist_tables
-from dmq_ao.passes.join_siblings import join_siblings
 from dmq_ao.values import VAL
 
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
@@ -177,32 +181,6 @@ torch.library.register_fake("dmq_ao::int_conv", fake_conv)
 torch.library.register_fake("dmq_ao::int_linear", fake_linear)
 
 
-@dataclass(frozen=True)
-class _Convolution:
-    """Geometry of a convolution node; a 1-d one is run as 2-d of height one."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    @classmethod
-    def of(cls, node: Node, dims: int) -> _Convolution:
-        defaults = ([1], [0], [1], 1)
-        given: list[Any] = [*node.args[3:], *defaults[len(node.args) - 3 :]] if len(node.args) > 3 else list(defaults)
-        stride, padding, dilation = (_repeat(value, dims) for value in given[:3])
-        return cls(stride, padding, dilation, given[3])
-
-    def is_pointwise(self, weight: Tensor) -> bool:
-        """Whether this is one product of pixels by a matrix, for which oneDNN has the better linear kernels."""
-        return weight[0, 0].numel() == 1 and self.groups == 1 and set(self.stride) == {1} and set(self.padding) == {0}
-
-
-def _repeat(value: Any, dims: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [int(value)]
-    return values * dims if len(values) == 1 else values
-
-
 Instead = Callable[[GraphModule, Node, LayerRecord], Kernel | None]
 
 
@@ -213,28 +191,10 @@ class OneDNN:
 
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Reasons why a plan cannot run, one sentence each; what runs slower is no reason."""
-        reasons = []
-        if not hasattr(torch.ops.onednn, "qconv_pointwise"):
-            reasons.append(
-                "this PyTorch build has no oneDNN quantized kernels (torch.ops.onednn); use backend='reference'"
-            )
-        for item in plan.values():
-            if item.power_of_two is not None and item.power_of_two.per_step:
-                reasons.append(
-                    f"{item.name}: exponents of each timestep cannot be folded into one stored weight; use"
-                    " backend='reference', or power_of_two with per_step=False"
-                )
-            if (
-                item.weight is not None
-                and item.activation is not None
-                and not item.weight.symmetric
-                and item.weight.bits > 7
-            ):
-                reasons.append(
-                    f"{item.name}: asymmetric {item.weight.bits}-bit weight codes do not fit int8 once their zero"
-                    " point is taken off; use symmetric=True, or at most 7 bits"
-                )
-        return reasons
+        if hasattr(torch.ops.onednn, "qconv_pointwise"):
+            return unfoldable(plan)
+        missing = "this PyTorch build has no oneDNN quantized kernels (torch.ops.onednn); use backend='reference'"
+        return [missing, *unfoldable(plan)]
 
     def lower(
         self, gm: GraphModule, records: Mapping[str, LayerRecord], instead: Instead = lambda *_: None
@@ -247,20 +207,14 @@ class OneDNN:
             instead: asked about each node that can run on integers, joint layers as one, with its record: the kernel
                 that it gave the node, or None to leave it to this backend.
         """
-        kernels: dict[str, Kernel] = {}
-        outlines = {name: outline(records, name) for name in graph.layer_nodes(gm) if name in records}
-        for name, node in graph.layer_nodes(gm).items():
-            why = _why_not(outlines[name], node) if name in outlines else ""
-            if why:
-                kernels[name] = onednn_packed.float_layer(gm, node, records[name], why)
-                del outlines[name]
-        joint = {} if isinstance(records, PackedRecords) else join_siblings(gm, outlines)
-        for name, node in graph.layer_nodes(gm).items():
-            members = joint.get(name, (name,) if name in outlines else ())
-            if members:
-                record = joined([records[member] for member in members])
-                kernel = instead(gm, node, record) or _lower(gm, node, record)
-                kernels |= dict.fromkeys(members, kernel)
+        kernels = replace_layers(
+            gm,
+            records,
+            _why_not,
+            lambda node, name, why: onednn_packed.float_layer(gm, node, records[name], why),
+            lambda node, record: instead(gm, node, record) or _lower(gm, node, record),
+            join=not isinstance(records, PackedRecords),
+        )
         hoist_tables(gm)
         gm.graph.eliminate_dead_code()
         gm.recompile()
@@ -275,113 +229,29 @@ def has_vnni() -> bool:
 
 def _why_not(record: LayerRecord, node: Node) -> str:
     """Why a layer has no integer kernel here; empty when it has one."""
-    if record.activation is None:
-        return "weight-only: the input is float"
-    if record.weight.scale.shape[1] > 1:
-        return "a scale per group of inputs: an integer sum cannot run across groups"
-    if record.kind == "conv3d":
-        return "no int8 kernel for 3-d convolutions"
+    why = why_float(record)
+    if why:
+        return why
     if not has_vnni():
         return "this CPU has no VNNI: its int8 products saturate"
-    exponents = record.activation.exponents
-    grouped = record.kind != "linear" and _Convolution.of(node, 2).groups > 1
-    if grouped and exponents is not None and not _fits(record):
+    conv = Convolution.of(node, record.kind)
+    if conv is not None and conv.groups > 1 and not fits(record):
         return "exponents of a grouped convolution whose shifted codes do not fit int8"
     return ""
 
 
-def _fits(record: LayerRecord) -> bool:
-    assert record.activation is not None
-    exponents = record.activation.exponents
-    largest = 0 if exponents is None else int(exponents.max())
-    return shift_fits_int8(record.weight.bits, record.weight.symmetric, largest)
-
-
 def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
-    bias = node.args[2] if len(node.args) > 2 else None
     word = "linear" if record.kind == "linear" else "convolution"
-    assert record.activation is not None
-    why = []
-    with gm.graph.inserting_before(node):
-        fits = _fits(record)
-        folded = record.activation.exponents if fits else None
-        largest = 0 if folded is None else int(folded.max())
-        products = _bytes(gm, node, record.activation.bits, record.weight, folded, 2.0**-largest)
-        if len(products) > 1:
-            why.append(f"one product per byte of a {record.activation.bits}-bit input")
-        if not fits:
-            products = [part for one in products for part in _by_exponent(gm, record, one)]
-            why.append("one product per exponent: shifted codes are wider than int8")
-        result = _emit(gm, node, record, products[0], bias)
-        for one in products[1:]:
-            part = _emit(gm, node, record, one, None)
-            result = gm.graph.call_function(graph.aten.add.Tensor, (result, part))
-    result.meta = {**node.meta}
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
-    times = f" x{len(products)}" if why else ""
+    times, why = replace_layer(gm, node, record, partial(_emit, gm, node, record))
     when = onednn_packed.PER_CALL if isinstance(record.weight, PackedWeight) else ""
-    return Kernel(f"onednn int8 {word}{times}{when}", "; ".join(why))
+    return Kernel(f"onednn int8 {word}{times}{when}", why)
 
 
-@dataclass(frozen=True, eq=False)
-class _Product:
-    """One integer kernel: uint8 codes times int8-sized codes of the weight, each counting ``factor * scale``.
-
-    The weight's codes are shifted by ``exponents``, if there are any.
-    """
-
-    codes: Node
-    scale: Any
-    zero_point: Any
-    weight: WeightRecord
-    exponents: Tensor | None
-    factor: float
-
-
-def _bytes(
-    gm: GraphModule, node: Node, bits: int, weight: WeightRecord, exponents: Tensor | None, factor: float
-) -> list[_Product]:
-    """The products that a layer's input makes: one, or a high and a low byte of wide codes."""
-    real = node.args[0]
-    assert isinstance(real, Node)
-    assert real.target == ops.dequantize
-    codes, scale, zero_point = real.args[:3]
-    assert isinstance(codes, Node)
-    if bits <= 8:
-        return [_Product(codes, scale, zero_point, weight, exponents, factor)]
-    call, shift = gm.graph.call_function, bits - 8
-    high, zero_high = (
-        call(graph.aten.bitwise_right_shift.Tensor_Scalar, (whole, shift)) for whole in (codes, zero_point)
-    )
-    low, zero_low = (call(graph.aten.bitwise_and.Scalar, (whole, (1 << shift) - 1)) for whole in (codes, zero_point))
-    high, low = (call(graph.aten.to.dtype, (part, torch.uint8)) for part in (high, low))
-    return [
-        _Product(high, scale, zero_high, weight, exponents, factor * 2.0**shift),
-        _Product(low, scale, zero_low, weight, exponents, factor),
-    ]
-
-
-def _by_exponent(gm: GraphModule, record: LayerRecord, whole: _Product) -> list[_Product]:
-    """A product for each exponent, over the channels that have it."""
-    assert record.activation is not None
-    assert record.activation.exponents is not None
-    exponents, axis = record.activation.exponents, record.activation.ch_axis
-    products = []
-    for exponent in exponents.unique().tolist():
-        index = torch.nonzero(exponents == exponent)[:, 0]
-        index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
-        chosen = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
-        weight = replace(whole.weight, codes=whole.weight.codes.index_select(1, index))
-        products.append(replace(whole, codes=chosen, factor=whole.factor * 2.0**-exponent, weight=weight))
-    return products
-
-
-def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, bias: Any) -> Node:
+def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bias: Any) -> Node:
     """The nodes of one integer kernel."""
     call = gm.graph.call_function
     codes = product.codes
-    conv = None if record.kind == "linear" else _Convolution.of(node, 1 if record.kind == "conv1d" else 2)
+    conv = Convolution.of(node, record.kind)
     groups = 1 if conv is None else conv.groups
     weight = shifted_codes(product.weight, product.exponents, groups)[0].to(torch.int8)
     out_dtype: torch.dtype = node.meta[VAL].dtype
@@ -394,25 +264,24 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
     pointwise = conv is not None and conv.is_pointwise(weight)
     if conv is None or pointwise:
         if pointwise:
-            weight, codes = weight.flatten(1), _turned(gm, codes, to=-1)
+            weight, codes = weight.flatten(1), turned(gm, codes, to=-1)
         packed = _weight(gm, record.name, product, groups, weight, torch.ops.onednn.qlinear_prepack, None)
         codes = call(graph.aten.contiguous.default, (codes,))
         target, geometry = torch.ops.dmq_ao.int_linear.default, ()
     else:
-        shape = (conv.stride, conv.padding, conv.dilation)
+        shape = conv.in_2d
         if record.kind == "conv1d":
             weight, codes = weight.unsqueeze(2), call(graph.aten.unsqueeze.default, (codes, 2))
-            shape = ([1, *conv.stride], [0, *conv.padding], [1, *conv.dilation])
         args = (weight_scale, 1.0, 0, *shape, groups, None)
         packed = _weight(gm, record.name, product, groups, weight, torch.ops.onednn.qconv_prepack, *args)
-        codes = _channels_last(gm, codes)
+        codes = channels_last(gm, codes)
         target = torch.ops.dmq_ao.int_conv.default
         geometry = (*shape, groups, list(weight.shape[2:]))  # type: ignore[assignment]
     result = call(
         target, (codes, product.scale, product.zero_point, packed, scale_node, sum_node, bias, *geometry, kernel_dtype)
     )
     if pointwise:
-        result = _turned(gm, result, to=1)
+        result = turned(gm, result, to=1)
     elif record.kind == "conv1d":
         result = call(graph.aten.squeeze.dim, (result, 2))
     if kernel_dtype != out_dtype:
@@ -423,7 +292,7 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: _Product, b
 def _weight(
     gm: GraphModule,
     name: str,
-    product: _Product,
+    product: Product,
     groups: int,
     codes: Tensor,
     prepack: Callable[..., Tensor],
@@ -438,18 +307,3 @@ def _weight(
 def _row_sums(weight: Tensor) -> Tensor:
     """Sums [out] int32 of the codes of each output, some rows at a time: torch widens what it sums."""
     return torch.cat([rows.sum(1, dtype=torch.int32) for rows in weight.flatten(1).split(64)])
-
-
-def _turned(gm: GraphModule, value: Node, to: int) -> Node:
-    """Channels moved from axis 1 to the last, or back: a view of channels-last memory."""
-    return gm.graph.call_function(torch.ops.aten.movedim.int, (value, -to, to))
-
-
-def _channels_last(gm: GraphModule, codes: Node) -> Node:
-    """The codes laid out channels-last, once for all their readers."""
-    for user in codes.users:
-        if user.target == graph.aten.contiguous.default and user.kwargs:
-            return user
-    with gm.graph.inserting_after(codes):
-        layout: dict[str, Any] = {"memory_format": torch.channels_last}
-        return gm.graph.call_function(graph.aten.contiguous.default, (codes,), layout)

@@ -30,6 +30,7 @@ class Backend(str, Enum):
 
     AUTO = "auto"
     ONEDNN = "onednn"
+    CUDA = "cuda"
     REFERENCE = "reference"
 
 

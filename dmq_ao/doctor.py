@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from dmq_ao.backends import cuda
 from dmq_ao.evaluation import machine
 
 OK, NOTE, SLOW, BROKEN = "ok", "note", "slow", "broken"
@@ -121,10 +122,10 @@ def _kernels() -> Finding:
 def _cuda() -> Finding:
     if not torch.cuda.is_available():
         return Finding(OK, "cuda", "none; not needed")
-    name = torch.cuda.get_device_name()
-    return Finding(
-        SLOW, "cuda", f"{name}: no integer kernels for CUDA in this version, the reference backend runs there"
-    )
+    why = cuda.why_not_here(torch.device("cuda"))
+    if why:
+        return Finding(SLOW, "cuda", f"{torch.cuda.get_device_name()}: no integer kernels here: {why}")
+    return Finding(OK, "cuda", f"{torch.cuda.get_device_name()}: backend 'cuda' has integer kernels for it")
 
 
 def _self_test() -> Finding:

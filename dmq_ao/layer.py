@@ -274,12 +274,14 @@ def joined(records: Sequence[LayerRecord]) -> LayerRecord:
     if len(records) == 1:
         return records[0]
     first, weights = records[0], [record.weight for record in records]
+    widths = torch.cat([torch.as_tensor(one.row_bits, dtype=torch.uint8).expand(one.shape[0]) for one in weights])
     weight = WeightRecord(
         max(one.bits for one in weights),
         first.weight.symmetric,
         torch.cat([one.codes for one in weights]),
         torch.cat([one.scale for one in weights]),
         torch.cat([one.zero_point for one in weights]),
+        widths if len(widths.unique()) > 1 else None,
     )
     return LayerRecord("+".join(record.name for record in records), first.kind, weight, first.activation)
 

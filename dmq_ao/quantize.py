@@ -87,7 +87,8 @@ def convert(
 
     Args:
         prepared: from ``prepare``, after ``calibrate``.
-        backend: ``"reference"`` (the q/dq graph), ``"onednn"`` (int8 on CPUs) or ``"auto"``.
+        backend: ``"reference"`` (the q/dq graph), ``"onednn"`` (int8 on CPUs), ``"cuda"`` (int8 and packed weights on
+            NVIDIA GPUs, by Triton) or ``"auto"``, which takes ``"onednn"`` where it runs and else ``"reference"``.
         packed: keep codes of at most 4 bits two a byte in memory and unpack them in every call, which takes time;
             integer layers compute the same bits. Linears of weight-only layers then run on PyTorch's int4 kernel where
             they are bfloat16: in a bfloat16 denoiser, or under ``dmq_ao.compile(mode="max")``.

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import interpreted  # noqa: F401  before anything imports Triton
 import pytest
 import torch
 from plain import Plain, plain_samples, seeded

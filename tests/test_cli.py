@@ -312,7 +312,7 @@ def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
     ("arguments", "words"),
     [
         pytest.param(("--bits", "w9a8"), "bits must look like 'w4a8'", id="bits"),
-        pytest.param(("--backend", "cuda"), "'cuda' is not one of 'auto', 'onednn', 'reference'", id="backend"),
+        pytest.param(("--backend", "tpu"), "'tpu' is not one of 'auto', 'onednn', 'cuda', 'reference'", id="backend"),
         pytest.param(
             ("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax', 'mpq_dm']", id="recipe"
         ),

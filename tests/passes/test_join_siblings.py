@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 import dmq_ao
 from dmq_ao import graph
 from dmq_ao.backends import onednn
+from dmq_ao.backends import products as integer_products
 from dmq_ao.passes import join_projections
 from dmq_ao.recipes import minmax
 from dmq_ao.values import describe
@@ -55,7 +56,7 @@ def test_siblings_are_one_product(
     recipe: dmq_ao.Recipe, model: nn.Module, samples: dmq_ao.CalibrationSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joint = flow(model, recipe, samples, backend="onednn")[0]
-    monkeypatch.setattr(onednn, "join_siblings", lambda gm, records: {})
+    monkeypatch.setattr(integer_products, "join_siblings", lambda gm, records: {})
     alone = flow(model, recipe, samples, backend="onednn")[0]
     layers = len(joint.kernels)
     assert joint.kernels == alone.kernels

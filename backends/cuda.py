@@ -1,0 +1,174 @@
+"""Integers on NVIDIA GPUs: int8 tensor cores through Triton, weights of 2 to 8 bits packed in memory.
+
+A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one kernel that reads packed
+codes, unpacks, centres and shifts them in registers, and multiplies them by the input's codes. The quantize step stays
+plain operators, so Inductor fuses it with the norm and activation before it. A residual that is added to a layer's
+output is added as it is written. ``products`` says which layers take more than one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dmq_ao import graph
+from dmq_ao.backends import cuda_ops
+from dmq_ao.backends.cuda_weights import KernelWeight, kernel_weight
+from dmq_ao.backends.products import (
+    Convolution,
+    Product,
+    replace_layer,
+    replace_layers,
+    turned,
+    unfoldable,
+    why_float,
+)
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+from dmq_ao.passes.hoist_tables import hoist_tables
+from dmq_ao.values import VAL
+
+FLOAT = "float on dequantized values"
+# Where both operators take what is added at the end.
+RESIDUAL = 11
+MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
+
+
+def why_not_here(device: torch.device) -> str:
+    """Why a device does not run these kernels; empty when it does."""
+    if device.type != "cuda":
+        return f"it is for CUDA devices and the denoiser is on {device}; move it"
+    if importlib.util.find_spec("triton") is None:
+        return "it needs triton; pip install triton"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability} of {device} is below {MIN_CAPABILITY}; take another device"
+    return ""
+
+
+class Cuda:
+    """Triton kernels on int8 tensor cores."""
+
+    name = "cuda"
+
+    def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
+        """Reasons why a plan cannot run, one sentence each; what runs in float is no reason."""
+        return unfoldable(plan)
+
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
+        """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
+        kernels = replace_layers(
+            gm, records, _why_not, lambda node, name, why: Kernel(FLOAT, why), partial(_lower, gm)
+        )
+        _add_residuals(gm)
+        hoist_tables(gm)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return gm, kernels
+
+
+def _why_not(record: LayerRecord, node: Node) -> str:
+    """Why a layer has no integer kernel here; empty when it has one."""
+    conv = Convolution.of(node, record.kind)
+    if conv is not None and conv.groups > 1:
+        return why_float(record) or "no int8 kernel for grouped convolutions on CUDA"
+    return why_float(record)
+
+
+def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
+    word = "linear" if record.kind == "linear" else "convolution"
+    widths: set[int] = set()
+
+    def emit(product: Product, bias: Any) -> Node:
+        result, weight = _emit(gm, node, record, product, bias)
+        widths.update(weight.widths)
+        return result
+
+    times, why = replace_layer(gm, node, record, emit)
+    stored = "+".join(map(str, sorted(widths)))
+    return Kernel(f"triton int8 {word}{times}, weight in {stored} bits", why)
+
+
+def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bias: Any) -> tuple[Node, KernelWeight]:
+    """The nodes of one integer kernel, and its weight."""
+    call, codes, weight = gm.graph.call_function, _signed(gm, product.codes), product.weight
+    conv = Convolution.of(node, record.kind)
+    out_dtype: torch.dtype = node.meta[VAL].dtype
+    pointwise = conv is not None and conv.is_pointwise(weight.codes)
+    if pointwise:
+        codes, weight = turned(gm, codes, to=-1), replace(weight, codes=weight.codes.flatten(1))
+    elif record.kind == "conv1d":
+        codes = call(graph.aten.unsqueeze.default, (codes, 2))
+        weight = replace(weight, codes=weight.codes.unsqueeze(2))
+    laid_out = kernel_weight(weight, product.exponents)
+    reads = _reads(gm, record.name, laid_out, record.weight.scale[:, 0] * product.factor)
+    args = (codes, product.scale, product.zero_point, *reads, bias, None)
+    if conv is None or pointwise:
+        result = call(cuda_ops.cuda_linear, (*args, out_dtype))
+        return turned(gm, result, to=1) if pointwise else result, laid_out
+    result = call(cuda_ops.cuda_conv, (*args, list(weight.codes.shape[2:]), *conv.in_2d, out_dtype))
+    return call(graph.aten.squeeze.dim, (result, 2)) if record.kind == "conv1d" else result, laid_out
+
+
+def _signed(gm: GraphModule, codes: Node) -> Node:
+    """The codes less 128, once for all their readers."""
+    for user in codes.users:
+        if user.target == cuda_ops.signed_codes:
+            return user
+    with gm.graph.inserting_after(codes):
+        return gm.graph.call_function(cuda_ops.signed_codes, (codes,))
+
+
+def _reads(gm: GraphModule, name: str, weight: KernelWeight, scale: Tensor) -> tuple[Any, ...]:
+    """The weight's arguments of an operator."""
+
+    def read(word: str, tensor: Tensor | None) -> Node | None:
+        return None if tensor is None else graph.add_tensor(gm, f"{name}.{word}", tensor)
+
+    return (
+        [read(f"packed{width}", tensor) for width, tensor in zip(weight.widths, weight.packed, strict=True)],
+        weight.widths,
+        read("order", weight.order),
+        read("middle", weight.middle),
+        read("shifts", weight.shifts),
+        read("kernel_sums", weight.sums),
+        read("kernel_scale", scale),
+    )
+
+
+def _add_residuals(gm: GraphModule) -> None:
+    """Let kernels add what is added to their output, in place.
+
+    Before:  add(cuda_conv(.., residual=None, ..), x)      After:  cuda_conv(.., residual=x, ..)
+    """
+    for node in list(gm.graph.nodes):
+        user = next(iter(node.users), None)
+        if node.target not in (cuda_ops.cuda_conv, cuda_ops.cuda_linear) or len(node.users) != 1 or user is None:
+            continue
+        added = [source for source in user.args if source is not node]
+        if not _is_sum(user) or len(added) != 1 or not _alike(added[0], node):
+            continue
+        place = RESIDUAL
+        with gm.graph.inserting_before(user):
+            args = (*node.args[:place], added[0], *node.args[place + 1 :])
+            result = gm.graph.call_function(node.target, args)
+        result.meta = {**user.meta, graph.LAYER: node.meta.get(graph.LAYER)}
+        user.replace_all_uses_with(result)
+        gm.graph.erase_node(user)
+        gm.graph.erase_node(node)
+
+
+def _is_sum(node: Node) -> bool:
+    return node.target == graph.aten.add.Tensor and not node.kwargs and len(node.args) == 2
+
+
+def _alike(value: Any, result: Node) -> bool:
+    """Whether a value has the shape and type of a layer's output, so that nothing is broadcast or promoted."""
+    mine, others = result.meta.get(VAL), value.meta.get(VAL) if isinstance(value, Node) else None
+    return mine is not None and others is not None and (mine.shape, mine.dtype) == (others.shape, others.dtype)

@@ -1,0 +1,81 @@
+"""Compile the CUDA kernels for GPUs that need not be there, and print what the machine code is made of, as JSON.
+
+python tests/backends/compile_ahead.py 90        for compute capability 9.0
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dmq_ao.backends import triton_kernels, triton_matmul
+from dmq_ao.backends.cuda_weights import LANES
+
+RESULT = ("*fp16", "*fp32", "*i32", "*fp32", "*i32", "*fp16", "*fp16")
+SIZE = ("i32", "i32", "i32", "constexpr", "i32", "i32", "i32")
+CONVOLUTION = (3, 3, 1, 1, 1, 1, 1, 1)
+# bits, convolution, shifted, ordered, parts: every branch of the kernel, not every combination
+VARIANTS = [
+    (8, False, False, False, 1),
+    (8, True, False, False, 1),
+    (8, True, False, True, 2),
+    (4, False, False, False, 1),
+    (4, True, False, False, 1),
+    (4, True, True, False, 2),
+    (4, False, True, True, 1),
+    (2, True, False, True, 1),
+]
+TYPES = {"x": "*i8", "order": "*i32", "middle": "*i8", "shifts": "*i8", "partial": "*i32"}
+
+
+def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: int) -> ASTSource:
+    """One variant of the kernel, pointers and row lengths aligned to 16 bytes as the library lays them out."""
+    kernel = triton_kernels.matmul
+    constants: dict[str, Any] = {
+        "GEOMETRY": CONVOLUTION if convolution else triton_matmul.LINEAR,
+        "CONVOLUTION": convolution,
+        "BITS": bits,
+        "LANES": LANES,
+        "PARTS": parts,
+        "GROUP": 8,
+        "TILE_ROWS": 128,
+        "TILE_OUTS": 128,
+        "TILE_BYTES": 64,
+    }
+    absent = {"order": not ordered, "middle": bits == 8, "shifts": not shifted, "partial": parts == 1}
+    constants |= {name: None for name, missing in absent.items() if missing}
+    signature: dict[str, Any] = {}
+    for name in kernel.arg_names:
+        whole = {"result": RESULT, "size": SIZE, "packed": "*i8" if bits == 8 else "*u8"}
+        signature[name] = "constexpr" if name in constants else whole.get(name, TYPES.get(name, "i32"))
+    place = kernel.arg_names.index("size")
+    aligned = [(i,) for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr" and name != "size"]
+    aligned = [path for path in aligned if kernel.arg_names[path[0]] not in ("result", "start", "count")]
+    attrs = {path: [["tt.divisibility", 16]] for path in aligned}
+    return ASTSource(fn=kernel, signature=signature, constexprs={**constants, (place, 3): 1}, attrs=attrs)
+
+
+def facts(variant: ASTSource, capability: int) -> dict[str, Any]:
+    """Instructions that multiply, and what a program takes of a multiprocessor."""
+    options = {"num_warps": 8, "num_stages": 3}
+    compiled = triton.compile(variant, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    products = sorted(set(re.findall(r"wgmma\.mma_async\S+|mma\.sync\S+", ptx)))
+    return {"products": products, "shared": compiled.metadata.shared, "copies": ptx.count("cp.async")}
+
+
+def main(capability: int) -> None:
+    """Print the facts of every variant."""
+    found = {}
+    for bits, convolution, shifted, ordered, parts in VARIANTS:
+        name = f"{bits} {'conv' if convolution else 'linear'} shifted={shifted} ordered={ordered} parts={parts}"
+        found[name] = facts(source(bits, convolution, shifted, ordered, parts), capability)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
