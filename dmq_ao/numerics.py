@@ -144,8 +144,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
         raise ValueError(f"codes must be in [0, {2**bits - 1}] for {bits} bits, got [{flat.min()}, {flat.max()}]")
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
-    word = (flat << (bits * torch.arange(8))).sum(-1, keepdim=True)
-    packed: Tensor = ((word >> (8 * torch.arange(bits))) & 255).to(torch.uint8).reshape(-1)
+    place = torch.arange(8, device=flat.device)
+    word = (flat << (bits * place)).sum(-1, keepdim=True)
+    packed: Tensor = ((word >> (8 * place[:bits])) & 255).to(torch.uint8).reshape(-1)
     return packed
 
 
@@ -164,8 +165,9 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     if 8 % bits == 0:  # no code crosses a byte
         codes = torch.stack([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
     else:
-        word = (packed.reshape(-1, bits).to(torch.int64) << (8 * torch.arange(bits))).sum(-1, keepdim=True)
-        codes = (word >> (bits * torch.arange(8))) & (2**bits - 1)
+        place = torch.arange(8, device=packed.device)
+        word = (packed.reshape(-1, bits).to(torch.int64) << (8 * place[:bits])).sum(-1, keepdim=True)
+        codes = (word >> (bits * place)) & (2**bits - 1)
     return codes.to(torch.uint8).reshape(-1)[:numel]
 
 

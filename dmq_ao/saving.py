@@ -25,6 +25,7 @@ from dmq_ao.config import InvalidFile
 from dmq_ao.graph import Signature
 from dmq_ao.layer import LayerPlan
 from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.passes import place_on
 from dmq_ao.quantize import convert, lower, prepare
 
 
@@ -68,6 +69,7 @@ def load(
     backend: str = "auto",
     packed: bool = False,
     latency_aware: bool = False,
+    device: torch.device | str = "cpu",
 ) -> QuantizedDenoiser:
     """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
 
@@ -80,6 +82,7 @@ def load(
         backend: as for ``convert``.
         packed: as for ``convert``.
         latency_aware: as for ``convert``; a file has no choice of kernels, which are timed anew at each load.
+        device: to run on, whichever it was quantized on.
 
     Raises:
         InvalidFile: for a damaged or foreign folder, or one of another model.
@@ -89,10 +92,10 @@ def load(
     how = {"packed": packed, "latency_aware": latency_aware}
     if stored.graph is not None:
         try:
-            return _from_graph(stored, stored.graph, model, folder, backend, how)
+            return _from_graph(stored, stored.graph, model, folder, backend, how, torch.device(device))
         except graph_file.NotReadable:
             pass  # of another PyTorch: the model's code can still be exported
-    return _exported_again(stored, model, folder, backend, how)
+    return _exported_again(stored, model, folder, backend, how, torch.device(device))
 
 
 def _from_graph(
@@ -102,6 +105,7 @@ def _from_graph(
     folder: str | Path,
     backend: str,
     how: Mapping[str, bool],
+    device: torch.device,
 ) -> QuantizedDenoiser:
     with _damage_is_named(folder):
         parts = json.loads(text)
@@ -111,7 +115,7 @@ def _from_graph(
         gm = graph_file.from_json(parts["graph"], kept.tensor)
     skeleton = _skeleton(stored, model, folder)
     _check_identity(stored, skeleton, folder)
-    chosen = choose(backend, torch.device("cpu"), plan, **how)
+    chosen = choose(backend, device, plan, **how)
     if how["latency_aware"]:
         kept.fill_codes(gm)  # the graph is run to time it, and layers in float read theirs
     quantized = lower(
@@ -128,6 +132,7 @@ def _from_graph(
         sqnr_db=stored.sqnr_db,
     )
     kept.fill_codes(quantized.graph_module)
+    place_on(quantized.graph_module, device)
     return quantized
 
 
@@ -233,7 +238,12 @@ def _names_and_shapes(parameters: Mapping[str, tuple[int, ...]]) -> nn.Module:
 
 
 def _exported_again(
-    stored: serialization.Stored, model: nn.Module | None, folder: str | Path, backend: str, how: Mapping[str, bool]
+    stored: serialization.Stored,
+    model: nn.Module | None,
+    folder: str | Path,
+    backend: str,
+    how: Mapping[str, bool],
+    device: torch.device,
 ) -> QuantizedDenoiser:
     denoiser = _float_model(stored, model, folder)
     _check_identity(stored, denoiser, folder)
@@ -241,7 +251,8 @@ def _exported_again(
         # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
         denoiser = copy.deepcopy(denoiser)
     _set_float_tensors(denoiser, stored)
-    example = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in stored.example.items()}
+    denoiser.to(device)
+    example = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in stored.example.items()}
     inputs = unflatten_inputs({**stored.constants, **example})
     prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
     found = observers(prepared)

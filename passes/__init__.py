@@ -6,6 +6,7 @@ from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.passes.join_siblings import join_projections, join_siblings
 from dmq_ao.passes.lower_precision import lower_precision
 from dmq_ao.passes.out_of_place import out_of_place
+from dmq_ao.passes.place_on import place_on
 from dmq_ao.passes.split_concat import split_concat
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "join_siblings",
     "lower_precision",
     "out_of_place",
+    "place_on",
     "split_concat",
 ]

@@ -143,6 +143,27 @@ def test_a_diffusers_model_needs_no_model(tiny_dit: tuple[nn.Module, dict[str, T
     }
 
 
+@pytest.mark.parametrize("stored_graph", [True, False])
+def test_a_denoiser_is_loaded_on_any_device(
+    tiny_dit: tuple[nn.Module, dict[str, Tensor]], tmp_path: Path, stored_graph: bool
+) -> None:
+    net, inputs = tiny_dit
+    samples = record(net, lambda step: net(**inputs | {"timestep": torch.full((2,), step)}))
+    quantized = flow(net, minmax("w4a8"), samples, backend="reference")[0]
+    dmq_ao.save(quantized, tmp_path / "out")
+    if not stored_graph:
+        _without_graph(tmp_path / "out")
+    # The meta device computes nothing, and refuses to mix: what is not moved shows.
+    moved = dmq_ao.load(tmp_path / "out", backend="reference", device="meta")
+    assert moved.device == torch.device("meta")
+    result = moved(**{name: value.to("meta") for name, value in inputs.items()}).sample
+    assert (result.device.type, result.shape) == ("meta", quantized(**inputs).sample.shape)
+    with pytest.raises(
+        ValueError, match="'cuda' does not run here: it is for CUDA devices and the denoiser is on meta"
+    ):
+        dmq_ao.load(tmp_path / "out", backend="cuda", device="meta")
+
+
 def test_a_compiled_denoiser_is_saved_as_what_it_was_compiled_from(
     quantized: dmq_ao.QuantizedDenoiser, folder: Path, tmp_path: Path
 ) -> None:

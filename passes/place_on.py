@@ -1,0 +1,24 @@
+"""A graph on another device than the one that it was captured on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
+
+
+def place_on(gm: GraphModule, device: torch.device) -> None:
+    """Move a graph's tensors to ``device``, and let it make new ones there, in place.
+
+    Before:  arange(n, device=cpu)      After:  arange(n, device=cuda)
+    """
+
+    def moved(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in gm.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+    gm.to(device)
+    gm.recompile()
