@@ -26,7 +26,8 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
         mode: ``"default"`` keeps the numbers of the converted graph (float32 rounding apart). ``"max"`` also keeps
             bfloat16 between integer layers where the CPU multiplies it (norms and sums stay in float32), and runs
             norm, SiLU, quantize and attention in kernels of our own, compiled for the machine on first use: it needs a
-            C++ compiler and ninja, and the ``onednn`` backend.
+            C++ compiler and ninja, and the ``onednn`` backend. On the ``cuda`` backend it replays CUDA graphs, one for
+            each shape.
         **given: further arguments of ``torch.compile``; ``dynamic=False`` compiles each shape on its own.
 
     Returns:
@@ -34,7 +35,7 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
 
     Raises:
         TypeError: when ``quantized`` is not a converted denoiser.
-        ValueError: for an unknown mode, or ``"max"`` on another backend than ``onednn``.
+        ValueError: for an unknown mode, or ``"max"`` on a backend that has no such plan.
         RuntimeError: when the kernels of ``"max"`` cannot be compiled, with what to install.
     """
     if not isinstance(quantized, QuantizedDenoiser):
@@ -44,12 +45,15 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
         )
     if mode not in ("default", "max"):
         raise ValueError(f"mode must be 'default' or 'max', got {mode!r}")
-    if mode == "max" and quantized.backend != "onednn":
+    if mode == "max" and quantized.backend not in _PLANS:
         raise ValueError(
-            f"mode='max' is a plan of the onednn backend, and this denoiser runs on {quantized.backend!r}"
+            f"mode='max' is a plan of the backends {sorted(_PLANS)}, and this denoiser runs on {quantized.backend!r}"
         )
-    planned = _with_graph(quantized, fastest(quantized.graph_module)) if mode == "max" else quantized
-    options = {"guard_filter_fn": _without_own_tensors, "size_asserts": False, **given.pop("options", {})}
+    planned = _with_graph(quantized, _PLANS[quantized.backend](quantized.graph_module)) if mode == "max" else quantized
+    options: dict[str, Any] = {"guard_filter_fn": _without_own_tensors, "size_asserts": False}
+    if mode == "max" and quantized.backend == "cuda":
+        options["triton.cudagraphs"] = True
+    options |= given.pop("options", {})
     compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **given}, options=options)
     assert isinstance(compiled, nn.Module)
     return compiled
@@ -62,13 +66,23 @@ def _without_own_tensors(guards: Sequence[Any]) -> list[bool]:
 
 
 def fastest(gm: GraphModule) -> GraphModule:
-    """The plan of ``"max"``: another graph of the same tensors."""
+    """The plan of ``"max"`` on CPUs: another graph of the same tensors."""
     plan = GraphModule(gm, copy.deepcopy(gm.graph))
     join_projections(plan)
     if multiplies_bfloat16():
         plan = lower_precision(onednn_packed.use_int4(plan))
     fast_gelu(plan)
     return onednn_fused.fuse(plan)
+
+
+def fastest_on_cuda(gm: GraphModule) -> GraphModule:
+    """The plan of ``"max"`` on GPUs."""
+    plan = GraphModule(gm, copy.deepcopy(gm.graph))
+    join_projections(plan)
+    return plan
+
+
+_PLANS = {"onednn": fastest, "cuda": fastest_on_cuda}
 
 
 def multiplies_bfloat16() -> bool:

@@ -137,7 +137,8 @@ def capture(
     if timestep is not None and not isinstance(arguments[timestep], Tensor):
         arguments[timestep] = torch.tensor(arguments[timestep])
     flat = flatten_inputs(arguments)
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    device = next((p.device for p in denoiser.parameters()), None)  # samples are kept on the CPU
+    tensors = {name: value.to(device) for name, value in flat.items() if isinstance(value, Tensor)}
     constants = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     batch = _batch_argument(tensors, timestep)
     tensors = _two_rows(tensors, batch)

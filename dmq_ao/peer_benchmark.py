@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from dmq_ao.arguments import flatten_inputs, unflatten_inputs
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.compile import Mode, compile
-from dmq_ao.evaluation import folder_bytes, latency, one_step_error
-from dmq_ao.evaluation.peers import PEERS, Artifact, Call, Inputs, Plain
+from dmq_ao.evaluation import clock_of, folder_bytes, latency, one_step_error
+from dmq_ao.evaluation.cuda_peers import CUDA_PEERS
+from dmq_ao.evaluation.peers import PEERS, Artifact, Call, Inputs, Peer, Plain
 from dmq_ao.measure import by_timestep
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.roofline import int8_peak, integer_macs
@@ -50,11 +51,16 @@ class Case:
     states: CalibrationSet
     batch_size: int
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is, and everybody runs."""
+        return next(self.net.parameters()).device
+
     def calibration(self) -> list[Inputs]:
         """The samples as calls of exactly ``batch_size`` rows; the last rows that make no call are left out."""
         whole = len(self.samples) // self.batch_size * self.batch_size
         rows = torch.arange(max(whole, self.batch_size)) % len(self.samples)
-        return list(self.samples.select(rows).batches(self.batch_size))
+        return [_on(self.device, call) for call in self.samples.select(rows).batches(self.batch_size)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,17 @@ class Ours:
     denoiser: QuantizedDenoiser
     mode: Mode
     build_seconds: float
+
+
+def peers_on(device: torch.device) -> Mapping[str, Peer]:
+    """The peers that run on a device, by name."""
+    return CUDA_PEERS if device.type == "cuda" else PEERS
+
+
+def _on(device: torch.device, inputs: Inputs) -> Inputs:
+    flat = flatten_inputs(dict(inputs))
+    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in flat.items()}
+    return unflatten_inputs(moved)
 
 
 class Padded(nn.Module):
@@ -101,7 +118,7 @@ def side_by_side(
 
     Args:
         case: the denoiser and what it is measured with.
-        peers: names of ``dmq_ao.evaluation.peers.PEERS``. One that fails has a row that says so.
+        peers: names of ``peers_on`` the denoiser's device. One that fails has a row that says so.
         ours: by the name of the row.
         repeats: timed rounds.
         progress: show a progress bar.
@@ -110,7 +127,8 @@ def side_by_side(
     Returns:
         ``rows`` by name: ``median_ms``, ``p10_ms``, ``p90_ms``, ``repeats``, ``one_step_error``, ``file_bytes``,
         ``build_seconds`` (export, calibrate, convert), ``compile_seconds`` (with the first call), ``integer`` (whether
-        its products are of integers) and, of ours, ``macs``, ``kernels`` and ``mean_bits``; or ``failed`` alone.
+        its products are of integers), ``device_bytes`` (on a GPU: what it holds there) and, of ours, ``macs``,
+        ``kernels`` and ``mean_bits``; or ``failed`` alone.
         ``macs``: integer multiply-accumulates of a call, of the one of ours that has the fewest. ``int8_peak``: those
         per second that the machine reaches. Both None without any; the latter also without VNNI.
     """
@@ -124,8 +142,8 @@ def side_by_side(
         say(f"{name}: build and compile")
         _attempt(rows, name, partial(_ready, name, case, calls), say)
     gc.collect()
-    bound = {name: partial(call, **case.inputs) for name, call in calls.items()}
-    for name, timed in latency(bound, repeats=repeats, progress=progress).items():
+    bound = {name: partial(call, **_on(case.device, case.inputs)) for name, call in calls.items()}
+    for name, timed in latency(bound, repeats=repeats, progress=progress, clock=clock_of(case.device)).items():
         rows[name] |= vars(timed)
     say("one-step errors")
     error_of = _errors(case)
@@ -135,7 +153,7 @@ def side_by_side(
         else:
             _attempt(rows, name, partial(error_of, call), say)
     macs = min((row["macs"] for row in rows.values() if row.get("macs")), default=None)
-    return {"rows": rows, "macs": macs, "int8_peak": None if macs is None else int8_peak()}
+    return {"rows": rows, "macs": macs, "int8_peak": None if macs is None else int8_peak(device=case.device)}
 
 
 def _attempt(rows: dict[str, Row], name: str, work: Callable[[], Row], say: Callable[[str], None]) -> None:
@@ -151,7 +169,8 @@ def _ready(name: str, case: Case, calls: dict[str, Call]) -> Row:
     """A peer's row, and its call once it has run."""
     with redirect_stdout(sys.stderr):  # NNCF and torch.onnx print what they do
         started = perf_counter()
-        artifact = PEERS[name].build(case.net, case.inputs, case.calibration())
+        peer, before = peers_on(case.device)[name], _device_bytes(case.device)
+        artifact = peer.build(case.net, _on(case.device, case.inputs), case.calibration())
         build_seconds = perf_counter() - started
         call, compile_seconds = _first_call(artifact, case)
     calls[name] = call
@@ -159,14 +178,16 @@ def _ready(name: str, case: Case, calls: dict[str, Call]) -> Row:
         "file_bytes": artifact.file_bytes,
         "build_seconds": build_seconds,
         "compile_seconds": compile_seconds,
-        "integer": PEERS[name].integer,
+        "integer": peer.integer,
+        **_held(case.device, before),
     }
 
 
 def _ready_ours(one: Ours, case: Case) -> tuple[Row, Call]:
-    artifact = Artifact(stored_bytes(one.denoiser), lambda: torch.no_grad()(compile(one.denoiser, one.mode)))
+    artifact = Artifact(stored_bytes(one.denoiser), lambda: _in_its_type(one))
+    before = _device_bytes(case.device) - one.denoiser.graph_bytes
     call, compile_seconds = _first_call(artifact, case)
-    macs = integer_macs(one.denoiser, case.inputs)
+    macs = integer_macs(one.denoiser, _narrowed(_on(case.device, case.inputs), one.denoiser.dtype))
     row = {
         "file_bytes": artifact.file_bytes,
         "build_seconds": one.build_seconds,
@@ -175,15 +196,47 @@ def _ready_ours(one: Ours, case: Case) -> tuple[Row, Call]:
         "macs": macs,
         "kernels": one.denoiser.kernel_counts,
         "mean_bits": one.denoiser.mean_bits,
+        **_held(case.device, before),
     }
     return row, call
+
+
+def _in_its_type(one: Ours) -> Call:
+    """The compiled denoiser for inputs of float32, whatever type it has."""
+    compiled = torch.no_grad()(compile(one.denoiser, one.mode))
+
+    def call(**inputs: Any) -> Tensor:
+        result: Tensor = compiled(**_narrowed(inputs, one.denoiser.dtype))
+        return result
+
+    return compiled if one.denoiser.dtype == torch.float32 else call
+
+
+def _narrowed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
+    flat = flatten_inputs(dict(inputs))
+    floats = {name: x.to(dtype) for name, x in flat.items() if isinstance(x, Tensor) and x.dtype == torch.float32}
+    return unflatten_inputs({**flat, **floats})
 
 
 def _first_call(artifact: Artifact, case: Case) -> tuple[Call, float]:
     started = perf_counter()
     call = artifact.compile()
-    call(**case.inputs)
+    call(**_on(case.device, case.inputs))
+    if case.device.type == "cuda":
+        torch.cuda.synchronize(case.device)
     return call, perf_counter() - started
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    return torch.cuda.memory_allocated(device)
+
+
+def _held(device: torch.device, before: int) -> Row:
+    """What a GPU holds more than before: weights, and the pools of CUDA graphs."""
+    return {"device_bytes": _device_bytes(device) - before} if device.type == "cuda" else {}
 
 
 def stored_bytes(quantized: QuantizedDenoiser) -> int:
@@ -195,7 +248,7 @@ def stored_bytes(quantized: QuantizedDenoiser) -> int:
 
 def _errors(case: Case) -> Callable[[Call], Row]:
     """What measures the error of a call; the float denoiser is asked once for all of them."""
-    batches = list(by_timestep(case.states))
+    batches = [(timestep, _on(case.device, inputs)) for timestep, inputs in by_timestep(case.states)]
     teacher = torch.no_grad()(Plain(case.net))
     answers = [Padded(teacher, case.batch_size)(**inputs) for _, inputs in batches]
 

@@ -4,17 +4,22 @@
     python examples/benchmark.py --models cifar-unet dit-s-2 --footprint -o build/benchmark
     python examples/benchmark.py --loaders MODELS/loaders.py --models ddpm64 flowvit -o build/benchmark
     python examples/benchmark.py --models sd15-unet --peers 'torch *' 'OpenVINO NNCF int8' -o build/benchmark
+    python examples/benchmark.py --device cuda --models sd15-unet dit-xl-2 --batch-size 8 -o build/benchmark-cuda
 
 All are given the same calibration samples, the same call and as many threads as torch. Errors are relative to the
 float denoiser, on states of trajectories that nobody was calibrated on (models without files have random weights:
 noise stands for states, and only speed is of interest). A peer that fails is reported with its error. All stay in
 memory until the end: of a large model, choose peers that fit together. ``--footprint`` adds memory and seconds of
-loading, by ``examples/footprint.py``. Writes ``<model>.json`` and ``<model>.md``.
+loading, by ``examples/footprint.py``. ``--device cuda`` runs ours in bfloat16 against compiled bfloat16 and torchao on
+a GPU, timed by its own clock; without a GPU it says so, and measures nothing. Writes ``<model>.json`` and
+``<model>.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,58 +27,86 @@ from pathlib import Path
 from typing import Any
 
 import footprint
+import torch
 from ablation import EVEN, custom
+from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import recipes
+from dmq_ao.backends import cuda
 from dmq_ao.benchmark import first_rows
+from dmq_ao.calibration import CalibrationSet
 from dmq_ao.compile import Mode
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.evaluation import machine, peak_rss_bytes
+from dmq_ao.evaluation.cuda_peers import CUDA_PEERS
 from dmq_ao.evaluation.peer_table import peer_notes, peer_rows
 from dmq_ao.evaluation.peers import PEERS, check_installed, chosen_peers
 from dmq_ao.measure import float_bytes
 from dmq_ao.named import NAMED, named_denoiser
-from dmq_ao.peer_benchmark import Case, Ours, side_by_side
+from dmq_ao.peer_benchmark import Case, Ours, peers_on, side_by_side
 
+CPU = torch.device("cpu")
 OURS: dict[str, tuple[Callable[[], Recipe], Mode]] = {
     "dmq_ao W8A8": (lambda: recipes.minmax("w8a8", ranges=Ranges.PER_STEP), "default"),
     "dmq_ao W4A16": (lambda: recipes.minmax("w4a16"), "default"),
     "dmq_ao W8A8, max": (lambda: recipes.minmax("w8a8", ranges=Ranges.PER_STEP), "max"),
     "dmq_ao W4A8+PTS, max": (lambda: recipes.minmax("w4a8", power_of_two=True, ranges=Ranges.PER_STEP), "max"),
 }
+CUDA: dict[str, tuple[Callable[[], Recipe], Mode]] = {
+    "dmq_ao W8A8": (lambda: recipes.minmax("w8a8", ranges=Ranges.PER_STEP), "max"),
+    "dmq_ao W4A8+PTS": (lambda: recipes.minmax("w4a8", power_of_two=True, ranges=Ranges.PER_STEP), "max"),
+}
 BATCH = {"flowvit": 64}
 SAMPLES = {"flowvit": (800, 400)}  # calibration samples, trajectories they come from
 
 
-def case_of(model: str, loaders: Path | None, folder: Path) -> Case:
+def case_of(
+    model: str, loaders: Path | None, folder: Path, device: torch.device = CPU, batch_size: int | None = None
+) -> Case:
     """What to measure with."""
     if model in NAMED:
         net, samples = named_denoiser(model)
-        size = NAMED[model].batch_size
-        return Case(net, first_rows(samples, size), samples, samples, size)
+        size = batch_size or NAMED[model].batch_size
+        return Case(net.to(device), first_rows(samples, size), samples, samples, size)
     if loaders is None:
         raise SystemExit(f"{model} is loaded by --loaders FILE; without one there are {sorted(NAMED)}")
-    size = BATCH.get(model, 4)
+    size = batch_size or BATCH.get(model, 4)
     subject = custom(loaders, model, *SAMPLES.get(model, (160, 32)), 0, folder / "recorded")
     samples = subject.samples(EVEN, 0)
-    return Case(subject.net, first_rows(samples, size), samples, subject.states, size)
+    return Case(subject.net.to(device), first_rows(samples, size), samples, subject.states, size)
 
 
 def ours(case: Case, names: Sequence[str]) -> dict[str, Ours]:
     """Our variants, quantized here; those that differ only in how they are compiled share their integers."""
     made: dict[str, Ours] = {}
     variants: dict[str, Ours] = {}
+    known, backend, net = (OURS, "auto", case.net) if case.device == CPU else (CUDA, "cuda", in_bfloat16(case.net))
+    samples = case.samples if case.device == CPU else bfloat16_samples(case.samples)
     for name in names:
-        recipe, mode = OURS[name][0](), OURS[name][1]
+        recipe, mode = known[name][0](), known[name][1]
         key = json.dumps(recipe.to_dict(), sort_keys=True)
         if key not in made:
             started = time.perf_counter()
-            prepared = dmq_ao.prepare(case.net, recipe, case.samples.example())
-            dmq_ao.calibrate(prepared, case.samples, batch_size=min(case.batch_size, 8))
-            made[key] = Ours(dmq_ao.convert(prepared), mode, time.perf_counter() - started)
+            prepared = dmq_ao.prepare(net, recipe, samples.example(), backend=backend)
+            dmq_ao.calibrate(prepared, samples, batch_size=min(case.batch_size, 8))
+            made[key] = Ours(dmq_ao.convert(prepared, backend), mode, time.perf_counter() - started)
         variants[name] = Ours(made[key].denoiser, mode, made[key].build_seconds)
     return variants
+
+
+def in_bfloat16(net: nn.Module) -> nn.Module:
+    """A copy, as GPUs run it."""
+    return copy.deepcopy(net).bfloat16()
+
+
+def bfloat16_samples(samples: CalibrationSet) -> CalibrationSet:
+    """The samples for such a copy."""
+    inputs, shared = (
+        {name: x.bfloat16() if isinstance(x, Tensor) and x.dtype == torch.float32 else x for name, x in values.items()}
+        for values in (samples.inputs, samples.shared)
+    )
+    return dataclasses.replace(samples, inputs=inputs, shared=shared)
 
 
 def loading(model: str, loaders: Path | None, case: Case, variants: Mapping[str, Ours]) -> dict[str, dict[str, Any]]:
@@ -97,7 +130,7 @@ def table(report: Mapping[str, Any]) -> str:
         [
             f"## {report['model']}, batch {report['batch_size']}",
             "",
-            f"`examples/benchmark.py`, {where['cores']} cores of {where['cpu']}, torch {where['torch']},"
+            f"`examples/benchmark.py`, {report.get('device') or _processor(where)}, torch {where['torch']},"
             f" {report['date']}. {notes}.",
             "",
             _line(heading),
@@ -106,6 +139,10 @@ def table(report: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _processor(where: Mapping[str, Any]) -> str:
+    return f"{where['cores']} cores of {where['cpu']}"
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -125,6 +162,7 @@ def run(model: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": case.batch_size,
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
+        "device": None if case.device == CPU else machine()["gpu"],
         **report,
         "float_bytes": float_bytes(case.net),
         "peak_rss_bytes": peak_rss_bytes(),
@@ -136,17 +174,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loaders", type=Path, help="Python file with the models' functions and samplers")
     parser.add_argument("--models", nargs="+", default=["cifar-unet"])
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), metavar="PATTERN", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--ours", nargs="*", choices=sorted(OURS), default=list(OURS), metavar="OURS")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--peers", nargs="*", default=["*"], metavar="PATTERN", help=f"of {', '.join([*PEERS, *CUDA_PEERS])}"
+    )
+    parser.add_argument("--ours", nargs="*", choices=sorted({*OURS, *CUDA}), metavar="OURS")
+    parser.add_argument("--batch-size", type=int, help="rows of a call; each model has its own otherwise")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--footprint", action="store_true", help="memory and seconds of loading, in fresh processes")
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
-    args.peers = chosen_peers(args.peers)
-    check_installed(args.peers)
+    device = torch.device(args.device)
+    if args.device == "cuda" and (why := cuda.why_not_here(device) if torch.cuda.is_available() else "no CUDA device"):
+        print(f"nothing measured: {why}")
+        return
+    if args.device == "cuda" and args.footprint:
+        parser.error("--footprint measures a CPU's memory; on a GPU the table has its own column")
+    args.ours = args.ours or list(OURS if args.device == "cpu" else CUDA)
+    known = peers_on(device)
+    args.peers = chosen_peers(args.peers, known)
+    check_installed(args.peers, known)
     args.out.mkdir(parents=True, exist_ok=True)
     for model in args.models:
-        report = run(model, case_of(model, args.loaders, args.out), args)
+        report = run(model, case_of(model, args.loaders, args.out, device, args.batch_size), args)
         (args.out / f"{model}.json").write_text(json.dumps(report, indent=2) + "\n")
         (args.out / f"{model}.md").write_text(table(report))
         print(table(report), flush=True)

@@ -70,6 +70,24 @@ def test_a_run_is_a_table(example: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     assert {line.split(" | ")[0] for line in lines[6:]} == {"| dmq_ao W8A8", "| again", "| torch fp32"}
 
 
+def test_without_a_gpu_nothing_is_claimed(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda", "-o", str(tmp_path / "out")])
+    example.main()
+    assert capsys.readouterr().out == "nothing measured: no CUDA device\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_for_a_denoiser_in_bfloat16(example: ModuleType) -> None:
+    samples = plain_samples(seeded(Plain))
+    narrow = example.bfloat16_samples(samples)
+    assert narrow.inputs["x"].dtype == torch.bfloat16
+    assert torch.equal(narrow.timestep, samples.timestep)
+    assert example.in_bfloat16(seeded(Plain))(**narrow.example(2)).dtype == torch.bfloat16
+
+
 def test_a_model_of_no_file_wants_a_name(example: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="nothing is loaded by --loaders FILE"):
         example.case_of("nothing", None, tmp_path)

@@ -810,3 +810,9 @@ def test_parameters_are_set_and_deleted_at_any_depth(gm: GraphModule) -> None:
     graph.delete_parameter(gm, "denoiser.merge.part0.weight")
     with pytest.raises(AttributeError):
         gm.get_parameter("denoiser.merge.part0.weight")
+
+
+def test_example_inputs_may_be_on_another_device_than_the_denoiser(case_of: Callable[[str], Case]) -> None:
+    case = case_of("tiny_dit")
+    captured = graph.capture(copy.deepcopy(case.model).to("meta"), case.example)
+    assert set(graph.signature_of(captured).names) == set(case.example)

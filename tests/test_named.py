@@ -13,7 +13,10 @@ pytest.importorskip("diffusers")
 EXPECTED = {  # million parameters, and the shape of an output row
     "cifar-unet": (35.7, (3, 32, 32)),
     "sd15-unet": (859.5, (4, 64, 64)),
+    "sdxl-unet": (2562.2, (4, 128, 128)),
     "dit-s-2": (39.8, (8, 32, 32)),
+    "dit-xl-2": (749.8, (8, 32, 32)),
+    "flux-blocks": (1290.5, (1024, 64)),
 }
 
 
@@ -24,7 +27,7 @@ def test_all_are_expected() -> None:
 @pytest.mark.parametrize("name", NAMED)
 def test_a_named_denoiser_takes_its_noise(name: str) -> None:
     named = NAMED[name]
-    with torch.device("meta"):  # the largest has 3.4 GB of weights
+    with torch.device("meta"):  # the largest has 10 GB of weights
         net = named.build()
     millions, shape = EXPECTED[name]
     assert sum(parameter.numel() for parameter in net.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)

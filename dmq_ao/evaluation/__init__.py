@@ -3,6 +3,8 @@
 from dmq_ao.evaluation.cost import (
     Latency,
     StoredTensor,
+    clock_of,
+    cuda_ms,
     folder_bytes,
     latency,
     machine,
@@ -10,6 +12,7 @@ from dmq_ao.evaluation.cost import (
     peak_rss_bytes,
     rss_bytes,
     speedup,
+    wall_ms,
 )
 from dmq_ao.evaluation.fidelity import OneStep, image_fidelity, one_step_error, psnr, relative_error, sqnr
 from dmq_ao.evaluation.page import render_html
@@ -21,6 +24,8 @@ __all__ = [
     "Latency",
     "OneStep",
     "StoredTensor",
+    "clock_of",
+    "cuda_ms",
     "folder_bytes",
     "image_fidelity",
     "image_grid",
@@ -36,5 +41,6 @@ __all__ = [
     "rss_bytes",
     "speedup",
     "sqnr",
+    "wall_ms",
     "write_report",
 ]

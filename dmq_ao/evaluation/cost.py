@@ -29,7 +29,7 @@ def latency(
     repeats: int = 15,
     warmup: int = 2,
     progress: bool = False,
-    synchronize: Callable[[], object] | None = None,
+    clock: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, Latency]:
     """Time several calls against each other in interleaved rounds, so that a slow minute slows all of them.
 
@@ -40,8 +40,7 @@ def latency(
         repeats: timed rounds.
         warmup: rounds before them, not timed (compilation happens here).
         progress: show a bar.
-        synchronize: waits for the device, as ``torch.cuda.synchronize`` does; called before the clock starts and
-            before it stops.
+        clock: makes a call and tells its milliseconds, as ``cuda_ms`` does; None takes ``wall_ms``.
 
     Returns:
         A ``Latency`` for each name, in the order of ``calls``.
@@ -58,10 +57,33 @@ def latency(
     for turn in tqdm(range(-warmup, repeats), desc="latency", unit="round", disable=not progress):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            elapsed = _milliseconds(calls[name], synchronize)
+            elapsed = (clock or wall_ms)(calls[name])
             if turn >= 0:
                 times[name].append(elapsed)
     return {name: _summary(values) for name, values in times.items()}
+
+
+def wall_ms(call: Callable[[], object]) -> float:
+    """Make a call, and tell its milliseconds on the wall clock."""
+    start = perf_counter()
+    call()
+    return (perf_counter() - start) * 1e3
+
+
+def cuda_ms(call: Callable[[], object]) -> float:
+    """Make a call that gives work to the CUDA device, and tell the milliseconds that the device takes for it."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def clock_of(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """The clock for work on a device."""
+    return cuda_ms if device.type == "cuda" else wall_ms
 
 
 def speedup(latencies: Mapping[str, Latency], baseline: str) -> dict[str, float]:
@@ -158,16 +180,6 @@ def mean_bits(stored: Iterable[StoredTensor]) -> float:
     if not numel:
         raise ValueError(f"stored: wanted at least one weight, got {len(tensors)} tensors with no numbers in them")
     return sum(tensor.numel * tensor.bits for tensor in tensors) / numel
-
-
-def _milliseconds(call: Callable[[], object], synchronize: Callable[[], object] | None) -> float:
-    if synchronize is not None:
-        synchronize()
-    start = perf_counter()
-    call()
-    if synchronize is not None:
-        synchronize()
-    return (perf_counter() - start) * 1e3
 
 
 def _summary(milliseconds: list[float]) -> Latency:

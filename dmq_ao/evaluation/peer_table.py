@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dmq_ao.evaluation.cuda_peers import COMPILED_BF16
 from dmq_ao.evaluation.peers import COMPILED_FP32
 from dmq_ao.evaluation.table import DASH, number
 
 MIB = 2**20
 Row = Mapping[str, Any]
 
-# What a footprint in processes of their own adds, where it was measured: the key of the row, the heading, the format.
+# What a GPU, or a footprint in processes of their own, adds where it was measured: key of the row, heading, format.
 FOOTPRINT = (
+    ("device_bytes", "GPU MiB", ".0f", MIB),
     ("load_seconds", "load to output s", ".2f", 1),
     ("peak_rss_bytes", "peak RSS MiB", ".0f", MIB),
     ("rss_ratio", "RSS / float", ".2f", 1),
@@ -60,11 +62,11 @@ def peak_share(row: Row, report: Mapping[str, Any]) -> float | None:
 
 def _columns(report: Mapping[str, Any], timed: Mapping[str, Row]) -> dict[str, Callable[[Row], str]]:
     base = timed.get(COMPILED_FP32, {}).get("median_ms")
+    half = timed.get(COMPILED_BF16, {}).get("median_ms")
     rival = min((row["median_ms"] for name, row in timed.items() if name.startswith("OpenVINO")), default=None)
     columns: dict[str, Callable[[Row], str]] = {
         "ms (p10 to p90)": lambda row: f"{row['median_ms']:.1f} ({row['p10_ms']:.1f} to {row['p90_ms']:.1f})",
-        "compiled fp32 / this": lambda row: _ratio(base, row["median_ms"]),
-        "fastest OpenVINO / this": lambda row: _ratio(rival, row["median_ms"]),
+        **_on_gpu_or_cpu(half, base, rival),
         "one-step error": lambda row: number(row.get("one_step_error"), ".4f"),
         "file MiB": lambda row: _scaled(row, "file_bytes", ".1f", MIB),
         "quantize s": lambda row: number(row.get("build_seconds"), ".1f"),
@@ -75,6 +77,15 @@ def _columns(report: Mapping[str, Any], timed: Mapping[str, Row]) -> dict[str, C
         if any(key in row for row in timed.values()):
             columns[heading] = lambda row, key=key, form=form, unit=unit: _scaled(row, key, form, unit)  # type: ignore
     return columns
+
+
+def _on_gpu_or_cpu(half: float | None, base: float | None, rival: float | None) -> dict[str, Callable[[Row], str]]:
+    if half is not None:
+        return {"compiled bf16 / this": lambda row: _ratio(half, row["median_ms"])}
+    return {
+        "compiled fp32 / this": lambda row: _ratio(base, row["median_ms"]),
+        "fastest OpenVINO / this": lambda row: _ratio(rival, row["median_ms"]),
+    }
 
 
 def _scaled(row: Row, key: str, form: str, unit: float) -> str:

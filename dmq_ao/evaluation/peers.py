@@ -75,35 +75,45 @@ class Plain(nn.Module):
         return result if isinstance(result, Tensor) else result[0]
 
 
-def chosen_peers(patterns: Iterable[str]) -> list[str]:
-    """Names of ``PEERS`` that match ``fnmatch`` patterns, upper and lower case alike, in the order of ``PEERS``.
+def chosen_peers(patterns: Iterable[str], among: Mapping[str, Peer] | None = None) -> list[str]:
+    """Names of peers that match ``fnmatch`` patterns, upper and lower case alike, in their own order.
+
+    Args:
+        patterns: of names.
+        among: by name; None means ``PEERS``.
 
     Raises:
         ValueError: for a pattern that matches none.
     """
+    peers = PEERS if among is None else among
     found: set[str] = set()
     for pattern in patterns:
-        matching = {name for name in PEERS if fnmatchcase(name.lower(), pattern.lower())}
+        matching = {name for name in peers if fnmatchcase(name.lower(), pattern.lower())}
         if not matching:
-            raise ValueError(f"{pattern!r} matches no peer; there are {', '.join(map(repr, PEERS))}")
+            raise ValueError(f"{pattern!r} matches no peer; there are {', '.join(map(repr, peers))}")
         found |= matching
-    return [name for name in PEERS if name in found]
+    return [name for name in peers if name in found]
 
 
-def check_installed(names: Iterable[str]) -> None:
+def check_installed(names: Iterable[str], among: Mapping[str, Peer] | None = None) -> None:
     """See that all packages of peers are there, before any of them is given work.
+
+    Args:
+        names: of the peers.
+        among: by name; None means ``PEERS``.
 
     Raises:
         MissingPackage: with those that are not, and what to do.
     """
+    peers = PEERS if among is None else among
     wanting = {
         name: missing
         for name in names
-        if (missing := [package for package in PEERS[name].packages if importlib.util.find_spec(package) is None])
+        if (missing := [package for package in peers[name].packages if importlib.util.find_spec(package) is None])
     }
     if wanting:
         packages = ", ".join(dict.fromkeys(package for missing in wanting.values() for package in missing))
-        rest = ", ".join(repr(name) for name, peer in PEERS.items() if not peer.packages)
+        rest = ", ".join(repr(name) for name, peer in peers.items() if not peer.packages)
         raise MissingPackage(
             f'{packages} not installed, which {", ".join(map(repr, wanting))} need: pip install "dmq_ao[bench]". Peers'
             f" that need nothing more: {rest}"

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from dmq_ao.evaluation import (
     Latency,
     StoredTensor,
+    clock_of,
     cost,
+    cuda_ms,
     folder_bytes,
     latency,
     machine,
@@ -21,6 +23,7 @@ from dmq_ao.evaluation import (
     peak_rss_bytes,
     rss_bytes,
     speedup,
+    wall_ms,
 )
 
 
@@ -69,10 +72,28 @@ def test_latency_interleaves_and_rotates(clock: Clock) -> None:
     assert "".join(clock.log) == "abcbcacababc"
 
 
-def test_latency_waits_for_the_device_inside_the_clock(clock: Clock) -> None:
-    timed = latency({"a": clock.taking("a", 1)}, repeats=1, warmup=0, synchronize=clock.taking("wait", 10))["a"]
-    assert clock.log == ["wait", "a", "wait"]
-    assert timed.median_ms == pytest.approx(11)
+def test_latency_takes_another_clock(clock: Clock) -> None:
+    asked: list[object] = []
+
+    def other(call: Callable[[], object]) -> float:
+        asked.append(call)
+        return 7.0
+
+    calls = {"a": clock.taking("a", 1)}
+    timed = latency(calls, repeats=3, warmup=1, clock=other)["a"]
+    assert (asked, timed.median_ms, clock.log) == ([calls["a"]] * 4, 7, [])
+
+
+def test_every_device_has_its_clock() -> None:
+    assert clock_of(torch.device("cpu")) is wall_ms
+    assert clock_of(torch.device("cuda")) is cuda_ms
+
+
+@pytest.mark.gpu
+def test_cuda_time_is_that_of_the_device() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    once, ten_times = (cuda_ms(lambda n=n: [x @ x for _ in range(n)]) for n in (1, 10))
+    assert once < ten_times
 
 
 def test_latency_shows_a_bar_when_asked(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
