@@ -1,7 +1,7 @@
 """How a product is cut into tiles for the GPU: what was measured on that GPU where there is a record, else a rule.
 
-``cuda_tiles.json`` holds the measured ones, by name of the device and shape of the product; ``examples/tune_cuda.py``
-writes it. Any choice gives the same sums.
+``cuda_tiles.json`` holds the measured ones, by name of the device and shape of the product;
+``examples/cuda_kernels.py --tune`` writes it. Any choice gives the same sums.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from dmq_ao.backends.cuda_weights import LANES
 
 MEASURED = Path(__file__).with_name("cuda_tiles.json")
 _FEW_STEPS = 4  # a part of a sum should have as many steps, or its start and its atomic additions cost more than it
@@ -67,7 +69,7 @@ def rule(shape: Shape, multiprocessors: int = _SPREAD) -> Tile:
     rows = min(128, max(16, _power(shape.rows)))
     while rows > 32 and _programs(shape, rows, outs) < multiprocessors:
         rows //= 2
-    lanes = 128 if shape.bits == 8 and shape.row_bytes >= 128 else 32 if shape.row_bytes < 64 else 64
+    lanes = 128 if shape.bits == 8 and shape.row_bytes >= 128 else LANES if shape.row_bytes < 64 else 64
     steps = shape.taps * -(-shape.row_bytes // lanes)
     wanted = multiprocessors // max(1, _programs(shape, rows, outs))
     parts = max(1, min(wanted, steps // _FEW_STEPS, _MOST_PARTS))
@@ -81,6 +83,11 @@ def _programs(shape: Shape, rows: int, outs: int) -> int:
 def _power(rows: int) -> int:
     """The power of two that is at least ``rows``."""
     return 1 << max(0, rows - 1).bit_length()
+
+
+def forget() -> None:
+    """Read the file again at the next choice."""
+    _measured.cache_clear()
 
 
 @functools.cache

@@ -227,11 +227,11 @@ def test_measured_tiles_come_before_the_rule(tmp_path: Path) -> None:
     measured = SMALL._replace(parts=5)
     file.write_text(json.dumps({"cpu": {cuda_tiles.key(shape): measured}}))
     with mock.patch.object(cuda_tiles, "MEASURED", file):
-        cuda_tiles._measured.cache_clear()
+        cuda_tiles.forget()
         assert CHOOSE(shape, torch.device("cpu")) == measured
         assert CHOOSE(shape._replace(rows=1024), torch.device("cpu")) == measured
         assert CHOOSE(shape._replace(rows=1025), torch.device("cpu")) != measured
-    cuda_tiles._measured.cache_clear()
+    cuda_tiles.forget()
 
 
 @pytest.mark.parametrize("capability", [80, 90])
