@@ -3,13 +3,14 @@
 A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one kernel that reads packed
 codes, unpacks, centres and shifts them in registers, and multiplies them by the input's codes. The quantize step stays
 plain operators, so Inductor fuses it with the norm and activation before it. A residual that is added to a layer's
-output is added as it is written. ``products`` says which layers take more than one.
+output is added as it is written. Layers whose input stays in float multiply it by codes that they unpack
+likewise, if it has 16 bits. ``products`` says which layers take more than one.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -35,6 +36,7 @@ from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.values import VAL
 
 FLOAT = "float on dequantized values"
+HALVES = (torch.bfloat16, torch.float16)
 # Where both operators take what is added at the end.
 RESIDUAL = 11
 MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
@@ -64,7 +66,7 @@ class Cuda:
     def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
         """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
         kernels = replace_layers(
-            gm, records, _why_not, lambda node, name, why: Kernel(FLOAT, why), partial(_lower, gm)
+            gm, records, _why_not, lambda node, name, why: _in_float(gm, node, records[name], why), partial(_lower, gm)
         )
         _add_residuals(gm)
         hoist_tables(gm)
@@ -81,6 +83,29 @@ def _why_not(record: LayerRecord, node: Node) -> str:
     return why_float(record)
 
 
+def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Kernel:
+    """Floats times packed codes where there is a kernel for them; else as the graph has it."""
+    dtype: torch.dtype = node.meta[VAL].dtype
+    conv = Convolution.of(node, record.kind)
+    grouped = record.weight.scale.shape[1] > 1 or (conv is not None and conv.groups > 1)
+    if record.activation is not None or grouped or record.kind == "conv3d":
+        return Kernel(FLOAT, why)
+    if dtype not in HALVES:
+        return Kernel(FLOAT, f"{why}; packed codes are multiplied in a denoiser of bfloat16 or float16")
+    bias = node.args[2] if len(node.args) > 2 else None
+    with gm.graph.inserting_before(node):
+        product = Product(node.args[0], None, None, record.weight, None, 1.0)  # type: ignore[arg-type]
+        result, weight = _emit(gm, node, record, product, bias)
+    result.meta = {**node.meta}
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return Kernel(f"triton {str(dtype).removeprefix('torch.')}, {_words(weight.widths)}", why)
+
+
+def _words(widths: Iterable[int]) -> str:
+    return f"weight in {'+'.join(map(str, sorted(widths)))} bits"
+
+
 def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     word = "linear" if record.kind == "linear" else "convolution"
     widths: set[int] = set()
@@ -91,13 +116,13 @@ def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
         return result
 
     times, why = replace_layer(gm, node, record, emit)
-    stored = "+".join(map(str, sorted(widths)))
-    return Kernel(f"triton int8 {word}{times}, weight in {stored} bits", why)
+    return Kernel(f"triton int8 {word}{times}, {_words(widths)}", why)
 
 
 def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bias: Any) -> tuple[Node, KernelWeight]:
     """The nodes of one integer kernel, and its weight."""
-    call, codes, weight = gm.graph.call_function, _signed(gm, product.codes), product.weight
+    call, weight = gm.graph.call_function, product.weight
+    codes = product.codes if product.scale is None else _signed(gm, product.codes)
     conv = Convolution.of(node, record.kind)
     out_dtype: torch.dtype = node.meta[VAL].dtype
     pointwise = conv is not None and conv.is_pointwise(weight.codes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 _WEIGHT = (
-    "Tensor scale, Tensor zero_point, Tensor[] packed, int[] widths, Tensor? order, Tensor middle, Tensor? shifts,"
+    "Tensor? scale, Tensor? zero_point, Tensor[] packed, int[] widths, Tensor? order, Tensor middle, Tensor? shifts,"
     " Tensor sums, Tensor weight_scale, Tensor? bias, Tensor? residual"
 )
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
@@ -30,8 +30,8 @@ def _signed_codes(codes: Tensor) -> Tensor:
 
 def _cuda_linear(
     codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
     packed: Sequence[Tensor],
     widths: Sequence[int],
     order: Tensor | None,
@@ -48,15 +48,15 @@ def _cuda_linear(
     flat = codes.reshape(-1, codes.shape[-1]).contiguous()
     added = None if residual is None else residual.reshape(len(flat), -1).contiguous()
     operands = (packed, widths, order, middle, shifts, sums, weight_scale, bias, added)
-    product = Product(flat, scale.contiguous(), zero_point.contiguous(), *operands)
+    product = Product(flat, _whole(scale), _whole(zero_point), *operands)
     y = multiply(product, codes.shape[0], len(flat), None, 1, dtype)
     return y.reshape(*codes.shape[:-1], -1)
 
 
 def _cuda_conv(
     codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
     packed: Sequence[Tensor],
     widths: Sequence[int],
     order: Tensor | None,
@@ -78,10 +78,14 @@ def _cuda_conv(
     pixels = _pixels(codes)
     added = None if residual is None else _pixels(residual).flatten(0, 2)
     operands = (packed, widths, order, middle, shifts, sums, weight_scale, bias, added)
-    product = Product(pixels, scale.contiguous(), zero_point.contiguous(), *operands)
+    product = Product(pixels, _whole(scale), _whole(zero_point), *operands)
     geometry = (*kernel_size, *stride, *padding, *dilation)
     y = multiply(product, items, items * high * wide, geometry, wide, dtype)
     return y.reshape(items, high, wide, -1).movedim(-1, 1)
+
+
+def _whole(qparams: Tensor | None) -> Tensor | None:
+    return None if qparams is None else qparams.contiguous()
 
 
 def _pixels(images: Tensor) -> Tensor:
@@ -126,6 +130,9 @@ torch.library.register_fake("dmq_ao::cuda_conv", _fake_conv)
 signed_codes = torch.ops.dmq_ao.signed_codes.default
 """uint8 codes less 128, as int8: what tensor cores multiply."""
 cuda_linear = torch.ops.dmq_ao.cuda_linear.default
-"""Real values [B, ..., out] of signed codes [B, ..., in] times a ``cuda_weights.KernelWeight``."""
+"""Real values [B, ..., out] of signed codes [B, ..., in] times a ``cuda_weights.KernelWeight``.
+
+Floats of 16 bits may stand in the place of the codes; then there is no scale, and no zero point.
+"""
 cuda_conv = torch.ops.dmq_ao.cuda_conv.default
 """Real values [B, out, H, W], channels last, of a convolution of signed codes; pixels outside are real zeros."""

@@ -4,6 +4,7 @@ A kernel computes a tile of ``y^T = W x^T``: transposed, so that weights, which 
 operand that tensor cores take from registers. Lower-case arguments are pointers and sizes; what is None has no code.
 Upper-case ones are compiled in.
 
+* x: int8 codes less 128; or floats, where FLOATS, which are multiplied by the codes in their own type.
 * result: y, scale, zero_point, weight_scale, sums, bias, residual.
 * size: rows, outs, rows per item, 1 where items have scales of their own, input height, input width, output width.
 * GEOMETRY: kernel height and width, then of each both: stride, padding, dilation.
@@ -53,18 +54,18 @@ def _sums_inside(sums, row, out, inside, size, GEOMETRY: tl.constexpr):
 
 @triton.jit
 def _write(acc, row, out, inside, result, size, GEOMETRY: tl.constexpr, CONVOLUTION: tl.constexpr):
-    """Write integer sums ``acc`` [outs, rows] as real values."""
+    """Write sums ``acc`` [outs, rows] as real values."""
     y, scale, zero_point, weight_scale, sums, bias, residual = result
-    item = row // size[2] * size[3]
-    shift = tl.load(zero_point + item, mask=row < size[0], other=128) - 128
-    if CONVOLUTION:
-        acc -= _sums_inside(sums, row, out, inside, size, GEOMETRY) * shift[None, :]
-    else:
-        acc -= tl.load(sums + out, mask=out < size[1], other=0)[:, None] * shift[None, :]
-    factor = tl.load(scale + item, mask=row < size[0], other=0.0)
-    value = acc.to(tl.float32) * (
-        tl.load(weight_scale + out, mask=out < size[1], other=0.0)[:, None] * factor[None, :]
-    )
+    factor = tl.load(weight_scale + out, mask=out < size[1], other=0.0)[:, None]
+    if scale is not None:
+        item = row // size[2] * size[3]
+        shift = tl.load(zero_point + item, mask=row < size[0], other=128) - 128
+        if CONVOLUTION:
+            acc -= _sums_inside(sums, row, out, inside, size, GEOMETRY) * shift[None, :]
+        else:
+            acc -= tl.load(sums + out, mask=out < size[1], other=0)[:, None] * shift[None, :]
+        factor = factor * tl.load(scale + item, mask=row < size[0], other=0.0)[None, :]
+    value = acc.to(tl.float32) * factor
     if bias is not None:
         value += tl.load(bias + out, mask=out < size[1], other=0.0).to(tl.float32)[:, None]
     place = row.to(tl.int64)[None, :] * size[1] + out[:, None]
@@ -89,6 +90,7 @@ def matmul(
     row_bytes,
     GEOMETRY: tl.constexpr,
     CONVOLUTION: tl.constexpr,
+    FLOATS: tl.constexpr,
     BITS: tl.constexpr,
     LANES: tl.constexpr,
     PARTS: tl.constexpr,
@@ -118,7 +120,8 @@ def matmul(
     if CONVOLUTION:
         top, left = _corner(row, size, GEOMETRY)
         image = (row // size[2]).to(tl.int64) * height
-    acc = tl.zeros((TILE_OUTS, TILE_ROWS), dtype=tl.int32)
+    SUM: tl.constexpr = tl.float32 if FLOATS else tl.int32
+    acc = tl.zeros((TILE_OUTS, TILE_ROWS), dtype=SUM)
     per_tap = tl.cdiv(row_bytes, TILE_BYTES)
     share = tl.cdiv(TAPS * per_tap, PARTS)
     first = tl.program_id(1) * share
@@ -141,7 +144,9 @@ def matmul(
                 part = ((weight >> (BITS * i)) & CODE).to(tl.int8) - centre[:, None]
             if shifts is not None:
                 part = part << tl.load(shifts + channel, mask=channel < channels, other=0)[None, :]
-            acc = tl.dot(part, codes, acc, out_dtype=tl.int32)
+            if FLOATS:
+                part = part.to(x.dtype.element_ty)
+            acc = tl.dot(part, codes, acc, out_dtype=SUM)
     inside = (index < count)[:, None] & (row < rows)[None, :]
     if PARTS == 1:
         _write(acc, row, out, inside, result, size, GEOMETRY, CONVOLUTION)

@@ -6,6 +6,7 @@ table of sums over rectangles of taps::
 
     y[m, o] = (acc[m, o] - (z_m - 128) * sum of the codes of the taps inside) * scale_m * weight_scale_o + bias_o
 
+Floats of 16 bits may stand for the codes: then only the weight is made of codes, and sums are of floats.
 Needs a GPU, or Triton's interpreter: ``TRITON_INTERPRET=1``, set before anything imports Triton.
 """
 
@@ -33,9 +34,9 @@ class Product(NamedTuple):
     """Operands of ``multiply``; all contiguous, on one device.
 
     Attributes:
-        codes: [rows, channels] int8, codes less 128; of images, [items, height, width, channels].
-        scale: [1] or [items] float32; rows belong to items in equal shares.
-        zero_point: the same in int32, of codes that are not less 128.
+        codes: [rows, channels] int8, codes less 128, or floats; of images, [items, height, width, channels].
+        scale: [1] or [items] float32; rows belong to items in equal shares. None for floats.
+        zero_point: the same in int32, of codes that are not less 128. None for floats.
         packed: as ``KernelWeight``, and so are widths, order, middle, shifts and sums.
         weight_scale: [out] float32.
         bias: [out], any float, or None.
@@ -43,8 +44,8 @@ class Product(NamedTuple):
     """
 
     codes: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
     packed: Sequence[Tensor]
     widths: Sequence[int]
     order: Tensor | None
@@ -71,7 +72,15 @@ def multiply(
     """
     outs, device = len(product.weight_scale), product.codes.device
     height, width = product.codes.shape[1:3] if geometry is not None else (1, 1)
-    size = (rows, outs, max(1, rows // items), int(len(product.scale) > 1), height, width, out_width)
+    size = (
+        rows,
+        outs,
+        max(1, rows // items),
+        int(product.scale is not None and len(product.scale) > 1),
+        height,
+        width,
+        out_width,
+    )
     y = torch.empty(rows, outs, dtype=dtype, device=device)
     result = (y, product.scale, product.zero_point, product.weight_scale, product.sums, product.bias, product.residual)
     compiled: dict[str, Any] = {"GEOMETRY": tuple(geometry or LINEAR), "CONVOLUTION": geometry is not None}
@@ -88,13 +97,18 @@ def multiply(
 
 
 def _tiles(product: Product, rows: int, taps: int) -> list[cuda_tiles.Tile]:
-    """A tile for each segment; either all sums are in parts, to be finished together, or none."""
+    """A tile for each segment; either all sums are in parts, to be finished together, or none: floats never are.
+
+    Parts are added in no fixed order, which whole numbers do not mind.
+    """
     device = product.codes.device
     shapes = [
         cuda_tiles.Shape(rows, packed.shape[0], packed.shape[1] // taps, taps, bits)
         for packed, bits in zip(product.packed, product.widths, strict=True)
     ]
     tiles = [cuda_tiles.choose(shape, device) for shape in shapes]
+    if product.scale is None:
+        return [tile._replace(parts=1) for tile in tiles]
     least = 2 if any(tile.parts > 1 for tile in tiles) else 1
     return [tile._replace(parts=max(tile.parts, least)) for tile in tiles]
 
@@ -128,6 +142,7 @@ def _segment(
         product.codes.shape[-1],
         packed.shape[1] // taps,
         **compiled,
+        FLOATS=product.scale is None,
         BITS=bits,
         LANES=LANES,
         PARTS=tile.parts,

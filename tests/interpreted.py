@@ -12,3 +12,5 @@ if not torch.cuda.is_available():
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+# The interpreter multiplies the bit patterns of bfloat16 as if they were whole numbers.
+HALVES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float16]

@@ -16,9 +16,10 @@ from dmq_ao.backends import triton_kernels, triton_matmul
 from dmq_ao.backends.cuda_weights import LANES
 
 RESULT = ("*fp16", "*fp32", "*i32", "*fp32", "*i32", "*fp16", "*fp16")
+OF_FLOATS = ("*bf16", "constexpr", "constexpr", "*fp32", "constexpr", "*bf16", "*bf16")
 SIZE = ("i32", "i32", "i32", "constexpr", "i32", "i32", "i32")
 CONVOLUTION = (3, 3, 1, 1, 1, 1, 1, 1)
-# bits, convolution, shifted, ordered, parts: every branch of the kernel, not every combination
+# bits, convolution, shifted, ordered, parts, floats: every branch of the kernel, not every combination
 VARIANTS = [
     (8, False, False, False, 1),
     (8, True, False, False, 1),
@@ -28,16 +29,19 @@ VARIANTS = [
     (4, True, True, False, 2),
     (4, False, True, True, 1),
     (2, True, False, True, 1),
+    (4, False, False, False, 1, True),
+    (8, True, False, False, 1, True),
 ]
 TYPES = {"x": "*i8", "order": "*i32", "middle": "*i8", "shifts": "*i8", "partial": "*i32"}
 
 
-def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: int) -> ASTSource:
+def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: int, floats: bool = False) -> ASTSource:
     """One variant of the kernel, pointers and row lengths aligned to 16 bytes as the library lays them out."""
     kernel = triton_kernels.matmul
-    constants: dict[str, Any] = {
+    constants: dict[Any, Any] = {
         "GEOMETRY": CONVOLUTION if convolution else triton_matmul.LINEAR,
         "CONVOLUTION": convolution,
+        "FLOATS": floats,
         "BITS": bits,
         "LANES": LANES,
         "PARTS": parts,
@@ -50,13 +54,17 @@ def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: in
     constants |= {name: None for name, missing in absent.items() if missing}
     signature: dict[str, Any] = {}
     for name in kernel.arg_names:
-        whole = {"result": RESULT, "size": SIZE, "packed": "*i8" if bits == 8 else "*u8"}
+        whole = {"result": OF_FLOATS if floats else RESULT, "size": SIZE, "packed": "*i8" if bits == 8 else "*u8"}
+        whole |= {"x": "*bf16"} if floats else {}
         signature[name] = "constexpr" if name in constants else whole.get(name, TYPES.get(name, "i32"))
     place = kernel.arg_names.index("size")
     aligned = [(i,) for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr" and name != "size"]
     aligned = [path for path in aligned if kernel.arg_names[path[0]] not in ("result", "start", "count")]
     attrs = {path: [["tt.divisibility", 16]] for path in aligned}
-    return ASTSource(fn=kernel, signature=signature, constexprs={**constants, (place, 3): 1}, attrs=attrs)
+    constants[place, 3] = 0 if floats else 1
+    if floats:
+        constants |= {(kernel.arg_names.index("result"), i): None for i in (1, 2, 4)}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def facts(variant: ASTSource, capability: int) -> dict[str, Any]:
@@ -71,9 +79,8 @@ def facts(variant: ASTSource, capability: int) -> dict[str, Any]:
 def main(capability: int) -> None:
     """Print the facts of every variant."""
     found = {}
-    for bits, convolution, shifted, ordered, parts in VARIANTS:
-        name = f"{bits} {'conv' if convolution else 'linear'} shifted={shifted} ordered={ordered} parts={parts}"
-        found[name] = facts(source(bits, convolution, shifted, ordered, parts), capability)
+    for variant in VARIANTS:
+        found[str(variant)] = facts(source(*variant), capability)
     print(json.dumps(found, indent=1))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from interpreted import DEVICE, needs_triton
+from interpreted import DEVICE, HALVES, needs_triton
 from torch import Tensor
 
 from dmq_ao.backends import cuda_ops
@@ -231,3 +231,42 @@ def meta(value: Any) -> Any:
     if isinstance(value, list):
         return [meta(item) for item in value]
     return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@slowly
+@given(
+    rows=st.integers(1, 40),
+    channels=st.integers(1, 150),
+    outs=st.integers(1, 40),
+    bits=WIDTHS,
+    symmetric=st.booleans(),
+    dtype=st.sampled_from(HALVES),
+    seed=st.integers(0, 2**16),
+)
+def test_floats_times_codes(
+    rows: int, channels: int, outs: int, bits: int | list[int], symmetric: bool, dtype: torch.dtype, seed: int
+) -> None:
+    assume(symmetric or bits != 8)
+    torch.manual_seed(seed)
+    weight, x = weight_of((outs, channels), bits, symmetric), torch.randn(rows, channels).to(dtype)
+    laid_out, scale = kernel_weight(weight, None), torch.rand(outs)
+    args = (laid_out.packed, laid_out.widths, laid_out.order, laid_out.middle, None, laid_out.sums, scale, None, None)
+    given = [on_device(value) for value in args]
+    with using(SMALL._replace(parts=3)):  # which floats are not added in
+        actual = cuda_ops.cuda_linear(x.to(DEVICE), None, None, *given, torch.float32).cpu()
+    codes = shifted_codes(weight, None)[0].double()
+    expected = (x.double() @ codes.T) * scale
+    most = (x.double().abs() @ codes.abs().T) * scale
+    assert bool(((actual.double() - expected).abs() <= 1e-5 * most + 1e-30).all())
+
+
+def test_an_image_of_floats_times_codes() -> None:
+    weight, x = weight_of((7, 40, 3, 3), [4, 2], symmetric=False), torch.randn(2, 40, 5, 6).to(torch.float16)
+    laid_out = kernel_weight(weight, None)
+    rest = (laid_out.middle, None, laid_out.sums, torch.ones(7), torch.arange(7.0), None)
+    args = [on_device(value) for value in (laid_out.packed, laid_out.widths, laid_out.order, *rest)]
+    geometry = ([3, 3], [2, 1], [1, 1], [1, 1])
+    actual = cuda_ops.cuda_conv(x.to(DEVICE), None, None, *args, *geometry, torch.float32).cpu()
+    codes = shifted_codes(weight, None)[0].double()
+    expected = F.conv2d(x.double(), codes, torch.arange(7.0).double(), (2, 1), 1)
+    assert float((actual.double() - expected).abs().max()) < 1e-4 * float(expected.abs().max())
