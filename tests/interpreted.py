@@ -1,4 +1,7 @@
-"""Triton's interpreter, where there is no GPU: asked for before anything imports Triton: ``conftest`` does."""
+"""Triton's interpreter, where there is no GPU: asked for before anything imports Triton: ``conftest`` does.
+
+With a GPU, kernels run on it; ``TRITON_INTERPRET=1`` asks for the interpreter there.
+"""
 
 import importlib.util
 import os
@@ -9,8 +12,12 @@ import torch
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_interpreter = pytest.mark.skipif(
+    not (HAS_TRITON and INTERPRETED), reason="TRITON_INTERPRET=1 is not set, and there is a GPU; or triton is missing"
+)
 # The interpreter multiplies the bit patterns of bfloat16 as if they were whole numbers.
-HALVES = [torch.bfloat16, torch.float16] if torch.cuda.is_available() else [torch.float16]
+HALVES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]

@@ -1,4 +1,4 @@
-"""Graphs lowered to CUDA equal the quantize/dequantize graph: in Triton's interpreter, or on a GPU where one is."""
+"""Graphs lowered to CUDA equal the quantize/dequantize graph, in Triton's interpreter; machine code is compiled too."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted import needs_triton
+from interpreted import needs_interpreter
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -28,7 +28,7 @@ from dmq_ao.recipes import minmax
 from tests.backends.exact import run_exactly
 from tests.backends.one_layer import FLOAT, LAYERS, RECIPES, Net, calibrated, distance, everywhere, example, run
 
-pytestmark = needs_triton
+pytestmark = needs_interpreter
 
 SMALL = Tile(rows=16, outs=16, lanes=32, parts=1, warps=4, stages=2)
 WIDE = SMALL._replace(rows=512, outs=32)  # fewer programs, for whole nets: the interpreter takes each by itself
@@ -39,7 +39,7 @@ WHY_NOT_HERE, CHOOSE = cuda.why_not_here, cuda_tiles.choose
 
 @pytest.fixture(autouse=True)
 def here() -> Iterator[None]:
-    """Kernels run here, in the interpreter where there is no GPU, and in small tiles."""
+    """Kernels run here, in the interpreter and in small tiles."""
     with (
         mock.patch.object(cuda, "why_not_here", return_value=""),
         mock.patch.object(cuda_tiles, "choose", return_value=SMALL),
@@ -265,3 +265,14 @@ def test_kernels_compile_to_integer_tensor_core_code(capability: int) -> None:
         types = "f32.bf16.bf16" if name.endswith("True)") else "s32.s8.s8"
         assert [machine in product and types in product for product in facts["products"]] == [True], name
         assert facts["copies"] > 0, f"{name}: tiles are not loaded ahead"
+
+
+def test_max_replays_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    build, shape = LAYERS["conv2d"]
+    lowered, _ = both(calibrated(build(), RECIPES["w8a8"], example(shape), "reference"))
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **given: asked.append(given) or module)
+    for mode in ("default", "max"):
+        dmq_ao.compile(lowered, mode)
+    assert [given["options"].get("triton.cudagraphs", False) for given in asked] == [False, True]
+    assert all(given["fullgraph"] for given in asked)

@@ -1,0 +1,66 @@
+"""The whole flow on a GPU: calibrated there, lowered, compiled, saved and loaded, equal to the reference there."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from interpreted import needs_triton
+from torch import Tensor, nn
+
+import dmq_ao
+from dmq_ao import CalibrationSet, QuantizedDenoiser
+from dmq_ao.recipes import default, minmax
+
+pytestmark = [
+    needs_triton,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+Flow = tuple[QuantizedDenoiser, QuantizedDenoiser, dict[str, Tensor]]
+
+
+def flow(net: nn.Module, inputs: dict[str, Tensor], recipe: dmq_ao.Recipe, dtype: torch.dtype) -> Flow:
+    """Lowered and reference denoisers of a copy on the GPU, calibrated on samples that are kept on the CPU."""
+    moved = copy.deepcopy(net).to("cuda", dtype)
+    step = torch.arange(4).repeat_interleave(4)
+    inputs = {name: x.to(dtype) if x.dtype == torch.float32 else x for name, x in inputs.items()}
+    rows = {name: torch.cat([x] * 8) for name, x in inputs.items() if name != "timestep"}
+    samples = CalibrationSet(rows, {}, torch.tensor([900, 600, 300, 0])[step], step)
+    prepared = dmq_ao.prepare(moved, recipe, samples.example(), backend="cuda")
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    on_gpu = {name: x.cuda() for name, x in inputs.items()}
+    return dmq_ao.convert(prepared, "cuda"), dmq_ao.convert(prepared, "reference"), on_gpu
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("net", ["tiny_unet2d", "tiny_unet2d_condition", "tiny_dit"])
+@pytest.mark.parametrize("bits", ["w8a8", "w4a8", "w4a16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_denoiser_equals_the_reference(
+    net: str, bits: str, dtype: torch.dtype, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    denoiser, given = request.getfixturevalue(net)
+    recipe = minmax(bits, power_of_two=bits == "w4a8")
+    lowered, reference, inputs = flow(denoiser, given, recipe, dtype)
+    expected = reference(**inputs).sample
+    close = 0.03 if dtype == torch.float32 else 0.1  # a last bit moves a code, and in nets so small one code shows
+    assert difference(lowered(**inputs).sample, expected) < close
+    for mode in ("default", "max"):
+        compiled = dmq_ao.compile(lowered, mode)
+        for _ in range(3):
+            assert difference(compiled(**inputs).sample, expected) < close
+    dmq_ao.save(lowered, tmp_path)
+    loaded = dmq_ao.load(tmp_path, backend="cuda", device="cuda")
+    assert torch.equal(loaded(**inputs).sample, lowered(**inputs).sample)
+    there = dmq_ao.load(tmp_path, backend="reference")
+    assert difference(there(**{name: x.cpu() for name, x in inputs.items()}).sample.cuda(), expected) < close
+
+
+def test_all_of_calibration_runs_there(tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    lowered, reference, inputs = flow(*tiny_unet2d, default("w4a8"), torch.float32)
+    assert difference(lowered(**inputs).sample, reference(**inputs).sample) < 0.03
+    assert all(record.weight.codes.device.type == "cuda" for record in lowered.records.values())
