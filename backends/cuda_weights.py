@@ -33,8 +33,7 @@ class KernelWeight:
         order: [out] int32, the output channel of each row of the segments; None where they are in order.
         middle: [out] int8, what a stored code is more than a centred one; 0 where codes take a byte.
         shifts: [channels] int8, by how much centred codes narrower than a byte are shifted; None where by nothing.
-        sums: int32 sums of the centred, shifted codes: [out], or, of a convolution's taps before (h, w),
-            [out, height + 1, width + 1].
+        sums: [taps, out] int32, sums over channels of the centred, shifted codes; a linear has one tap.
     """
 
     widths: list[int]
@@ -122,7 +121,4 @@ def _bytes(codes: Tensor) -> Tensor:
 
 
 def _sums(shifted: Tensor) -> Tensor:
-    totals = shifted.sum(1, dtype=torch.int32)
-    if totals.dim() == 1:
-        return totals
-    return F.pad(totals.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32), (1, 0, 1, 0))
+    return _taps(shifted).sum(2, dtype=torch.int32).T.contiguous()

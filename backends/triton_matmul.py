@@ -1,10 +1,10 @@
 """Integer products in Triton: int8 codes times packed codes of 2, 4 or 8 bits, as linears and as convolutions.
 
 ``x`` are codes less 128, channels last. A convolution runs over taps and channels without unfolding (implicit GEMM);
-pixels outside contribute the code 128, and what they should have contributed is put right with the zero point, from a
-table of sums over rectangles of taps::
+pixels outside contribute the code 128, which is no other than nothing, and the zero point is taken off the taps inside
+alone: with ``sums[t, o]`` of the codes of tap ``t``, ::
 
-    y[m, o] = (acc[m, o] - (z_m - 128) * sum of the codes of the taps inside) * scale_m * weight_scale_o + bias_o
+    y[m, o] = (acc[m, o] - (z_m - 128) * sum_t inside[m, t] * sums[t, o]) * scale_m * weight_scale_o + bias_o
 
 Floats of 16 bits may stand for the codes: then only the weight is made of codes, and sums are of floats.
 Needs a GPU, or Triton's interpreter: ``TRITON_INTERPRET=1``, set before anything imports Triton.
@@ -27,6 +27,8 @@ _GROUP = 8  # tiles of rows that share a tile of weights while it is in the cach
 _FINISHED = 64  # rows, and outputs, that a program of the second pass writes
 
 
+# The interpreter knows no machine code.
+INTERPRETED = not isinstance(triton_kernels.matmul, triton.JITFunction)
 LINEAR = (1, 1, 1, 1, 0, 0, 1, 1)
 
 
@@ -150,6 +152,7 @@ def _segment(
         TILE_ROWS=tile.rows,
         TILE_OUTS=tile.outs,
         TILE_BYTES=tile.lanes,
+        INTERPRETED=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

@@ -49,6 +49,7 @@ def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: in
         "TILE_ROWS": 128,
         "TILE_OUTS": 128,
         "TILE_BYTES": 64,
+        "INTERPRETED": False,
     }
     absent = {"order": not ordered, "middle": bits == 8, "shifts": not shifted, "partial": parts == 1}
     constants |= {name: None for name, missing in absent.items() if missing}

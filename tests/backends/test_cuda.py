@@ -1,4 +1,4 @@
-"""Graphs lowered to CUDA equal the quantize/dequantize graph, in Triton's interpreter; machine code is compiled too."""
+"""Graphs lowered to CUDA equal the quantize/dequantize graph, in Triton's interpreter; machine code compiles too."""
 
 import json
 import os

@@ -99,11 +99,11 @@ def test_widths_take_the_bytes_that_they_should() -> None:
     assert kernel_weight(wide, None).nbytes == 8 * 128
 
 
-@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4))
-def test_sums_are_over_rectangles_of_taps(out: int, channels: int, height: int, width: int) -> None:
-    weight = weight_of((out, channels, height, width), 4, symmetric=True)
-    sums = kernel_weight(weight, None).sums
-    assert sums.shape == (out, height + 1, width + 1)
-    for h in range(height + 1):
-        for w in range(width + 1):
-            assert torch.equal(sums[:, h, w], weight.codes[:, :, :h, :w].int().sum((1, 2, 3), dtype=torch.int32))
+@pytest.mark.parametrize("shape", [(5, 7), (5, 7, 2, 3), (4, 3, 1, 2)])
+def test_sums_are_those_of_each_tap(shape: tuple[int, ...]) -> None:
+    weight, exponents = weight_of(shape, 4, symmetric=False), torch.arange(shape[1]).clamp(max=3).to(torch.int8)
+    shifted = shifted_codes(weight, exponents)[0].int()
+    taps = shifted.flatten(2).unbind(2) if len(shape) > 2 else (shifted,)
+    sums = kernel_weight(weight, exponents).sums
+    assert (sums.dtype, sums.shape, sums.is_contiguous()) == (torch.int32, (len(taps), shape[0]), True)
+    assert torch.equal(sums, torch.stack([tap.sum(1) for tap in taps]).int())

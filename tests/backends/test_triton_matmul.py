@@ -270,3 +270,33 @@ def test_an_image_of_floats_times_codes() -> None:
     codes = shifted_codes(weight, None)[0].double()
     expected = F.conv2d(x.double(), codes, torch.arange(7.0).double(), (2, 1), 1)
     assert float((actual.double() - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+STEPS = {"shr": lambda a, b: a >> b, "and": lambda a, b: a & b, "or": lambda a, b: a | b}
+STEPS |= {"sub": lambda a, b: (a - b) % 2**32, "xor": lambda a, b: a ^ b}
+
+
+def executed(code: str, packed: int, middle: int) -> int:
+    """The result of the few instructions that unpack four bytes at a time, read as they are written."""
+    values = {"$1": packed, "$2": middle}
+    body = code.strip("{} ").replace(".reg .b32 t;", "")
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        name, rest = line.split(" ", 1)
+        to, left, right = (word.strip() for word in rest.split(","))
+        step = STEPS[name.partition(".")[0]]
+        values[to] = step(values[left], values[right] if right in values else int(right, 0))
+    return values["$0"]
+
+
+@given(st.sampled_from([2, 4]), st.binary(min_size=4, max_size=4), st.binary(min_size=4, max_size=4))
+def test_machine_code_unpacks_as_the_interpreter_does(bits: int, packed: bytes, middles: bytes) -> None:
+    from dmq_ao.backends import triton_kernels
+
+    codes = [getattr(triton_kernels, f"_{bits}_{place}").value for place in range(8 // bits)]
+    middle = bytes(byte % 2**bits for byte in middles)
+    for place, code in enumerate(codes):
+        expected = [
+            ((byte >> (bits * place)) & (2**bits - 1)) - less for byte, less in zip(packed, middle, strict=True)
+        ]
+        word = executed(code, int.from_bytes(packed, "little"), int.from_bytes(middle, "little"))
+        assert list(torch.frombuffer(bytearray(word.to_bytes(4, "little")), dtype=torch.int8)) == expected
