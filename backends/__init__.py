@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch.fx import GraphModule
 
-from dmq_ao.backends import cuda
+from dmq_ao.backends import cuda, cuda_measured, onednn_measured
 from dmq_ao.backends.cuda import Cuda
 from dmq_ao.backends.onednn import OneDNN
 from dmq_ao.backends.reference import Reference
@@ -28,6 +28,8 @@ class Backend(Protocol):
         """A q/dq graph made to run here, and the kernel of each layer."""
 
 
+# The lowering that chooses among kernels by the clock, where there is a choice.
+MEASURED = {"onednn": onednn_measured.lower, "cuda": cuda_measured.lower}
 ALL_BACKENDS: dict[str, Backend] = {"reference": Reference(), "onednn": OneDNN(), "cuda": Cuda()}
 
 
@@ -45,7 +47,7 @@ def choose(
         device: where the denoiser is.
         plan: what the recipe does with each layer.
         packed: whether 4-bit codes are to stay packed in memory, which only ``"onednn"`` does.
-        latency_aware: whether its kernels are to be chosen by the clock, which only ``"onednn"`` has a choice of.
+        latency_aware: whether its kernels are to be chosen by the clock, among those of a backend in ``MEASURED``.
 
     Raises:
         ValueError: for an unknown name, a backend of another device, one that does not keep codes packed or has no
@@ -63,10 +65,11 @@ def choose(
             f"packed=True keeps codes packed on the 'onednn' backend only, and this denoiser on {device} would run on"
             f" {backend.name!r}; leave packed out, or use a recipe that backend='onednn' takes, on a CPU"
         )
-    if latency_aware and backend.name != "onednn":
+    if latency_aware and backend.name not in MEASURED:
         raise ValueError(
-            f"latency_aware=True chooses among kernels of the 'onednn' backend, and this denoiser on {device} would"
-            f" run on {backend.name!r}; leave latency_aware out, or use a recipe that backend='onednn' takes, on a CPU"
+            f"latency_aware=True chooses among kernels of the backends {sorted(MEASURED)}, and this denoiser on"
+            f" {device} would run on {backend.name!r}; leave latency_aware out, or use a recipe and a device that such"
+            " a backend takes"
         )
     return backend
 
@@ -96,4 +99,4 @@ def _why_elsewhere(backend: Backend, device: torch.device) -> str:
     return cuda.why_not_here(device) if backend.name == "cuda" else ""
 
 
-__all__ = ["ALL_BACKENDS", "Backend", "Cuda", "OneDNN", "Reference", "choose"]
+__all__ = ["ALL_BACKENDS", "MEASURED", "Backend", "Cuda", "OneDNN", "Reference", "choose"]

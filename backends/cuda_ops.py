@@ -7,6 +7,8 @@ graph. Triton is imported when one runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ _WEIGHT = (
 )
 _library = torch.library.Library("dmq_ao", "FRAGMENT")
 _library.define(f"cuda_linear(Tensor codes, {_WEIGHT}, ScalarType dtype) -> Tensor")
+_library.define(f"library_linear(Tensor codes, {_WEIGHT}, ScalarType dtype) -> Tensor")
 _library.define(
     f"cuda_conv(Tensor codes, {_WEIGHT}, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
     " ScalarType dtype) -> Tensor"
@@ -28,57 +31,24 @@ def _signed_codes(codes: Tensor) -> Tensor:
     return (codes.to(torch.int16) - 128).to(torch.int8)
 
 
-def _cuda_linear(
-    codes: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    packed: Sequence[Tensor],
-    widths: Sequence[int],
-    order: Tensor | None,
-    middle: Tensor,
-    shifts: Tensor | None,
-    sums: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    from dmq_ao.backends.triton_matmul import Product, multiply
+def _linear(codes: Tensor, *given: Any, library: bool) -> Tensor:
+    from dmq_ao.backends.triton_matmul import Product, library_takes, multiply
 
+    scale, zero_point, *operands, residual, dtype = given
     flat = codes.reshape(-1, codes.shape[-1]).contiguous()
     added = None if residual is None else residual.reshape(len(flat), -1).contiguous()
-    operands = (packed, widths, order, middle, shifts, sums, weight_scale, bias, added)
-    product = Product(flat, _whole(scale), _whole(zero_point), *operands)
-    y = multiply(product, codes.shape[0], len(flat), None, 1, dtype)
+    product = Product._make([flat, _whole(scale), _whole(zero_point), *operands, added])
+    y = multiply(product, codes.shape[0], len(flat), None, 1, dtype, by_library=library and library_takes(product))
     return y.reshape(*codes.shape[:-1], -1)
 
 
-def _cuda_conv(
-    codes: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    packed: Sequence[Tensor],
-    widths: Sequence[int],
-    order: Tensor | None,
-    middle: Tensor,
-    shifts: Tensor | None,
-    sums: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
+def _conv(codes: Tensor, *given: Any) -> Tensor:
     from dmq_ao.backends.triton_matmul import Product, multiply
 
+    scale, zero_point, *operands, residual, kernel_size, stride, padding, dilation, dtype = given
     items, high, wide = len(codes), *_out_size(codes, kernel_size, stride, padding, dilation)
-    pixels = _pixels(codes)
     added = None if residual is None else _pixels(residual).flatten(0, 2)
-    operands = (packed, widths, order, middle, shifts, sums, weight_scale, bias, added)
-    product = Product(pixels, _whole(scale), _whole(zero_point), *operands)
+    product = Product._make([_pixels(codes), _whole(scale), _whole(zero_point), *operands, added])
     geometry = (*kernel_size, *stride, *padding, *dilation)
     y = multiply(product, items, items * high * wide, geometry, wide, dtype)
     return y.reshape(items, high, wide, -1).movedim(-1, 1)
@@ -122,9 +92,11 @@ def _fake_conv(codes: Tensor, *given: object) -> Tensor:
 
 _library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
 for _key in ("CUDA", "CPU"):  # the CPU: for Triton's interpreter
-    _library.impl("cuda_linear", _cuda_linear, _key)
-    _library.impl("cuda_conv", _cuda_conv, _key)
+    _library.impl("cuda_linear", partial(_linear, library=False), _key)
+    _library.impl("library_linear", partial(_linear, library=True), _key)
+    _library.impl("cuda_conv", _conv, _key)
 torch.library.register_fake("dmq_ao::cuda_linear", _fake_linear)
+torch.library.register_fake("dmq_ao::library_linear", _fake_linear)
 torch.library.register_fake("dmq_ao::cuda_conv", _fake_conv)
 
 signed_codes = torch.ops.dmq_ao.signed_codes.default
@@ -134,5 +106,7 @@ cuda_linear = torch.ops.dmq_ao.cuda_linear.default
 
 Floats of 16 bits may stand in the place of the codes; then there is no scale, and no zero point.
 """
+library_linear = torch.ops.dmq_ao.library_linear.default
+"""The same, with the sums of codes that take a byte made by PyTorch where it knows the sizes."""
 cuda_conv = torch.ops.dmq_ao.cuda_conv.default
 """Real values [B, out, H, W], channels last, of a convolution of signed codes; pixels outside are real zeros."""

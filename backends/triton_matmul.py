@@ -60,7 +60,13 @@ class Product(NamedTuple):
 
 
 def multiply(
-    product: Product, items: int, rows: int, geometry: Sequence[int] | None, out_width: int, dtype: torch.dtype
+    product: Product,
+    items: int,
+    rows: int,
+    geometry: Sequence[int] | None,
+    out_width: int,
+    dtype: torch.dtype,
+    by_library: bool = False,
 ) -> Tensor:
     """Multiply, and return real values [rows, out].
 
@@ -71,31 +77,45 @@ def multiply(
         geometry: of a convolution, as the kernels take it; None for a linear.
         out_width: of the images that come out; any number for a linear.
         dtype: float, of the result.
+        by_library: let PyTorch make the sums of a linear, for which ``library_takes`` its operands.
     """
     outs, device = len(product.weight_scale), product.codes.device
     height, width = product.codes.shape[1:3] if geometry is not None else (1, 1)
-    size = (
-        rows,
-        outs,
-        max(1, rows // items),
-        int(product.scale is not None and len(product.scale) > 1),
-        height,
-        width,
-        out_width,
-    )
+    each = int(product.scale is not None and len(product.scale) > 1)
+    size = (rows, outs, max(1, rows // items), each, height, width, out_width)
     y = torch.empty(rows, outs, dtype=dtype, device=device)
     result = (y, product.scale, product.zero_point, product.weight_scale, product.sums, product.bias, product.residual)
     compiled: dict[str, Any] = {"GEOMETRY": tuple(geometry or LINEAR), "CONVOLUTION": geometry is not None}
-    tiles = _tiles(product, rows, math.prod(compiled["GEOMETRY"][:2]))
-    partial = torch.zeros(rows, outs, dtype=torch.int32, device=device) if tiles[0].parts > 1 else None
+    with torch.cuda.device_of(product.codes):  # Triton launches on the current device
+        if geometry is None and by_library:
+            partial: Tensor | None = torch._int_mm(product.codes, product.packed[0][:, : product.codes.shape[-1]].T)
+        else:
+            partial = _sums(product, result, size, compiled)
+        if partial is not None:
+            grid = (triton.cdiv(rows, _FINISHED), triton.cdiv(outs, _FINISHED))
+            triton_kernels.finish[grid](partial, result, size, **compiled, TILE=_FINISHED)
+    return y
+
+
+def library_takes(product: Product) -> bool:
+    """Whether PyTorch's own int8 product runs a linear: codes that take a byte, in sizes that it knows."""
+    rows, channels, outs = *product.codes.shape, len(product.weight_scale)
+    sizes = rows > 16 and channels % 8 == 0 and outs % 8 == 0
+    return sizes and product.scale is not None and list(product.widths) == [8]
+
+
+def _sums(
+    product: Product, result: tuple[Tensor | None, ...], size: tuple[int, ...], compiled: Mapping[str, Any]
+) -> Tensor | None:
+    """Sums that wait to be finished, where they are made in parts; else the result is written, and there are none."""
+    tiles = _tiles(product, size[0], math.prod(compiled["GEOMETRY"][:2]))
+    in_parts = tiles[0].parts > 1
+    partial = torch.zeros(size[:2], dtype=torch.int32, device=product.codes.device) if in_parts else None
     start = 0
     for packed, bits, tile in zip(product.packed, product.widths, tiles, strict=True):
         _segment(product, packed, bits, tile, start, partial, result, size, compiled)
         start += packed.shape[0]
-    if partial is not None:
-        grid = (triton.cdiv(rows, _FINISHED), triton.cdiv(outs, _FINISHED))
-        triton_kernels.finish[grid](partial, result, size, **compiled, TILE=_FINISHED)
-    return y
+    return partial
 
 
 def _tiles(product: Product, rows: int, taps: int) -> list[cuda_tiles.Tile]:

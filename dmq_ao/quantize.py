@@ -15,7 +15,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from dmq_ao import graph, graph_file, values
 from dmq_ao.annotate import PLAN, RECIPE, SKELETON, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
 from dmq_ao.arguments import TIMESTEP_NAMES
-from dmq_ao.backends import Backend, choose, onednn_measured
+from dmq_ao.backends import MEASURED, Backend, choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import Ranges, Recipe
@@ -94,8 +94,9 @@ def convert(
             they are bfloat16: in a bfloat16 denoiser, or under ``dmq_ao.compile(mode="max")``.
         latency_aware: time every integer layer here and now, uncompiled, on noise in the shapes of the example inputs
             and on as many threads as torch has, and run it in float on dequantized values where that is faster by a
-            tenth. The result means the same, up to rounding; ``layer_reports`` gives both times of those layers. They
-            come from a clock: another run may choose others. Takes about twenty calls' time and a second lowering.
+            tenth; on a GPU, linears of 8-bit weights by PyTorch's int8 product where that is faster. The result means
+            the same, up to rounding; ``layer_reports`` gives both times of those layers. They come from a clock:
+            another run may choose others. Takes about twenty calls' time and a second lowering.
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
@@ -141,7 +142,8 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
     """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
     records = known["records"]
     if latency_aware:
-        lowered, kernels = onednn_measured.lower(gm, records, list(noise_tensors(known["signature"]).values()))
+        inputs = list(noise_tensors(known["signature"]).values())
+        lowered, kernels = MEASURED[backend.name](gm, records, inputs)
     else:
         lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     _drop_unused(lowered)

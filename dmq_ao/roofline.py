@@ -38,6 +38,7 @@ def integer_macs(quantized: QuantizedDenoiser, inputs: Mapping[str, Any]) -> int
         kernels.int_linear: _linear_macs,
         kernels.cuda_conv: partial(_conv_macs, groups=None, kernel_size=12),
         kernels.cuda_linear: _linear_macs,
+        kernels.library_linear: _linear_macs,
     }
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         quantized(**inputs)

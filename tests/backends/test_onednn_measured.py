@@ -214,7 +214,7 @@ def test_packed_codes_and_latency_do_not_go_together(prepared: GraphModule) -> N
 
 
 def test_the_reference_has_no_choice_of_kernels(prepared: GraphModule) -> None:
-    with pytest.raises(ValueError, match="latency_aware=True chooses among kernels of the 'onednn' .* 'reference'"):
+    with pytest.raises(ValueError, match="latency_aware=True chooses among .*'onednn'.* 'reference'"):
         dmq_ao.convert(prepared, "reference", latency_aware=True)
 
 
