@@ -15,7 +15,8 @@ from dmq_ao.backends import onednn_measured
 from dmq_ao.backends.onednn_measured import FloatProduct, Timing
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
-from tests.backends.test_onednn import FLOAT, calibrated, everywhere, example, needs_vnni, run
+from tests.backends.one_layer import FLOAT, calibrated, everywhere, example, run
+from tests.backends.test_onednn import needs_vnni
 from tests.plain import contents, relative
 
 SHAPE = (2, 8, 6, 4)

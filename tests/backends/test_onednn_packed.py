@@ -20,7 +20,8 @@ from dmq_ao.layer import PackedWeight, shifted_codes
 from dmq_ao.numerics import code_range
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
-from tests.backends.test_onednn import FLOAT, LAYERS, VOTES, Small, calibrated, everywhere, example, needs_vnni, run
+from tests.backends.one_layer import FLOAT, LAYERS, VOTES, calibrated, everywhere, example, run
+from tests.backends.test_onednn import Small, needs_vnni
 from tests.plain import contents, relative
 
 PER_CALL = ", unpacked per call"
