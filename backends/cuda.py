@@ -46,6 +46,8 @@ def why_not_here(device: torch.device) -> str:
     """Why a device does not run these kernels; empty when it does."""
     if device.type != "cuda":
         return f"it is for CUDA devices and the denoiser is on {device}; move it"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device; move the denoiser to a machine with one and a build of PyTorch for it"
     if importlib.util.find_spec("triton") is None:
         return "it needs triton; pip install triton"
     capability = torch.cuda.get_device_capability(device)

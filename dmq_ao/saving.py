@@ -86,16 +86,24 @@ def load(
 
     Raises:
         InvalidFile: for a damaged or foreign folder, or one of another model.
-        ValueError: when the model is wanted and not given.
+        ValueError: when the model is wanted and not given, or there is no such device.
     """
+    device = _usable(device)
     stored = serialization.read(folder)
     how = {"packed": packed, "latency_aware": latency_aware}
     if stored.graph is not None:
         try:
-            return _from_graph(stored, stored.graph, model, folder, backend, how, torch.device(device))
+            return _from_graph(stored, stored.graph, model, folder, backend, how, device)
         except graph_file.NotReadable:
             pass  # of another PyTorch: the model's code can still be exported
-    return _exported_again(stored, model, folder, backend, how, torch.device(device))
+    return _exported_again(stored, model, folder, backend, how, device)
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} is not to be had here: {error}; load on 'cpu'") from error
 
 
 def _from_graph(

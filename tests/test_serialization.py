@@ -164,6 +164,13 @@ def test_a_denoiser_is_loaded_on_any_device(
         dmq_ao.load(tmp_path / "out", backend="cuda", device="meta")
 
 
+def test_a_device_that_is_not_there_is_named(folder: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ValueError, match="device 'cuda' is not to be had here: .*; load on 'cpu'"):
+        dmq_ao.load(folder, device="cuda")
+
+
 def test_a_compiled_denoiser_is_saved_as_what_it_was_compiled_from(
     quantized: dmq_ao.QuantizedDenoiser, folder: Path, tmp_path: Path
 ) -> None:

@@ -198,7 +198,12 @@ def test_a_layer_of_floats_reads_packed_codes(kind: str) -> None:
 
 def test_a_device_that_cannot_is_told_what_to_do() -> None:
     plan: dict[str, Any] = {}
-    with mock.patch.object(cuda, "why_not_here", WHY_NOT_HERE):
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        assert "sees no CUDA device" in WHY_NOT_HERE(torch.device("cuda"))
+    with (
+        mock.patch.object(cuda, "why_not_here", WHY_NOT_HERE),
+        mock.patch("torch.cuda.is_available", return_value=True),
+    ):
         with pytest.raises(
             ValueError, match="'cuda' does not run here: it is for CUDA devices .* on cpu; move it, or"
         ):
