@@ -31,7 +31,7 @@ from dmq_ao.backends.products import (
     unfoldable,
     why_float,
 )
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, shift_fits_int8
 from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.values import VAL
 
@@ -92,6 +92,10 @@ def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Ker
     grouped = record.weight.scale.shape[1] > 1 or (conv is not None and conv.groups > 1)
     if record.activation is not None or grouped or record.kind == "conv3d":
         return Kernel(FLOAT, why)
+    if not shift_fits_int8(record.weight.bits, record.weight.symmetric, 0):
+        return Kernel(
+            FLOAT, f"{why}; asymmetric codes of {record.weight.bits} bits are wider than a byte when centred"
+        )
     if dtype not in HALVES:
         return Kernel(FLOAT, f"{why}; packed codes are multiplied in a denoiser of bfloat16 or float16")
     bias = node.args[2] if len(node.args) > 2 else None

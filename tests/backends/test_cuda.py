@@ -192,6 +192,16 @@ def test_a_layer_of_floats_reads_packed_codes(kind: str) -> None:
     assert (wide.name, "bfloat16 or float16" in wide.why) == (FLOAT, kind != "grouped")
 
 
+def test_centred_codes_wider_than_a_byte_stay_in_float() -> None:
+    build, shape = LAYERS["tokens"]
+    samples = example(shape, -1)
+    narrow = replace(samples, inputs={"x": samples.inputs["x"].half()})
+    recipe = minmax("w8a16")
+    recipe = replace(recipe, config=replace(recipe.config, weight=replace(recipe.config.weight, symmetric=False)))
+    kernel = dmq_ao.convert(calibrated(build().half(), recipe, narrow, "reference"), "cuda").kernels["layer"]
+    assert (kernel.name, "wider than a byte" in kernel.why) == (FLOAT, True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What does not run, tiles, and machine code for GPUs that are not here
 
