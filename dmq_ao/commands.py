@@ -185,6 +185,7 @@ def quantize(
     epilog=_examples(
         "dmq-ao sample out/ -o grid.png",
         "dmq-ao sample demo -o pictures/ --num 64 --seed 1000",
+        "dmq-ao sample out/ -o grid.png --device cuda --backend cuda",
     )
 )
 def sample(
@@ -198,6 +199,7 @@ def sample(
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
     ] = False,
+    device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")] = "cpu",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser first.")] = False,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
@@ -208,7 +210,7 @@ def sample(
     """
     from dmq_ao import diffusers_adapter, gallery
 
-    pipeline = _pipeline(model, prompt, backend, packed)
+    pipeline = _pipeline(model, prompt, backend, packed, device)
     if compile_:
         diffusers_adapter.compile_denoiser(pipeline)
     seeds = range(seed, seed + num)
@@ -426,11 +428,17 @@ def _recipe(name: str, bits: str, given: dict[str, Any], keep_float: list[str], 
     return replace(recipe, config=config, num_samples=samples)
 
 
-def _pipeline(model: str, prompt: str | None, backend: Backend = Backend.AUTO, packed: bool = False) -> Any:
+def _pipeline(
+    model: str,
+    prompt: str | None,
+    backend: Backend = Backend.AUTO,
+    packed: bool = False,
+    device: str = "cpu",
+) -> Any:
     from dmq_ao.diffusers_adapter import check_prompt, load_pipeline
 
     _hide_loading_bars()
-    pipeline = load_pipeline(model, backend=backend.value, packed=packed)
+    pipeline = load_pipeline(model, backend=backend.value, packed=packed, device=device)
     with option_values("--prompt"):
         check_prompt(pipeline, prompt)
     return pipeline

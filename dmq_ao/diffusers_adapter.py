@@ -26,7 +26,7 @@ from dmq_ao.config import InvalidFile, Selection, SelectMethod
 from dmq_ao.evaluation.report import json_ready
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.quantize import DENOISER_NAMES, denoiser_name
-from dmq_ao.saving import load, save
+from dmq_ao.saving import load, save, usable_device
 from dmq_ao.serialization import CONFIG, KEY
 
 DEMO = "demo"
@@ -41,7 +41,12 @@ def demo_folder() -> Path:
 
 
 def load_pipeline(
-    source: str | Path, *, backend: str = "auto", packed: bool = False, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    *,
+    backend: str = "auto",
+    packed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Load a pipeline; a denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
 
@@ -50,31 +55,34 @@ def load_pipeline(
         backend: for a quantized denoiser, as in ``dmq_ao.load``; and so is the next.
         packed: see there.
         dtype: of a float denoiser.
+        device: of all of it.
 
     Raises:
+        ValueError: when there is no such device.
         InvalidFile: when a folder is no pipeline, naming what it lacks, or is not there.
     """
     import diffusers
 
+    device = usable_device(device)
     if str(source) == DEMO:
         source = demo_folder()
     folder = Path(source)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(source)):
             raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
-        return _quiet(diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype))
+        return _quiet(diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype).to(device))
     if not (folder / INDEX).exists():
         raise InvalidFile(
             f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
-    quantized = {name: load(folder / name, backend=backend, packed=packed) for name in found}
+    quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in found}
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
-    return _quiet(pipeline)
+    return _quiet(pipeline.to(device))
 
 
 def load_denoiser(folder: str | Path, *, backend: str = "auto", packed: bool = False) -> QuantizedDenoiser:

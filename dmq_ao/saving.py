@@ -88,7 +88,7 @@ def load(
         InvalidFile: for a damaged or foreign folder, or one of another model.
         ValueError: when the model is wanted and not given, or there is no such device.
     """
-    device = _usable(device)
+    device = usable_device(device)
     stored = serialization.read(folder)
     how = {"packed": packed, "latency_aware": latency_aware}
     if stored.graph is not None:
@@ -99,11 +99,16 @@ def load(
     return _exported_again(stored, model, folder, backend, how, device)
 
 
-def _usable(device: torch.device | str) -> torch.device:
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device that tensors can be made on.
+
+    Raises:
+        ValueError: when there is no such device.
+    """
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} is not to be had here: {error}; load on 'cpu'") from error
+        raise ValueError(f"device {str(device)!r} is not to be had here: {error}; take 'cpu'") from error
 
 
 def _from_graph(

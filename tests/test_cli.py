@@ -146,6 +146,21 @@ def test_sample_draws_a_grid_from_a_quantized_folder(made: tuple[Path, dict[str,
     assert grid.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_pipeline_is_loaded_on_a_device_whole(made: tuple[Path, dict[str, Any]]) -> None:
+    from dmq_ao.diffusers_adapter import load_pipeline
+
+    for source in (made[0], "demo"):
+        pipeline = load_pipeline(source, backend="reference", device="meta")
+        assert (pipeline.device, pipeline.unet.device) == (torch.device("meta"),) * 2
+
+
+def test_sample_wants_a_device_that_is_there(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    result = run("sample", made[0], "-o", tmp_path / "grid.png", "--device", "cuda:77")
+    assert result.exit_code == 1
+    assert "device 'cuda:77' is not to be had here" in result.stderr
+    assert not (tmp_path / "grid.png").exists()
+
+
 def test_sample_keeps_codes_packed_when_asked(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     names = ("plain.png", "packed.png")
     for name, more in zip(names, ((), ("--packed",)), strict=True):

@@ -167,7 +167,7 @@ def test_a_denoiser_is_loaded_on_any_device(
 def test_a_device_that_is_not_there_is_named(folder: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match="device 'cuda' is not to be had here: .*; load on 'cpu'"):
+    with pytest.raises(ValueError, match="device 'cuda' is not to be had here: .*; take 'cpu'"):
         dmq_ao.load(folder, device="cuda")
 
 
