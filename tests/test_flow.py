@@ -92,7 +92,8 @@ def quantized(request: pytest.FixtureRequest) -> Quantized:
     samples = record(model, call)
     prepared = dmq_ao.prepare(model, RECIPE, samples.example())
     report = dmq_ao.calibrate(prepared, samples, progress=False)
-    names = [name for name in ALL_BACKENDS if not ALL_BACKENDS[name].unsupported(prepared.meta["dmq_ao.plan"])]
+    on_cpu = ("reference", "onednn")
+    names = [name for name in on_cpu if not ALL_BACKENDS[name].unsupported(prepared.meta["dmq_ao.plan"])]
     by_backend = {name: dmq_ao.convert(prepared, name) for name in names}
     return Quantized(model, example, samples, prepared, report, by_backend, before, output)
 
