@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch.fx import GraphModule
 
-from dmq_ao.backends import cuda, cuda_measured, onednn_measured
+from dmq_ao.backends import cuda_measured, onednn_measured
 from dmq_ao.backends.cuda import Cuda
 from dmq_ao.backends.onednn import OneDNN
 from dmq_ao.backends.reference import Reference
@@ -20,6 +20,9 @@ class Backend(Protocol):
     """What a backend is: a name, reasons against a plan, and a lowering of the q/dq graph."""
 
     name: str
+
+    def why_not_on(self, device: torch.device) -> str:
+        """Why it does not run on a device, and what to do; empty when it does."""
 
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Reasons why a plan cannot run here; empty when it can."""
@@ -78,25 +81,18 @@ def _choose(name: str, device: torch.device, plan: Mapping[str, LayerPlan]) -> B
     if name == "auto":
         # Not yet "cuda", which has run in Triton's interpreter but on no GPU: it is asked for by name.
         integer = ALL_BACKENDS["onednn"]
-        runs = not _why_elsewhere(integer, device) and not integer.unsupported(plan)
+        runs = not integer.why_not_on(device) and not integer.unsupported(plan)
         return integer if runs else ALL_BACKENDS["reference"]
     if name not in ALL_BACKENDS:
         raise ValueError(f"backend {name!r} is not known; the backends are {['auto', *ALL_BACKENDS]}")
     backend = ALL_BACKENDS[name]
-    why = _why_elsewhere(backend, device)
+    why = backend.why_not_on(device)
     if why:
         raise ValueError(f"backend {name!r} does not run here: {why}, or use 'reference'")
     reasons = backend.unsupported(plan)
     if reasons:
         raise UnsupportedByBackend(name, reasons)
     return backend
-
-
-def _why_elsewhere(backend: Backend, device: torch.device) -> str:
-    """Why a backend does not run on a device, and what to do; empty when it does."""
-    if backend.name == "onednn" and device.type != "cpu":
-        return f"it is for CPUs and the denoiser is on {device}; move it"
-    return cuda.why_not_here(device) if backend.name == "cuda" else ""
 
 
 __all__ = ["ALL_BACKENDS", "MEASURED", "Backend", "Cuda", "OneDNN", "Reference", "choose"]

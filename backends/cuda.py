@@ -61,6 +61,10 @@ class Cuda:
 
     name = "cuda"
 
+    def why_not_on(self, device: torch.device) -> str:
+        """Why it does not run on a device, and what to do; empty when it does."""
+        return why_not_here(device)
+
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Reasons why a plan cannot run, one sentence each; what runs in float is no reason."""
         return unfoldable(plan)

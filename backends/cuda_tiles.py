@@ -18,7 +18,6 @@ from dmq_ao.backends.cuda_weights import LANES
 MEASURED = Path(__file__).with_name("cuda_tiles.json")
 _FEW_STEPS = 4  # a part of a sum should have as many steps, or its start and its atomic additions cost more than it
 _MOST_PARTS = 8
-_SPREAD = 132  # multiprocessors where the device does not tell: those of an H100
 
 
 class Tile(NamedTuple):
@@ -51,6 +50,7 @@ class Shape(NamedTuple):
     bits: int
 
 
+@functools.cache
 def choose(shape: Shape, device: torch.device) -> Tile:
     """The tile for a product on a device."""
     name, multiprocessors = _facts(device)
@@ -63,7 +63,7 @@ def key(shape: Shape) -> str:
     return "x".join(map(str, shape._replace(rows=_power(shape.rows))))
 
 
-def rule(shape: Shape, multiprocessors: int = _SPREAD) -> Tile:
+def rule(shape: Shape, multiprocessors: int) -> Tile:
     """Large tiles where there are enough of them for every multiprocessor; then sums in parts."""
     outs = 128 if shape.outs > 64 else 64
     rows = min(128, max(16, _power(shape.rows)))
@@ -87,6 +87,7 @@ def _power(rows: int) -> int:
 
 def forget() -> None:
     """Read the file again at the next choice."""
+    choose.cache_clear()
     _measured.cache_clear()
 
 

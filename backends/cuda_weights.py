@@ -43,11 +43,6 @@ class KernelWeight:
     shifts: Tensor | None
     sums: Tensor
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the codes."""
-        return sum(tensor.numel() for tensor in self.packed)
-
 
 def pack_lanes(codes: Tensor, bits: int) -> Tensor:
     """Pack unsigned codes [rows, taps, channels] as the module says; channels are filled up with zeros.

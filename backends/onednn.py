@@ -189,6 +189,10 @@ class OneDNN:
 
     name = "onednn"
 
+    def why_not_on(self, device: torch.device) -> str:
+        """Why it does not run on a device, and what to do; empty when it does."""
+        return "" if device.type == "cpu" else f"it is for CPUs and the denoiser is on {device}; move it"
+
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Reasons why a plan cannot run, one sentence each; what runs slower is no reason."""
         if hasattr(torch.ops.onednn, "qconv_pointwise"):

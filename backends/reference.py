@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch.fx import GraphModule
 
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
@@ -11,6 +12,11 @@ class Reference:
     """Float arithmetic on dequantized values; any device, any width, any granularity."""
 
     name = "reference"
+
+    def why_not_on(self, device: torch.device) -> str:
+        """Nothing: the reference runs everywhere."""
+        del device
+        return ""
 
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Nothing: the reference runs every recipe."""

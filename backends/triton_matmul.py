@@ -1,8 +1,8 @@
 """Integer products in Triton: int8 codes times packed codes of 2, 4 or 8 bits, as linears and as convolutions.
 
 ``x`` are codes less 128, channels last. A convolution runs over taps and channels without unfolding (implicit GEMM);
-pixels outside contribute the code 128, which is no other than nothing, and the zero point is taken off the taps inside
-alone: with ``sums[t, o]`` of the codes of tap ``t``, ::
+pixels outside contribute the code 128, which is a zero here, and the zero point is taken off the taps inside alone:
+with ``sums[t, o]`` of the codes of tap ``t``, ::
 
     y[m, o] = (acc[m, o] - (z_m - 128) * sum_t inside[m, t] * sums[t, o]) * scale_m * weight_scale_o + bias_o
 
@@ -25,8 +25,6 @@ from dmq_ao.backends.cuda_weights import LANES
 
 _GROUP = 8  # tiles of rows that share a tile of weights while it is in the cache
 _FINISHED = 64  # rows, and outputs, that a program of the second pass writes
-
-
 # The interpreter knows no machine code.
 INTERPRETED = not isinstance(triton_kernels.matmul, triton.JITFunction)
 LINEAR = (1, 1, 1, 1, 0, 0, 1, 1)

@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
@@ -35,6 +36,19 @@ def unflatten_inputs(flat: Mapping[str, Any]) -> dict[str, Any]:
             level = level.setdefault(parent, {})
         level[last] = value
     return {key: _lists(value) for key, value in nested.items()}
+
+
+def moved_inputs(
+    inputs: Mapping[str, Any], device: torch.device | None = None, floats: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The inputs with tensors on ``device``, and those of float32 in the type ``floats``; None changes nothing."""
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, floats if value.dtype == torch.float32 else None)
+
+    return unflatten_inputs({name: moved(value) for name, value in flatten_inputs(inputs).items()})
 
 
 def _lists(value: Any) -> Any:

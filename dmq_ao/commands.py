@@ -429,11 +429,7 @@ def _recipe(name: str, bits: str, given: dict[str, Any], keep_float: list[str], 
 
 
 def _pipeline(
-    model: str,
-    prompt: str | None,
-    backend: Backend = Backend.AUTO,
-    packed: bool = False,
-    device: str = "cpu",
+    model: str, prompt: str | None, backend: Backend = Backend.AUTO, packed: bool = False, device: str = "cpu"
 ) -> Any:
     from dmq_ao.diffusers_adapter import check_prompt, load_pipeline
 

@@ -137,7 +137,7 @@ def capture(
     if timestep is not None and not isinstance(arguments[timestep], Tensor):
         arguments[timestep] = torch.tensor(arguments[timestep])
     flat = flatten_inputs(arguments)
-    device = next((p.device for p in denoiser.parameters()), None)  # samples are kept on the CPU
+    device = device_of(denoiser)  # samples are kept on the CPU
     tensors = {name: value.to(device) for name, value in flat.items() if isinstance(value, Tensor)}
     constants = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     batch = _batch_argument(tensors, timestep)
@@ -173,6 +173,11 @@ def capture(
     )
     _name_layers(gm)
     return gm
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a denoiser or its graph is: with its parameters; the CPU without any."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def first_tensor(result: Any) -> Tensor:
@@ -405,5 +410,5 @@ def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
     missing = [name for name in names if name not in flat]
     if missing:
         raise ValueError(f"the samples lack {missing}, which the prepared denoiser takes; they hold {sorted(flat)}")
-    device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    device = device_of(gm)
     return [torch.as_tensor(flat[name]).to(device) for name in names]

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dmq_ao.arguments import flatten_inputs, unflatten_inputs
+from dmq_ao.arguments import flatten_inputs, moved_inputs, unflatten_inputs
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.compile import Mode, compile
 from dmq_ao.evaluation import clock_of, folder_bytes, latency, one_step_error
 from dmq_ao.evaluation.cuda_peers import CUDA_PEERS
 from dmq_ao.evaluation.peers import PEERS, Artifact, Call, Inputs, Peer, Plain
+from dmq_ao.graph import device_of
 from dmq_ao.measure import by_timestep
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.roofline import int8_peak, integer_macs
@@ -54,13 +55,13 @@ class Case:
     @property
     def device(self) -> torch.device:
         """Where the denoiser is, and everybody runs."""
-        return next(self.net.parameters()).device
+        return device_of(self.net)
 
     def calibration(self) -> list[Inputs]:
         """The samples as calls of exactly ``batch_size`` rows; the last rows that make no call are left out."""
         whole = len(self.samples) // self.batch_size * self.batch_size
         rows = torch.arange(max(whole, self.batch_size)) % len(self.samples)
-        return [_on(self.device, call) for call in self.samples.select(rows).batches(self.batch_size)]
+        return [moved_inputs(call, self.device) for call in self.samples.select(rows).batches(self.batch_size)]
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,6 @@ class Ours:
 def peers_on(device: torch.device) -> Mapping[str, Peer]:
     """The peers that run on a device, by name."""
     return CUDA_PEERS if device.type == "cuda" else PEERS
-
-
-def _on(device: torch.device, inputs: Inputs) -> Inputs:
-    flat = flatten_inputs(dict(inputs))
-    moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in flat.items()}
-    return unflatten_inputs(moved)
 
 
 class Padded(nn.Module):
@@ -142,7 +137,7 @@ def side_by_side(
         say(f"{name}: build and compile")
         _attempt(rows, name, partial(_ready, name, case, calls), say)
     gc.collect()
-    bound = {name: partial(call, **_on(case.device, case.inputs)) for name, call in calls.items()}
+    bound = {name: partial(call, **moved_inputs(case.inputs, case.device)) for name, call in calls.items()}
     for name, timed in latency(bound, repeats=repeats, progress=progress, clock=clock_of(case.device)).items():
         rows[name] |= vars(timed)
     say("one-step errors")
@@ -170,7 +165,7 @@ def _ready(name: str, case: Case, calls: dict[str, Call]) -> Row:
     with redirect_stdout(sys.stderr):  # NNCF and torch.onnx print what they do
         started = perf_counter()
         peer, before = peers_on(case.device)[name], _device_bytes(case.device)
-        artifact = peer.build(case.net, _on(case.device, case.inputs), case.calibration())
+        artifact = peer.build(case.net, moved_inputs(case.inputs, case.device), case.calibration())
         build_seconds = perf_counter() - started
         call, compile_seconds = _first_call(artifact, case)
     calls[name] = call
@@ -187,7 +182,7 @@ def _ready_ours(one: Ours, case: Case) -> tuple[Row, Call]:
     artifact = Artifact(stored_bytes(one.denoiser), lambda: _in_its_type(one))
     before = _device_bytes(case.device) - one.denoiser.graph_bytes
     call, compile_seconds = _first_call(artifact, case)
-    macs = integer_macs(one.denoiser, _narrowed(_on(case.device, case.inputs), one.denoiser.dtype))
+    macs = integer_macs(one.denoiser, moved_inputs(case.inputs, case.device, one.denoiser.dtype))
     row = {
         "file_bytes": artifact.file_bytes,
         "build_seconds": one.build_seconds,
@@ -206,22 +201,16 @@ def _in_its_type(one: Ours) -> Call:
     compiled = torch.no_grad()(compile(one.denoiser, one.mode))
 
     def call(**inputs: Any) -> Tensor:
-        result: Tensor = compiled(**_narrowed(inputs, one.denoiser.dtype))
+        result: Tensor = compiled(**moved_inputs(inputs, floats=one.denoiser.dtype))
         return result
 
     return compiled if one.denoiser.dtype == torch.float32 else call
 
 
-def _narrowed(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    flat = flatten_inputs(dict(inputs))
-    floats = {name: x.to(dtype) for name, x in flat.items() if isinstance(x, Tensor) and x.dtype == torch.float32}
-    return unflatten_inputs({**flat, **floats})
-
-
 def _first_call(artifact: Artifact, case: Case) -> tuple[Call, float]:
     started = perf_counter()
     call = artifact.compile()
-    call(**_on(case.device, case.inputs))
+    call(**moved_inputs(case.inputs, case.device))
     if case.device.type == "cuda":
         torch.cuda.synchronize(case.device)
     return call, perf_counter() - started
@@ -248,7 +237,7 @@ def stored_bytes(quantized: QuantizedDenoiser) -> int:
 
 def _errors(case: Case) -> Callable[[Call], Row]:
     """What measures the error of a call; the float denoiser is asked once for all of them."""
-    batches = [(timestep, _on(case.device, inputs)) for timestep, inputs in by_timestep(case.states)]
+    batches = [(timestep, moved_inputs(inputs, case.device)) for timestep, inputs in by_timestep(case.states)]
     teacher = torch.no_grad()(Plain(case.net))
     answers = [Padded(teacher, case.batch_size)(**inputs) for _, inputs in batches]
 

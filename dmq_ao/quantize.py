@@ -52,8 +52,7 @@ def prepare(
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
-    device = next((p.device for p in denoiser.parameters()), torch.device("cpu"))
-    choose(backend, device, make_plan(captured, recipe.config))
+    choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
     keep = dict(captured.meta)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
@@ -107,8 +106,7 @@ def convert(
     if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
-    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
-    chosen = choose(backend, device, plan, packed, latency_aware)
+    chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)
     records = _records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)

@@ -18,7 +18,6 @@ a GPU, timed by its own clock; without a GPU it says so, and measures nothing. W
 from __future__ import annotations
 
 import argparse
-import copy
 import dataclasses
 import json
 import time
@@ -29,10 +28,10 @@ from typing import Any
 import footprint
 import torch
 from ablation import EVEN, custom
-from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import recipes
+from dmq_ao.arguments import flatten_inputs, moved_inputs
 from dmq_ao.backends import cuda
 from dmq_ao.benchmark import first_rows
 from dmq_ao.calibration import CalibrationSet
@@ -41,7 +40,7 @@ from dmq_ao.config import Ranges, Recipe
 from dmq_ao.evaluation import machine, peak_rss_bytes
 from dmq_ao.evaluation.cuda_peers import CUDA_PEERS
 from dmq_ao.evaluation.peer_table import peer_notes, peer_rows
-from dmq_ao.evaluation.peers import PEERS, check_installed, chosen_peers
+from dmq_ao.evaluation.peers import PEERS, check_installed, chosen_peers, narrowed
 from dmq_ao.measure import float_bytes
 from dmq_ao.named import NAMED, named_denoiser
 from dmq_ao.peer_benchmark import Case, Ours, peers_on, side_by_side
@@ -81,8 +80,9 @@ def ours(case: Case, names: Sequence[str]) -> dict[str, Ours]:
     """Our variants, quantized here; those that differ only in how they are compiled share their integers."""
     made: dict[str, Ours] = {}
     variants: dict[str, Ours] = {}
-    known, backend, net = (OURS, "auto", case.net) if case.device == CPU else (CUDA, "cuda", in_bfloat16(case.net))
-    samples = case.samples if case.device == CPU else bfloat16_samples(case.samples)
+    known, backend, net, samples = OURS, "auto", case.net, case.samples
+    if case.device != CPU:
+        known, backend, net, samples = CUDA, "cuda", narrowed(case.net), bfloat16_samples(case.samples)
     for name in names:
         recipe, mode = known[name][0](), known[name][1]
         key = json.dumps(recipe.to_dict(), sort_keys=True)
@@ -95,16 +95,10 @@ def ours(case: Case, names: Sequence[str]) -> dict[str, Ours]:
     return variants
 
 
-def in_bfloat16(net: nn.Module) -> nn.Module:
-    """A copy, as GPUs run it."""
-    return copy.deepcopy(net).bfloat16()
-
-
 def bfloat16_samples(samples: CalibrationSet) -> CalibrationSet:
-    """The samples for such a copy."""
+    """The samples for a denoiser in bfloat16."""
     inputs, shared = (
-        {name: x.bfloat16() if isinstance(x, Tensor) and x.dtype == torch.float32 else x for name, x in values.items()}
-        for values in (samples.inputs, samples.shared)
+        flatten_inputs(moved_inputs(values, floats=torch.bfloat16)) for values in (samples.inputs, samples.shared)
     )
     return dataclasses.replace(samples, inputs=inputs, shared=shared)
 
@@ -157,12 +151,13 @@ def run(model: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for name, figures in loaded.items():
         if name in report["rows"]:
             report["rows"][name] = {**figures, **report["rows"][name]}
+    where = machine()
     return {
         "model": model,
         "batch_size": case.batch_size,
         "date": time.strftime("%Y-%m-%d"),
-        "machine": machine(),
-        "device": None if case.device == CPU else machine()["gpu"],
+        "machine": where,
+        "device": None if case.device == CPU else where["gpu"],
         **report,
         "float_bytes": float_bytes(case.net),
         "peak_rss_bytes": peak_rss_bytes(),

@@ -14,11 +14,16 @@ def place_on(gm: GraphModule, device: torch.device) -> None:
 
     Before:  arange(n, device=cpu)      After:  arange(n, device=cuda)
     """
+    gm.to(device)
+    others: set[torch.device] = set()
 
     def moved(value: Any) -> Any:
-        return device if isinstance(value, torch.device) else value
+        if isinstance(value, torch.device) and value != device:
+            others.add(value)
+            return device
+        return value
 
     for node in gm.graph.nodes:
         node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
-    gm.to(device)
-    gm.recompile()
+    if others:  # writing the code again takes longer than all of this
+        gm.recompile()

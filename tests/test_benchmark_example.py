@@ -85,7 +85,7 @@ def test_samples_for_a_denoiser_in_bfloat16(example: ModuleType) -> None:
     narrow = example.bfloat16_samples(samples)
     assert narrow.inputs["x"].dtype == torch.bfloat16
     assert torch.equal(narrow.timestep, samples.timestep)
-    assert example.in_bfloat16(seeded(Plain))(**narrow.example(2)).dtype == torch.bfloat16
+    assert example.narrowed(seeded(Plain))(**narrow.example(2)).dtype == torch.bfloat16
 
 
 def test_a_model_of_no_file_wants_a_name(example: ModuleType, tmp_path: Path) -> None:

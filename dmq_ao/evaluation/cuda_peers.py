@@ -6,51 +6,28 @@ stay in bfloat16, for which it has no kernels.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dmq_ao.evaluation.peers import Artifact, Call, Inputs, Peer, Plain
+from dmq_ao.evaluation.peers import Artifact, Inputs, Peer, bf16, narrow_call, narrowed
 
 COMPILED_BF16 = "CUDA bf16 compiled"
 _MODE = "max-autotune"  # times its kernels, and replays CUDA graphs
-
-
-def bf16(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs], *, compiled: bool = True) -> Artifact:
-    """PyTorch, weights and values in bfloat16."""
-    half = copy.deepcopy(net).bfloat16()
-    return Artifact(stored_bytes(half), partial(_ready, half, compiled))
 
 
 def torchao(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs], *, config: str, **options: Any) -> Artifact:
     """Torchao's eager flow on a bfloat16 copy: ``quantize_`` with a configuration of its own, by name."""
     import torchao.quantization as quantization
 
-    half = copy.deepcopy(net).bfloat16()
+    half = narrowed(net)
     quantization.quantize_(half, getattr(quantization, config)(**options))
-    return Artifact(stored_bytes(half), partial(_ready, half, True))
+    return Artifact(_stored_bytes(half), partial(narrow_call, half, True, _MODE))
 
 
-def _ready(half: nn.Module, compiled: bool) -> Call:
-    run = torch.compile(Plain(half), mode=_MODE, dynamic=False) if compiled else Plain(half)
-
-    @torch.no_grad()
-    def call(**inputs: Any) -> Tensor:
-        narrow = {
-            key: value.bfloat16() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
-            for key, value in inputs.items()
-        }
-        result: Tensor = run(**narrow)
-        return result.float()
-
-    return call
-
-
-def stored_bytes(net: nn.Module) -> int:
+def _stored_bytes(net: nn.Module) -> int:
     """Bytes of a model's tensors; those that are made of others count as these."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _plain(net.state_dict().values()))
 
@@ -66,7 +43,7 @@ def _plain(tensors: Iterable[Any]) -> Iterable[Tensor]:
 
 CUDA_PEERS: dict[str, Peer] = {
     "CUDA bf16": Peer(partial(bf16, compiled=False)),
-    COMPILED_BF16: Peer(bf16),
+    COMPILED_BF16: Peer(partial(bf16, compiled=True, mode=_MODE)),
     "CUDA torchao int8 dynamic": Peer(
         partial(torchao, config="Int8DynamicActivationInt8WeightConfig"), ("triton",), integer=True
     ),

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dmq_ao.arguments import flatten_inputs
+from dmq_ao.arguments import flatten_inputs, moved_inputs
 from dmq_ao.evaluation.cost import folder_bytes
 
 Inputs = Mapping[str, Any]
@@ -132,24 +132,24 @@ def compiled(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> A
     )
 
 
-def bf16(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs], *, compiled: bool) -> Artifact:
-    """PyTorch, weights and values in bfloat16."""
-    half = _narrowed(net)
+def bf16(
+    net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs], *, compiled: bool, mode: str | None = None
+) -> Artifact:
+    """PyTorch, weights and values in bfloat16; ``mode`` is that of ``torch.compile``."""
+    half = narrowed(net)
+    return Artifact(_bytes(half.state_dict().values()), partial(narrow_call, half, compiled, mode))
 
-    def ready() -> Call:
-        run = torch.compile(Plain(half), dynamic=False) if compiled else Plain(half)
 
-        @torch.no_grad()
-        def call(**inputs: Any) -> Tensor:
-            narrow = {
-                k: v.bfloat16() if isinstance(v, Tensor) and v.dtype == torch.float32 else v for k, v in inputs.items()
-            }
-            result: Tensor = run(**narrow)
-            return result.float()
+def narrow_call(half: nn.Module, compiled: bool, mode: str | None = None) -> Call:
+    """A denoiser in bfloat16 as a function from float32 to float32."""
+    run = torch.compile(Plain(half), mode=mode, dynamic=False) if compiled else Plain(half)
 
-        return call
+    @torch.no_grad()
+    def call(**inputs: Any) -> Tensor:
+        result: Tensor = run(**moved_inputs(inputs, floats=torch.bfloat16))
+        return result.float()
 
-    return Artifact(_bytes(half.state_dict().values()), ready)
+    return call
 
 
 def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Artifact:
@@ -278,7 +278,7 @@ def _exported(net: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     return torch.export.export(Plain(net), (), dict(inputs), strict=False)
 
 
-def _narrowed(net: nn.Module) -> nn.Module:
+def narrowed(net: nn.Module) -> nn.Module:
     """A copy in bfloat16, without a copy in float32 on the way."""
     memo: dict[int, Any] = {}
     for tensor in [*net.parameters(), *net.buffers()]:

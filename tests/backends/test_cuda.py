@@ -244,7 +244,7 @@ def test_what_no_stored_weight_can_hold_is_refused() -> None:
     bits=st.sampled_from([2, 4, 8]),
 )
 def test_tiles_fit_the_kernels(rows: int, outs: int, row_bytes: int, taps: int, bits: int) -> None:
-    tile = cuda_tiles.rule(Shape(rows, outs, row_bytes, taps, bits))
+    tile = cuda_tiles.rule(Shape(rows, outs, row_bytes, taps, bits), multiprocessors=132)
     for size, least, most in ((tile.rows, 16, 128), (tile.outs, 64, 128), (tile.lanes, 32, 128)):
         assert least <= size <= most
         assert size & (size - 1) == 0
