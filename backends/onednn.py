@@ -123,13 +123,20 @@ def _int_linear(
         weight = torch.ops.onednn.qlinear_prepack(weight, None)
     weight_zero = torch.zeros_like(weight_scale, dtype=torch.int32)
 
-    def kernel(part: Tensor, x_scale: float, x_zero: int) -> Tensor:
-        offset = _offset(x_scale * x_zero, weight_sum, bias)
+    def multiply(part: Tensor, x_scale: float, offset: Tensor | None, out: torch.dtype) -> Tensor:
         args = (part, x_scale, 0, weight, weight_scale, weight_zero, offset)
-        result: Tensor = torch.ops.onednn.qlinear_pointwise.default(*args, 1.0, 0, dtype, "none", [], "")
+        result: Tensor = torch.ops.onednn.qlinear_pointwise.default(*args, 1.0, 0, out, "none", [], "")
         return result
 
-    return _by_rows(kernel, codes, scale, zero_point)
+    def kernel(part: Tensor, x_scale: float, x_zero: int) -> Tensor:
+        return multiply(part, x_scale, _offset(x_scale * x_zero, weight_sum, bias), dtype)
+
+    if codes.dim() > 2 or len(scale) == 1:
+        return _by_rows(kernel, codes, scale, zero_point)
+    # Vectors: a call for each would read the whole weight for one product a row.
+    product = multiply(codes, 1.0, None, torch.float32)
+    result = (product - zero_point.unsqueeze(1) * weight_sum) * scale.unsqueeze(1)
+    return (result if bias is None else result + bias).to(dtype)
 
 
 # Prepacked weights are opaque oneDNN tensors, which dispatch on a key of their own.

@@ -639,10 +639,19 @@ Tensor linear(const Tensor& codes, const Tensor& scale, const Tensor& zero_point
       c10::Dispatcher::singleton().findSchemaOrThrow("onednn::qlinear_pointwise", "").typed<Op>();
   const Tensor packed = prepacked(weight);
   const Tensor weight_zero_point = at::zeros(weight_scale.sizes(), weight_scale.options().dtype(at::kInt));
-  return by_rows(codes, scale, zero_point, [&](const Tensor& part, double s, int64_t z) {
-    return op.call(part, s, 0, packed, weight_scale, weight_zero_point, offset(s * z, weight_sum, bias), 1.0, 0, dtype,
-                   "none", Scalars(), "");
-  });
+  const auto multiply = [&](const Tensor& part, double s, const optional<Tensor>& added, at::ScalarType out) {
+    return op.call(part, s, 0, packed, weight_scale, weight_zero_point, added, 1.0, 0, out, "none", Scalars(), "");
+  };
+  if (codes.dim() > 2 || scale.numel() == 1) {
+    return by_rows(codes, scale, zero_point, [&](const Tensor& part, double s, int64_t z) {
+      return multiply(part, s, offset(s * z, weight_sum, bias), dtype);
+    });
+  }
+  // Vectors: a call for each would read the whole weight for one product a row.
+  const Tensor result = multiply(codes, 1.0, {}, at::kFloat)
+                            .sub_(zero_point.unsqueeze(1) * weight_sum)
+                            .mul_(scale.unsqueeze(1));
+  return (bias.has_value() ? result.add_(*bias) : result).to(dtype);
 }
 
 }  // namespace

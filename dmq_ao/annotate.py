@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,7 +17,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import (
 )
 
 from dmq_ao import graph
-from dmq_ao.config import FLOAT_BITS, AttentionConfig, PowerOfTwo, QuantConfig, Recipe, TensorConfig
+from dmq_ao.config import FLOAT_BITS, AttentionConfig, PowerOfTwo, QuantConfig, Ranges, Recipe, TensorConfig
 from dmq_ao.layer import LayerPlan
 from dmq_ao.numerics import code_range
 from dmq_ao.observers import (
@@ -29,6 +30,7 @@ from dmq_ao.observers import (
 from dmq_ao.passes import decompose_attention, split_concat
 from dmq_ao.passes.decompose_attention import PRODUCTS
 from dmq_ao.roles import ROLES, roles_of, whole_name
+from dmq_ao.values import VAL
 
 PLAN = "dmq_ao.plan"
 RECIPE = "dmq_ao.recipe"
@@ -46,13 +48,38 @@ _WHY = {
 def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
     """Decide for every layer of a captured graph.
 
+    A range per timestep is one range for all where an input knows neither the sample nor the timestep (text, sizes),
+    or where its rows are not those of the batch (frames, pixels), so that no timestep belongs to them.
+
     Raises:
         ValueError: for a pattern that matches no layer, listing close names; for an unknown role or observer.
     """
     layers = graph.find_layers(gm)
     roles = roles_of(gm, layers)
     _check_patterns(config, roles)
-    return {layer.name: _plan_layer(layer, roles[layer.name], config) for layer in layers}
+    plan = {layer.name: _plan_layer(layer, roles[layer.name], config) for layer in layers}
+    inputs, signature = graph.placeholders(gm), graph.signature_of(gm)
+    moving = graph.reach(gm, {inputs[name] for name in (signature.batch, signature.timestep) if name in inputs})
+    rows = (1, inputs[signature.batch].meta[VAL].shape[0])
+    for layer in layers:
+        source = layer.node.args[0]
+        assert isinstance(source, Node)
+        if source not in moving or not any(_same_size(source.meta[VAL].shape[0], count) for count in rows):
+            plan[layer.name] = _at_rest(plan[layer.name])
+    return plan
+
+
+def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Whether two sizes are the same for every input, by their expressions: comparing them would fix them."""
+    return str(one) == str(other)
+
+
+def _at_rest(item: LayerPlan) -> LayerPlan:
+    """The plan of a layer with one range where it was to have one per timestep."""
+    activation, votes = item.activation, item.power_of_two
+    if activation is None or activation.ranges is not Ranges.PER_STEP or (votes is not None and votes.per_step):
+        return item
+    return replace(item, activation=replace(activation, ranges=Ranges.STATIC))
 
 
 def _plan_layer(layer: graph.Layer, roles: set[str], config: QuantConfig) -> LayerPlan:

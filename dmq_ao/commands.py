@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dmq_ao import recipes
-from dmq_ao.config import BitAllocation, Ranges, Recipe, SelectMethod
+from dmq_ao.config import BitAllocation, Override, Ranges, Recipe, SelectMethod
 from dmq_ao.terminal import FAILURE, Commands, Format, debug, emit, option_values, say
 
 app = typer.Typer(
@@ -424,7 +424,8 @@ def _recipe(name: str, bits: str, given: dict[str, Any], keep_float: list[str], 
     if foreign:
         raise ValueError(f"the recipe {name!r} decides {', '.join(foreign)} itself; leave the options out")
     recipe = build(bits, **wanted)
-    config = replace(recipe.config, keep_float=(*recipe.config.keep_float, *keep_float))
+    kept = (Override(pattern, keep_float=True) for pattern in keep_float)  # last, so that they win
+    config = replace(recipe.config, overrides=(*recipe.config.overrides, *kept))
     return replace(recipe, config=config, num_samples=samples)
 
 

@@ -66,6 +66,7 @@ def minmax(
     ranges: Ranges = Ranges.STATIC,
     observer: str = "minmax",
     group_size: int | None = None,
+    embeddings: bool = False,
 ) -> Recipe:
     """Round to nearest: weights per output channel (or group), activations per tensor.
 
@@ -75,6 +76,8 @@ def minmax(
         ranges: ``STATIC``, ``PER_STEP`` or ``DYNAMIC`` activation ranges.
         observer: range estimator of weights and activations: ``minmax``, ``mse`` or ``percentile``.
         group_size: inputs that share a weight scale; None for one scale per output channel.
+        embeddings: time and label embeddings and the modulations made from them, up to a third of a transformer's
+            weights, get 8 bits and inputs of 12, each vector by its own range; else they stay in float.
 
     Raises:
         ValueError: for a scheme that is not of this form.
@@ -91,7 +94,15 @@ def minmax(
         activation=TensorConfig(bits=activation_bits, ranges=ranges, observer=observer),
         power_of_two=(PowerOfTwo() if power_of_two else None) if isinstance(power_of_two, bool) else power_of_two,
     )
-    return Recipe(name="minmax", config=config)
+    return Recipe(name="minmax", config=_with_embeddings(config) if embeddings else config)
+
+
+def _with_embeddings(config: QuantConfig) -> QuantConfig:
+    """Embeddings on integers, each input by its own range: prompts and timesteps never seen before are not clipped."""
+    own = dataclasses.replace(config.activation, ranges=Ranges.DYNAMIC)
+    override = _at_least("@embedding", config.weight, own, MAX_INPUT_BITS)
+    keep_float = tuple(role for role in config.keep_float if role != "@embedding")
+    return dataclasses.replace(config, keep_float=keep_float, overrides=(*config.overrides, override))
 
 
 def dmq(
@@ -163,7 +174,7 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
 
     Symmetric weights per output channel and one static range per activation, both of least error; skip connections
     split; input and output projections at 8 bits, embeddings in float; roundings and activation steps learned block
-    by block.
+    by block. The sample itself has 12 bits: at the last steps its noise is smaller than a step of 8.
 
     Args:
         bits: ``"w4a8"`` and the like.
@@ -171,7 +182,7 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
         compat: ``"reference"`` computes as the published code does where that can be: its radius, rounding of counts
             and one-step-one-trajectory budget, no rounding regulariser, the last registered layer of a block left out,
             its numbers of steps and rates (those of CIFAR at W4A8), embeddings and attention's products quantized,
-            queries, keys and values by each sample's own range. Not reproduced: unsigned
+            queries, keys and values by each sample's own range, the sample at 8 bits. Not reproduced: unsigned
             storage of symmetric grids, its moving average of ranges, sums over tokens instead of channels, learning
             the activation step itself instead of its logarithm, and its defects.
 
@@ -187,7 +198,10 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
         weight=weight,
         keep_float=() if compat else ("@embedding",),
         attention=AttentionConfig(min(base.config.activation.bits, MAX_BITS)) if compat else None,
-        overrides=tuple(_eight_bits(role, weight, base.config.activation) for role in ("@input", "@output")),
+        overrides=(
+            _at_least("@input", weight, base.config.activation, MAX_BITS if compat else MAX_INPUT_BITS),
+            _at_least("@output", weight, base.config.activation, MAX_BITS),
+        ),
     )
     select = Selection(SelectMethod.TDAC)
     blocks = BlockReconstruction(step_weights=step_weights or StepWeights(Weighting.UNIFORM))
@@ -212,17 +226,17 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
     )
 
 
-def _eight_bits(role: str, weight: TensorConfig, activation: TensorConfig) -> Override:
-    """Eight bits for the layers of a role, where the recipe gives fewer."""
+def _at_least(role: str, weight: TensorConfig, activation: TensorConfig, bits: int) -> Override:
+    """Eight bits for the weights of a role's layers and ``bits`` for their inputs, where the recipe gives fewer."""
     wide = dataclasses.replace(weight, bits=max(weight.bits, MAX_BITS), symmetric=True)
-    return Override(role, wide, dataclasses.replace(activation, bits=max(activation.bits, MAX_BITS)))
+    return Override(role, wide, dataclasses.replace(activation, bits=max(activation.bits, bits)))
 
 
 def default(bits: str = "w4a8") -> Recipe:
     """The best we know: DMQ's scales, ranges and votes, rounding in closed form, and a last distillation.
 
     Below 8 bits, output channels and inputs share out their bits by what these save, at the same mean. The layers that
-    the output is most sensitive to, up to one weight in a hundred, get 8 bits.
+    the output is most sensitive to, up to one weight in a hundred, get 8 bits; so do embeddings, as in ``minmax``.
 
     Args:
         bits: ``"w4a8"`` and the like.
@@ -231,6 +245,7 @@ def default(bits: str = "w4a8") -> Recipe:
         ValueError: for a scheme that is not of this form.
     """
     base = dmq(bits, rounding=RoundingMethod.FEEDBACK)
+    base = dataclasses.replace(base, config=_with_embeddings(base.config))
     if base.config.activation.bits < MAX_BITS:  # few levels: clipping rare extremes is worth more than reaching them
         activation = dataclasses.replace(base.config.activation, observer="mse")
         base = dataclasses.replace(base, config=dataclasses.replace(base.config, activation=activation))

@@ -54,7 +54,8 @@ def search_bits(
     Args:
         prepared: from ``dmq_ao.prepare``.
         samples: from ``dmq_ao.record``.
-        mean_bits: budget: mean width of the codes of all quantized weights; the recipe's own width by default.
+        mean_bits: budget: mean width of the codes of the layers that share bits, which are those that the recipe does
+            not give a byte; the recipe's own width by default.
         max_bytes: budget instead: codes, scales and all that stays in float, as a file of this model will hold them.
         allocation: how; ``BitAllocation()``, or that of the recipe, by default.
         batch_size: rows per forward pass.
@@ -185,23 +186,24 @@ def _share_out(
     if allocation.scorer is Scorer.KURTOSIS:
         return {name: _swapped(one, allocation.groups) for name, one in layers.items()}
     if allocation.scope is Scope.LAYER and budget is None:
-        alone = {name: _budget({name: one}, {}, allocation) for name, one in layers.items()}
+        alone = {name: _budget({name: one}, allocation) for name, one in layers.items()}
         return {
             name: exchange([one.curves], [one.cost], [one.candidates], alone[name])[0] for name, one in layers.items()
         }
     spent = sum(count * bits for count, bits in fixed.values())
-    total = _budget(layers, fixed, allocation) if budget is None else budget
+    left = _budget(layers, allocation) if budget is None else budget - spent
     least = sum(one.cost * len(one.curves) * one.candidates[0] for one in layers.values())
-    if spent + least > total:
+    if least > left:
+        fewer = f", or give fewer than {spent} bits to the layers that keep their own: {list(fixed)}" if fixed else ""
         raise ValueError(
-            f"layers that keep their own width take {spent} of the budget's {total} bits, and the smallest widths of"
-            f" the others {least}; ask for more, or override the widths of {list(fixed)}"
+            f"the smallest widths of the layers that share bits take {least}, and the budget leaves them {left}; ask"
+            f" for more{fewer}"
         )
     if not layers:
         return {}
     given = list(layers.values())
     curves, options = [one.curves * one.share for one in given], [one.candidates for one in given]
-    found = exchange(curves, [one.cost for one in given], options, total - spent)
+    found = exchange(curves, [one.cost for one in given], options, left)
     return dict(zip(layers, found, strict=True))
 
 
@@ -223,12 +225,12 @@ def _weights_gain(
     return least_gain * shared**2 <= even**2
 
 
-def _budget(layers: dict[str, WeightErrors], fixed: dict[str, tuple[int, int]], allocation: BitAllocation) -> int:
-    """Bits for the codes of all layers."""
-    kept = {name: (one.cost * len(one.curves), one.nominal) for name, one in layers.items()} | fixed
+def _budget(layers: dict[str, WeightErrors], allocation: BitAllocation) -> int:
+    """Bits for the codes of layers that share them."""
+    counts = {name: one.cost * len(one.curves) for name, one in layers.items()}
     if allocation.mean_bits is None:
-        return sum(count * bits for count, bits in kept.values())
-    return int(allocation.mean_bits * sum(count for count, _ in kept.values()))
+        return sum(count * layers[name].nominal for name, count in counts.items())
+    return int(allocation.mean_bits * sum(counts.values()))
 
 
 def _swapped(one: WeightErrors, groups: int) -> Tensor:

@@ -212,7 +212,8 @@ class BitAllocation:
     """A width for each output channel, decided after scaling, on the grid that is finally used (MPQ-DM, OMQ).
 
     Attributes:
-        mean_bits: of the codes of all quantized weights; None for the recipe's own width.
+        mean_bits: of the codes of the layers that share bits: those that the recipe does not give more than the widest
+            candidate. None for the recipe's own width.
         scorer: ``ERROR_GAIN`` spends every bit where it saves most error; ``KURTOSIS`` gives channels of heavy tails
             one bit that channels of light tails give up, equally many of each, as published.
         scope: of the budget; over the ``MODEL``, a layer counts by what its error does to the denoiser's output.

@@ -493,6 +493,8 @@ def test_the_published_variant_differs_where_it_says() -> None:
     assert (ours.blocks.left_out, published.blocks.left_out) == (LeftOut.DATAFLOW, LeftOut.REGISTRATION)
     assert ours.blocks.regularizer > 0 == published.blocks.regularizer
     assert ours.select.radius is None
+    sample_bits = [recipe.config.overrides[0].activation.bits for recipe in (ours, published)]  # type: ignore[union-attr]
+    assert sample_bits == [12, 8]
     assert published.select.reference_rounding
     assert Recipe.from_dict(json.loads(json.dumps(published.to_dict()))) == published
     data = ours.to_dict()

@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_quantize_reports_what_it_did(made: tuple[Path, dict[str, Any]]) -> None:
     out, report = made
     kept = {layer["name"]: layer["why"] for layer in report["layers"] if layer["status"] == "float"}
-    assert kept["mid_block.attentions.0.to_q"] == "keep_float 'mid_block.*to_q'"
+    assert kept["mid_block.attentions.0.to_q"] == "override 'mid_block.*to_q'"
     assert report["kept_layers"] == len(kept)
     assert report["quantized_layers"] + len(kept) == len(report["layers"])
     assert 4 < report["mean_bits"] < 8

@@ -239,12 +239,12 @@ def test_a_part_that_shares_its_input_with_a_layer_above_is_decided_there(tmp_pa
     recipe = dmq_ao.recipes.default("w8a8")
     prepared = dmq_ao.prepare(model, recipe, samples.example())
     layers = [set(unit.layers) for unit in units_of(prepared)]
-    assert layers == [{"conv", "merge.part1"}, {"tokens"}, {"merge.part0"}]
+    assert layers == [{"time"}, {"conv", "merge.part1"}, {"tokens"}, {"merge.part0"}]
     report = dmq_ao.calibrate(prepared, samples, state_dir=tmp_path, progress=False)
     again = dmq_ao.calibrate(prepared, samples, state_dir=tmp_path, progress=False)
     assert not report.resumed
     assert again.resumed
-    assert set(report.layers) == set(again.layers) == {"conv", "tokens", "merge.part0", "merge.part1"}
+    assert set(report.layers) == set(again.layers) == {"time", "conv", "tokens", "merge.part0", "merge.part1"}
 
 
 @pytest.mark.parametrize("given", ["tiny_unet2d"], indirect=True)
@@ -285,6 +285,12 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
     return PUBLISHED[request.param]
 
 
+def units_by(recipe: Recipe) -> list[list[str]]:
+    """The layers that the recipe decides together, in order: embeddings too, unless they stay in float."""
+    units = [["conv"], ["tokens"], ["merge.part0", "merge.part1"]]
+    return units if "@embedding" in recipe.config.keep_float else [["time"], *units]
+
+
 def run(model: nn.Module, recipe: Recipe, samples: dmq_ao.CalibrationSet, **options: Any) -> Any:
     prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
     report = dmq_ao.calibrate(prepared, samples, progress=False, **options)
@@ -321,7 +327,7 @@ def test_two_runs_give_the_same_bytes(
     files |= {"sensitivity.safetensors"} if recipe.protection else set()
     files |= {"bits.safetensors"} if recipe.allocation else set()
     found = {name for name in contents(state) if name.endswith(".safetensors")}
-    assert found == files | {f"units/{i:04d}.safetensors" for i in range(3)}
+    assert found == files | {f"units/{i:04d}.safetensors" for i in range(len(units_by(recipe)))}
     again, report = run(model, recipe, samples, state_dir=str(state))
     assert report.resumed
     assert written(again, tmp_path / "again") == expected
@@ -360,9 +366,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
     )
     denoiser, report = run(model, recipe, samples, state_dir=tmp_path / "state")
     assert report.resumed == (count > 0)
-    assert decided == ["conv", "tokens", "merge.part0", "merge.part1"][count:]
+    units = units_by(recipe)
+    assert decided == sum(units[count:], [])
     assert set(report.votes) == {"merge.part0", "merge.part1"}
-    assert report.layers.keys() == {"conv", "tokens", "merge.part0", "merge.part1"}
+    assert report.layers.keys() == set(sum(units, []))
     assert written(denoiser, tmp_path / "out") == expected
     assert not list((tmp_path / "state").rglob("*.partial"))
 

@@ -162,9 +162,11 @@ def test_rows_of_a_batch_have_their_own_scale_and_zero_point() -> None:
     actual = int_conv(codes, scale, zero_points, weight, torch.ones(3), padding=1)
     expected = int64_conv(codes, zero_points, weight, padding=1)
     assert torch.equal(actual / scale.reshape(4, 1, 1, 1), expected.float())  # powers of two: nothing is rounded
-    tokens, matrix = random_codes(4, 5, 9), random_weight(3, 9)
-    actual = int_linear(tokens, scale, zero_points, matrix, torch.ones(3))
-    assert torch.equal(actual / scale.reshape(4, 1, 1), int64_linear(tokens, zero_points, matrix).float())
+    matrix = random_weight(3, 9)
+    for shape in ((4, 5, 9), (4, 9)):  # a call for each sample; all vectors in one
+        tokens = random_codes(*shape)
+        actual = int_linear(tokens, scale, zero_points, matrix, torch.ones(3))
+        assert torch.equal(actual / along(scale, 0, len(shape)), int64_linear(tokens, zero_points, matrix).float())
 
 
 @needs_vnni
@@ -186,9 +188,11 @@ def test_the_epilogue_is_two_products_and_a_sum(with_bias: bool, rows: int) -> N
     total = int64_conv(codes, zero_points, weight, padding=1)
     expected = epilogue(total, weight, 4, 1)
     assert distance(int_conv(codes, scale, zero_points, weight, weight_scale, bias, padding=1), expected) < ROUNDING
-    tokens, matrix = random_codes(4, 11, 33), random_weight(24, 33)
-    expected = epilogue(int64_linear(tokens, zero_points, matrix), matrix, 3, -1)
-    assert distance(int_linear(tokens, scale, zero_points, matrix, weight_scale, bias), expected) < ROUNDING
+    matrix = random_weight(24, 33)
+    for shape in ((4, 11, 33), (4, 33)):
+        tokens = random_codes(*shape)
+        expected = epilogue(int64_linear(tokens, zero_points, matrix), matrix, len(shape), -1)
+        assert distance(int_linear(tokens, scale, zero_points, matrix, weight_scale, bias), expected) < ROUNDING
 
 
 @needs_vnni

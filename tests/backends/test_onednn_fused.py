@@ -205,12 +205,14 @@ def test_the_bare_convolution_is_the_backends(name: str, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_the_bare_linear_is_the_backends(rows: int) -> None:
-    codes, weight = random_codes(3, 5, 17), random_weight(6, 17)
+@pytest.mark.parametrize("shape", [(3, 5, 17), (3, 17)])
+@pytest.mark.parametrize("bias", [None, torch.arange(6.0)])
+def test_the_bare_linear_is_the_backends(shape: tuple[int, ...], rows: int, bias: Tensor | None) -> None:
+    codes, weight = random_codes(*shape), random_weight(6, 17)
     scale, zero_point = torch.rand(rows), torch.randint(0, 256, (rows,), dtype=torch.int32)
     weight_scale = torch.rand(6)
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    args = (codes, scale, zero_point, packed, weight_scale, sums(weight, weight_scale), None, torch.float32)
+    args = (codes, scale, zero_point, packed, weight_scale, sums(weight, weight_scale), bias, torch.float32)
     expected = torch.ops.dmq_ao.int_linear(*args)
     actual = torch.ops.dmq_ao_cpu.linear(*args)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
