@@ -40,6 +40,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # Where both operators take what is added at the end.
 RESIDUAL = 11
 MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
+Weights = dict[int, tuple[KernelWeight, tuple[Any, ...]]]
 
 
 def why_not_here(device: torch.device) -> str:
@@ -105,7 +106,7 @@ def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Ker
     bias = node.args[2] if len(node.args) > 2 else None
     with gm.graph.inserting_before(node):
         product = Product(node.args[0], None, None, record.weight, None, 1.0)  # type: ignore[arg-type]
-        result, weight = _emit(gm, node, record, product, bias)
+        result, weight = _emit(gm, node, record, {}, product, bias)
     result.meta = {**node.meta}
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)
@@ -119,9 +120,10 @@ def _words(widths: Iterable[int]) -> str:
 def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     word = "linear" if record.kind == "linear" else "convolution"
     widths: set[int] = set()
+    weights: Weights = {}
 
     def emit(product: Product, bias: Any) -> Node:
-        result, weight = _emit(gm, node, record, product, bias)
+        result, weight = _emit(gm, node, record, weights, product, bias)
         widths.update(weight.widths)
         return result
 
@@ -129,8 +131,10 @@ def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     return Kernel(f"triton int8 {word}{times}, {_words(widths)}", why)
 
 
-def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bias: Any) -> tuple[Node, KernelWeight]:
-    """The nodes of one integer kernel, and its weight."""
+def _emit(
+    gm: GraphModule, node: Node, record: LayerRecord, weights: Weights, product: Product, bias: Any
+) -> tuple[Node, KernelWeight]:
+    """The nodes of one integer kernel, and its weight; ``weights`` holds what other products of the layer read."""
     call, weight = gm.graph.call_function, product.weight
     codes = product.codes if product.scale is None else _signed(gm, product.codes)
     conv = Convolution.of(node, record.kind)
@@ -141,9 +145,12 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bi
     elif record.kind == "conv1d":
         codes = call(graph.aten.unsqueeze.default, (codes, 2))
         weight = replace(weight, codes=weight.codes.unsqueeze(2))
-    laid_out = kernel_weight(weight, product.exponents)
-    reads = _reads(gm, record.name, laid_out, record.weight.scale[:, 0] * product.factor)
-    args = (codes, product.scale, product.zero_point, *reads, bias, None)
+    if id(product.weight) not in weights:
+        laid_out = kernel_weight(weight, product.exponents)
+        weights[id(product.weight)] = laid_out, _reads(gm, record.name, laid_out)
+    laid_out, reads = weights[id(product.weight)]
+    scale = graph.add_tensor(gm, f"{record.name}.kernel_scale", record.weight.scale[:, 0] * product.factor)
+    args = (codes, product.scale, product.zero_point, *reads, scale, bias, None)
     if conv is None or pointwise:
         result = call(cuda_ops.cuda_linear, (*args, out_dtype))
         return turned(gm, result, to=1) if pointwise else result, laid_out
@@ -160,8 +167,8 @@ def _signed(gm: GraphModule, codes: Node) -> Node:
         return gm.graph.call_function(cuda_ops.signed_codes, (codes,))
 
 
-def _reads(gm: GraphModule, name: str, weight: KernelWeight, scale: Tensor) -> tuple[Any, ...]:
-    """The weight's arguments of an operator."""
+def _reads(gm: GraphModule, name: str, weight: KernelWeight) -> tuple[Any, ...]:
+    """The weight's arguments of an operator, all but its scale."""
 
     def read(word: str, tensor: Tensor | None) -> Node | None:
         return None if tensor is None else graph.add_tensor(gm, f"{name}.{word}", tensor)
@@ -173,7 +180,6 @@ def _reads(gm: GraphModule, name: str, weight: KernelWeight, scale: Tensor) -> t
         read("middle", weight.middle),
         read("shifts", weight.shifts),
         read("kernel_sums", weight.sums),
-        read("kernel_scale", scale),
     )
 
 

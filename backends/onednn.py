@@ -253,13 +253,15 @@ def _why_not(record: LayerRecord, node: Node) -> str:
 
 def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
     word = "linear" if record.kind == "linear" else "convolution"
-    times, why = replace_layer(gm, node, record, partial(_emit, gm, node, record))
+    times, why = replace_layer(gm, node, record, partial(_emit, gm, node, record, {}))
     when = onednn_packed.PER_CALL if isinstance(record.weight, PackedWeight) else ""
     return Kernel(f"onednn int8 {word}{times}{when}", why)
 
 
-def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bias: Any) -> Node:
-    """The nodes of one integer kernel."""
+def _emit(
+    gm: GraphModule, node: Node, record: LayerRecord, weights: dict[int, Node], product: Product, bias: Any
+) -> Node:
+    """The nodes of one integer kernel; ``weights`` holds the weights that other products of the layer read."""
     call = gm.graph.call_function
     codes = product.codes
     conv = Convolution.of(node, record.kind)
@@ -276,18 +278,20 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bi
     if conv is None or pointwise:
         if pointwise:
             weight, codes = weight.flatten(1), turned(gm, codes, to=-1)
-        packed = _weight(gm, record.name, product, groups, weight, torch.ops.onednn.qlinear_prepack, None)
+        prepack = partial(torch.ops.onednn.qlinear_prepack, weight, None)
         codes = call(graph.aten.contiguous.default, (codes,))
         target, geometry = torch.ops.dmq_ao.int_linear.default, ()
     else:
         shape = conv.in_2d
         if record.kind == "conv1d":
             weight, codes = weight.unsqueeze(2), call(graph.aten.unsqueeze.default, (codes, 2))
-        args = (weight_scale, 1.0, 0, *shape, groups, None)
-        packed = _weight(gm, record.name, product, groups, weight, torch.ops.onednn.qconv_prepack, *args)
+        prepack = partial(torch.ops.onednn.qconv_prepack, weight, weight_scale, 1.0, 0, *shape, groups, None)
         codes = channels_last(gm, codes)
         target = torch.ops.dmq_ao.int_conv.default
         geometry = (*shape, groups, list(weight.shape[2:]))  # type: ignore[assignment]
+    packed = weights.get(id(product.weight))
+    if packed is None:
+        packed = weights[id(product.weight)] = _weight(gm, record.name, product, groups, weight.shape, prepack)
     result = call(
         target, (codes, product.scale, product.zero_point, packed, scale_node, sum_node, bias, *geometry, kernel_dtype)
     )
@@ -301,18 +305,12 @@ def _emit(gm: GraphModule, node: Node, record: LayerRecord, product: Product, bi
 
 
 def _weight(
-    gm: GraphModule,
-    name: str,
-    product: Product,
-    groups: int,
-    codes: Tensor,
-    prepack: Callable[..., Tensor],
-    *args: Any,
+    gm: GraphModule, name: str, product: Product, groups: int, shape: torch.Size, prepack: Callable[[], Tensor]
 ) -> Node:
     """The node of a weight: prepacked once, or unpacked in every call where the record keeps it packed."""
     if isinstance(product.weight, PackedWeight):
-        return onednn_packed.unpacked(gm, name, product.weight, product.exponents, groups, codes.shape)
-    return graph.add_tensor(gm, f"{name}.packed", prepack(codes, *args))
+        return onednn_packed.unpacked(gm, name, product.weight, product.exponents, groups, shape)
+    return graph.add_tensor(gm, f"{name}.packed", prepack())
 
 
 def _row_sums(weight: Tensor) -> Tensor:

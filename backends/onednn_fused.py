@@ -56,6 +56,7 @@ def load_kernels() -> None:
     torch.library.register_fake("dmq_ao_cpu::attention", _fake_attention)
     torch.library.register_fake("dmq_ao_cpu::conv", onednn.fake_conv)
     torch.library.register_fake("dmq_ao_cpu::linear", onednn.fake_linear)
+    torch.library.register_fake("dmq_ao_cpu::two_byte_linear", _fake_two_bytes)
 
 
 @contextlib.contextmanager
@@ -105,6 +106,21 @@ def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
+def _fake_two_bytes(
+    high: Tensor,
+    low: Tensor,
+    scale: Tensor,
+    zero_high: Tensor,
+    zero_low: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    weight_sum: Tensor,
+    bias: Tensor | None,
+    ratio: float,
+) -> Tensor:
+    return scale.new_empty((high.shape[0], weight_scale.shape[0]))
+
+
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     batch, heads, rows, width = query.shape
     return query.new_empty((batch, rows, heads, width)).transpose(1, 2)
@@ -128,6 +144,8 @@ def fuse(gm: GraphModule) -> GraphModule:
             _take_padding(node)
         elif node.target is torch.ops.dmq_ao.int_linear.default:
             node.target = torch.ops.dmq_ao_cpu.linear.default
+        elif node.target is aten.add.Tensor:
+            _fuse_bytes(gm, node)
         elif node.target is aten.linear.default and _rank(node) == 2 and node.meta[VAL].dtype == torch.float32:
             node.target = torch.ops.dmq_ao_cpu.float_linear.default  # of the timestep: as many rows as samples
             node.args = (*node.args, *(None,) * (3 - len(node.args)))
@@ -142,6 +160,32 @@ def fuse(gm: GraphModule) -> GraphModule:
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
+
+
+def _fuse_bytes(gm: GraphModule, node: Node) -> None:
+    """The two products of vectors of more than 8 bits.
+
+    Before:  linear(high, ..) + linear(low, ..)      After:  two_byte_linear(high, low, ..)
+    """
+    parts = [part for part in node.args if isinstance(part, Node)]
+    if len(parts) != 2 or any(part.target is not torch.ops.dmq_ao_cpu.linear.default for part in parts):
+        return
+    high, low = parts
+    if (
+        high.args[3] is not low.args[3]
+        or _rank(high) != 2
+        or high.args[-1] != torch.float32
+        or low.args[6] is not None
+    ):
+        return
+    scales = [graph.attribute(gm, part.args[4]) for part in parts]  # type: ignore[arg-type]
+    ratio = float(scales[0][0] / scales[1][0])
+    zeros = (high.args[2], low.args[2])
+    with gm.graph.inserting_before(node):
+        args = (high.args[0], low.args[0], high.args[1], *zeros, *low.args[3:6], high.args[6], ratio)
+        result = gm.graph.call_function(torch.ops.dmq_ao_cpu.two_byte_linear.default, args)
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
 
 
 def _fuse_attention(gm: GraphModule, node: Node) -> None:

@@ -654,6 +654,31 @@ Tensor linear(const Tensor& codes, const Tensor& scale, const Tensor& zero_point
   return (bias.has_value() ? result.add_(*bias) : result).to(dtype);
 }
 
+// Vectors [B, K] whose codes are two bytes, `ratio * (high - zero_high) + low - zero_low`: the weight is read once.
+Tensor two_byte_linear(const Tensor& high, const Tensor& low, const Tensor& scale, const Tensor& zero_high,
+                       const Tensor& zero_low, const Tensor& weight, const Tensor& weight_scale,
+                       const Tensor& weight_sum, const optional<Tensor>& bias, double ratio) {
+  const Tensor nothing = at::zeros({1}, scale.options().dtype(at::kInt)), one = at::ones({1}, scale.options());
+  const Tensor products = linear(at::cat({high, low}), one, nothing, weight, weight_scale, weight_sum, {}, at::kFloat);
+  const Tensor scales = scale.to(at::kFloat).contiguous();
+  const Tensor high_zeros = zero_high.to(at::kInt).contiguous(), low_zeros = zero_low.to(at::kInt).contiguous();
+  const int64_t rows = high.size(0), outputs = products.size(1), single = scales.numel() == 1;
+  Tensor kept, result = at::empty({rows, outputs}, products.options());
+  const float *both = products.data_ptr<float>(), *sums = weight_sum.data_ptr<float>(), *added = numbers_of(bias, kept);
+  const float by = static_cast<float>(ratio);
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t place = single ? 0 : row;
+    const float s = scales.data_ptr<float>()[place];
+    const float zero = by * high_zeros.data_ptr<int32_t>()[place] + low_zeros.data_ptr<int32_t>()[place];
+    const float *upper = both + row * outputs, *lower = both + (rows + row) * outputs;
+    float* out = result.data_ptr<float>() + row * outputs;
+    for (int64_t i = 0; i < outputs; ++i) {
+      out[i] = s * (by * upper[i] + lower[i] - zero * sums[i]) + (added == nullptr ? 0.0f : added[i]);
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(dmq_ao_cpu, m) {
@@ -672,6 +697,9 @@ TORCH_LIBRARY(dmq_ao_cpu, m) {
   m.def(
       "linear(Tensor codes, Tensor scale, Tensor zero_point, Tensor weight, Tensor weight_scale, Tensor weight_sum,"
       " Tensor? bias, ScalarType dtype) -> Tensor");
+  m.def(
+      "two_byte_linear(Tensor high, Tensor low, Tensor scale, Tensor zero_high, Tensor zero_low, Tensor weight,"
+      " Tensor weight_scale, Tensor weight_sum, Tensor? bias, float ratio) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dmq_ao_cpu, CompositeExplicitAutograd, m) {
@@ -681,4 +709,5 @@ TORCH_LIBRARY_IMPL(dmq_ao_cpu, CompositeExplicitAutograd, m) {
   m.impl("attention", attention);
   m.impl("conv", conv);
   m.impl("linear", linear);
+  m.impl("two_byte_linear", two_byte_linear);
 }

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph, ops
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, WeightRecord, joined, outline, shift_fits_int8
 from dmq_ao.passes.join_siblings import join_siblings
+from dmq_ao.values import VAL
 
 
 @dataclass(frozen=True)
@@ -173,9 +174,11 @@ def replace_layer(gm: GraphModule, node: Node, record: LayerRecord, emit: Emit) 
         if not whole:
             products = [part for one in products for part in _by_exponent(gm, record, one)]
             why.append("one product per exponent: shifted codes are wider than int8")
-        result = emit(products[0], bias)
-        for one in products[1:]:
-            part = emit(one, None)
+        parts = [emit(one, bias if one is products[0] else None) for one in products]
+        for part in parts:
+            part.meta[VAL] = node.meta[VAL]
+        result = parts[0]
+        for part in parts[1:]:
             result = gm.graph.call_function(graph.aten.add.Tensor, (result, part))
     result.meta = {**node.meta}
     node.replace_all_uses_with(result)

@@ -76,7 +76,8 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Gra
     Before:  int_conv(.., float32) -> group_norm -> silu -> quantize      After:  int_conv(.., bfloat16) -> ...
 
     Sums are still taken in float32. Operators that this pass does not know get float32 back, inputs and outputs of the
-    graph keep their type, and so does all that no integer kernel comes before (the embedding of the timestep).
+    graph keep their type, and so do vectors [B, C] and all that is before any integer kernel (the embedding of the
+    timestep): they are few, and stand for every pixel.
 
     Args:
         gm: a lowered float32 graph; stays as it is.
@@ -112,7 +113,7 @@ class _Narrowing:
     def run(self) -> None:
         """Visit every node once, inputs first."""
         for node in list(self.gm.graph.nodes):
-            if node.target in self.kernels and node.args[-1] == torch.float32:
+            if node.target in self.kernels and node.args[-1] == torch.float32 and not _is_vectors(node):
                 node.args = (*node.args[:-1], self.dtype)
                 self._mark(node)
             elif any(source in self.narrow for source in node.all_input_nodes):
@@ -173,6 +174,11 @@ def _word(dtype: torch.dtype) -> str:
 def _is_float32(node: Node) -> bool:
     value = node.meta.get(VAL)
     return isinstance(value, Value) and value.dtype == torch.float32
+
+
+def _is_vectors(node: Node) -> bool:
+    value = node.meta.get(VAL)
+    return isinstance(value, Value) and len(value.shape) == 2
 
 
 def _retyped(value: Any, dtype: torch.dtype) -> Any:

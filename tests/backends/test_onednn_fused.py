@@ -218,6 +218,22 @@ def test_the_bare_linear_is_the_backends(shape: tuple[int, ...], rows: int, bias
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("bias", [None, torch.arange(6.0)])
+def test_two_bytes_of_a_vector_are_one_product(rows: int, bias: Tensor | None) -> None:
+    codes, weight = torch.randint(0, 4096, (3, 17)), random_weight(6, 17)
+    scale, zero_point = torch.rand(rows) / 100, torch.randint(0, 4096, (rows,))
+    weight_scale = torch.rand(6)
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    (high, low), zeros = ((whole >> 4, whole & 15) for whole in (codes, zero_point))
+    actual = torch.ops.dmq_ao_cpu.two_byte_linear(
+        high.byte(), low.byte(), scale, *zeros, packed, weight_scale, sums(weight, weight_scale), bias, 16.0
+    )
+    exact = (codes - zero_point[:, None]) @ weight.long().T
+    expected = exact.double() * scale[:, None] * weight_scale + (0 if bias is None else bias)
+    assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-6
+
+
 class Block(nn.Module):
     """A residual block with a timestep, attention by two ways of writing it, and a shortcut."""
 
@@ -249,7 +265,7 @@ class Block(nn.Module):
 def block() -> dmq_ao.QuantizedDenoiser:
     model = seeded(Block)
     samples = record(model, lambda step: model(torch.randn(4, 3, 8, 8), torch.full((4,), step)))
-    return flow(model, minmax("w4a8", ranges=Ranges.PER_STEP), samples, backend="onednn")[0]
+    return flow(model, minmax("w4a8", ranges=Ranges.PER_STEP, embeddings=True), samples, backend="onednn")[0]
 
 
 @needs_bfloat16
@@ -260,6 +276,7 @@ def test_a_block_is_fused_and_keeps_its_output(block: dmq_ao.QuantizedDenoiser) 
     assert targets.count("dmq_ao_cpu.attention.default") == 2
     assert targets.count("dmq_ao_cpu.conv.default") == 2
     assert targets.count("dmq_ao_cpu.linear.default") == 2  # queries, keys and values are one
+    assert targets.count("dmq_ao_cpu.two_byte_linear.default") == 1
     assert not [name for name in targets if "group_norm.default" in name or name.startswith("dmq_ao.int_")]
     norms = [node for node in fused.graph.nodes if "group_norm_quantize" in str(node.target)]
     assert [node.args[1] is not None for node in norms] == [False, True, False]  # the timestep goes into the second

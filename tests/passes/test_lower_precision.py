@@ -65,6 +65,17 @@ def test_values_between_kernels_are_narrow_and_the_output_is_not(
             assert node.meta["val"].dtype == value.dtype, node
 
 
+def test_vectors_stay_wide() -> None:
+    model = seeded(Plain)
+    net = flow(model, minmax("w8a8", embeddings=True), plain_samples(model), backend="onednn")[0]
+    recorder = Recorder(lower_precision(net.graph_module))
+    with torch.no_grad():
+        recorder.run(torch.randn(4, 3, 8, 8), torch.full((4,), 600))
+    kernels = [value for node, value in recorder.seen.items() if "dmq_ao.int_" in str(node.target)]
+    types = {len(value.shape): value.dtype for value in kernels if isinstance(value, Tensor)}
+    assert types == {2: torch.float32, 3: torch.bfloat16, 4: torch.bfloat16}
+
+
 def test_it_changes_little_and_leaves_the_given_graph_alone(
     lowered: dmq_ao.QuantizedDenoiser, inputs: tuple[Tensor, Tensor]
 ) -> None:
