@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics, ops
 from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers, readers
-from dmq_ao.config import Override, Protection, Recipe
+from dmq_ao.config import Override, Protection, Recipe, TensorConfig
 from dmq_ao.layer import LayerPlan
 from dmq_ao.objectives import relative_error
 from dmq_ao.observers import ActivationObserver, WeightObserver
@@ -96,18 +96,24 @@ class Perturbed(Interpreter):
         return n.target(x, weight, *args[2:])  # type: ignore[operator]
 
 
-def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]) -> dict[str, Sensitivity]:
+def sensitivities(
+    prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any], most: Protection | None = None
+) -> dict[str, Sensitivity]:
     """What each quantized layer does to the denoiser's output when it alone is rounded.
 
     Args:
         prepared: from ``dmq_ao.prepare``.
         arguments: of the graph, a few samples.
         bar: one tick a layer.
+        most: layers that have as many bits already are left out; None leaves out none.
     """
     run = Perturbed(prepared, arguments)
     found, nodes = {}, graph.layer_nodes(prepared)
     widths: dict[str, int] = {}
     for name, (weight, activation) in observers(prepared).items():
+        if most is not None and _has_most(weight.config, None if activation is None else activation.config, most):
+            bar.update(1)
+            continue
         node = nodes[name]
         rounded = weight.record(float_weight(prepared, node)).dequantize()
         both = run.error(node, rounded, None if activation is None else activation.config.bits)
@@ -123,6 +129,10 @@ def sensitivities(prepared: GraphModule, arguments: list[Tensor], bar: tqdm[Any]
         found[name] = replace(found[name], input_error=run.error(nodes[name], None, widths[name]))
         squares += found[name].input_error ** 2
     return found
+
+
+def _has_most(weight: TensorConfig, activation: TensorConfig | None, most: Protection) -> bool:
+    return weight.bits >= most.bits and (activation is None or activation.bits >= most.input_bits)
 
 
 def choose(found: dict[str, Sensitivity], plan: dict[str, LayerPlan], protection: Protection) -> list[str]:
@@ -185,7 +195,7 @@ def protect(
     file = None if state_dir is None else state_dir / "sensitivity.safetensors"
     saved = load_state(file, digest, "the sensitivities of a calibration")
     if saved is None:
-        found = sensitivities(prepared, arguments, bar)
+        found = sensitivities(prepared, arguments, bar, recipe.protection)
         if file is not None:
             save_state(file, digest, {name: asdict(one) for name, one in found.items()}, {})
     else:

@@ -176,10 +176,10 @@ def table(model: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def quantized(net: nn.Module, samples: dmq_ao.CalibrationSet, bits: Sequence[str], batch: int) -> dict[str, Any]:
-    """Rounded to nearest at each of ``bits``: what costs does not depend on how the codes were found."""
+    """Rounded to nearest at each of ``bits``, embeddings too: how codes were found costs nothing here."""
     made = {}
     for scheme in bits:
-        prepared = dmq_ao.prepare(net, recipes.minmax(scheme), samples.example())
+        prepared = dmq_ao.prepare(net, recipes.minmax(scheme, embeddings=True), samples.example())
         dmq_ao.calibrate(prepared, samples, progress=False, batch_size=batch)
         made[f"dmq_ao {scheme.upper()}"] = dmq_ao.convert(prepared)
     return made

@@ -107,6 +107,15 @@ def test_every_quantized_layer_is_measured_and_nothing_is_changed(
     assert all(0 < one.error < 1 for one in found.values())
 
 
+def test_layers_that_have_the_most_bits_already_are_left_out(
+    model: nn.Module, samples: dmq_ao.CalibrationSet, arguments: list[Tensor]
+) -> None:
+    prepared = dmq_ao.prepare(model, dmq_ao.recipes.minmax("w4a8", embeddings=True), samples.example())
+    assert "time" in sensitivities(prepared, arguments, quiet())
+    found = sensitivities(prepared, arguments, quiet(), Protection())
+    assert list(found) == [name for name in observers(prepared) if name != "time"]
+
+
 # --- what is chosen ----------------------------------------------------------
 
 
