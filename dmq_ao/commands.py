@@ -97,6 +97,10 @@ def quantize(
         bool | None,
         typer.Option("--power-of-two/--no-power-of-two", help="Channel exponents where skip connections join."),
     ] = None,
+    embeddings: Annotated[
+        bool | None,
+        typer.Option("--embeddings/--no-embeddings", help="Time and label embeddings at 8 bits, instead of in float."),
+    ] = None,
     ranges: Annotated[Ranges | None, typer.Option(help="When activation ranges are decided.")] = None,
     observer: Annotated[Observer | None, typer.Option(help="Range estimator.")] = None,
     keep_float: Annotated[
@@ -104,7 +108,7 @@ def quantize(
     ] = None,
     mean_bits: Annotated[
         float | None,
-        typer.Option(help="Mean bits of the quantized weights; each output channel gets what saves most error."),
+        typer.Option(help="Mean bits of weights below 8 bits; each output channel gets what saves most error."),
     ] = None,
     bit_plan: Annotated[
         Path | None, typer.Option(help="Bits of each output channel: a bit_plan.json of an earlier run, or edited.")
@@ -139,7 +143,8 @@ def quantize(
     Calibration samples are recorded from the pipeline's own sampler; ranges and exponents are decided on them; the
     pipeline is written with packed integers and a report.json. Loading it needs no float weights.
     """
-    given = {"power_of_two": power_of_two, "ranges": ranges, "observer": observer and observer.value}
+    given: dict[str, Any] = {"power_of_two": power_of_two, "embeddings": embeddings, "ranges": ranges}
+    given["observer"] = observer and observer.value
     with option_values():
         chosen = _recipe(recipe, bits, given, keep_float or [], samples)
     with option_values():

@@ -84,6 +84,13 @@ def test_dry_run_predicts_bits_and_writes_nothing(made: tuple[Path, dict[str, An
     assert [{key: layer[key] for key in plan[0]} for layer in predicted["layers"]] == plan
 
 
+def test_embeddings_are_quantized_on_request() -> None:
+    floats, integers = (document("quantize", "demo", *QUICK, "--dry-run", *given) for given in ((), ("--embeddings",)))
+    assert integers["mean_bits"] < floats["mean_bits"]
+    widths = {layer["name"]: layer["weight_bits"] for layer in integers["layers"]}
+    assert (widths["time_embedding.linear_1"], widths["conv_in"]) == (8, 32)
+
+
 def test_bits_are_searched_shown_edited_and_given_back(tmp_path: Path) -> None:
     report = document("quantize", "demo", "-o", tmp_path / "out", *QUICK, "--bits", "w4a8", "--mean-bits", "2.5")
     plan = tmp_path / "out" / "bit_plan.json"
