@@ -40,6 +40,7 @@ HALVES = (torch.bfloat16, torch.float16)
 # Where both operators take what is added at the end.
 RESIDUAL = 11
 MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
+# What the products of one weight read, by the id of its record.
 Weights = dict[int, tuple[KernelWeight, tuple[Any, ...]]]
 
 

@@ -147,7 +147,9 @@ def test_a_denoiser_equals_the_quantize_dequantize_graph(
     rest = {name: value for name, value in inputs.items() if name != "timestep"}
     samples = CalibrationSet(rest, {}, inputs["timestep"], torch.arange(2), "timestep")
     with mock.patch("dmq_ao.graph.capture", capture_once):
-        prepared = dmq_ao.prepare(denoiser, minmax(bits, power_of_two=bits == "w4a8"), inputs, backend="reference")
+        prepared = dmq_ao.prepare(
+            denoiser, minmax(bits, power_of_two=bits == "w4a8", embeddings=True), inputs, backend="reference"
+        )
     dmq_ao.calibrate(prepared, samples, progress=False)
     reference = dmq_ao.convert(prepared, "reference")
     with mock.patch.object(cuda, "_add_residuals"):
