@@ -31,7 +31,7 @@ from dmq_ao.backends.products import (
     unfoldable,
     why_float,
 )
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, shift_fits_int8
+from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, WeightRecord, shift_fits_int8
 from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.values import VAL
 
@@ -40,8 +40,8 @@ HALVES = (torch.bfloat16, torch.float16)
 # Where both operators take what is added at the end.
 RESIDUAL = 11
 MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
-# What the products of one weight read, by the id of its record.
-Weights = dict[int, tuple[KernelWeight, tuple[Any, ...]]]
+# What the products of one weight read.
+Weights = dict[WeightRecord, tuple[KernelWeight, tuple[Any, ...]]]
 
 
 def why_not_here(device: torch.device) -> str:
@@ -146,10 +146,10 @@ def _emit(
     elif record.kind == "conv1d":
         codes = call(graph.aten.unsqueeze.default, (codes, 2))
         weight = replace(weight, codes=weight.codes.unsqueeze(2))
-    if id(product.weight) not in weights:
+    if product.weight not in weights:
         laid_out = kernel_weight(weight, product.exponents)
-        weights[id(product.weight)] = laid_out, _reads(gm, record.name, laid_out)
-    laid_out, reads = weights[id(product.weight)]
+        weights[product.weight] = laid_out, _reads(gm, record.name, laid_out)
+    laid_out, reads = weights[product.weight]
     scale = graph.add_tensor(gm, f"{record.name}.kernel_scale", record.weight.scale[:, 0] * product.factor)
     args = (codes, product.scale, product.zero_point, *reads, scale, bias, None)
     if conv is None or pointwise:

@@ -43,6 +43,7 @@ from dmq_ao.layer import (
     LayerRecord,
     PackedRecords,
     PackedWeight,
+    WeightRecord,
     shifted_codes,
 )
 from dmq_ao.passes.hoist_tables import hoist_tables
@@ -259,7 +260,7 @@ def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
 
 
 def _emit(
-    gm: GraphModule, node: Node, record: LayerRecord, weights: dict[int, Node], product: Product, bias: Any
+    gm: GraphModule, node: Node, record: LayerRecord, weights: dict[WeightRecord, Node], product: Product, bias: Any
 ) -> Node:
     """The nodes of one integer kernel; ``weights`` holds the weights that other products of the layer read."""
     call = gm.graph.call_function
@@ -289,12 +290,10 @@ def _emit(
         codes = channels_last(gm, codes)
         target = torch.ops.dmq_ao.int_conv.default
         geometry = (*shape, groups, list(weight.shape[2:]))  # type: ignore[assignment]
-    packed = weights.get(id(product.weight))
-    if packed is None:
-        packed = weights[id(product.weight)] = _weight(gm, record.name, product, groups, weight.shape, prepack)
-    result = call(
-        target, (codes, product.scale, product.zero_point, packed, scale_node, sum_node, bias, *geometry, kernel_dtype)
-    )
+    if product.weight not in weights:
+        weights[product.weight] = _weight(gm, record.name, product, groups, weight.shape, prepack)
+    reads = (weights[product.weight], scale_node, sum_node)
+    result = call(target, (codes, product.scale, product.zero_point, *reads, bias, *geometry, kernel_dtype))
     if pointwise:
         result = turned(gm, result, to=1)
     elif record.kind == "conv1d":

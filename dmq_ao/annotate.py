@@ -60,18 +60,18 @@ def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
     plan = {layer.name: _plan_layer(layer, roles[layer.name], config) for layer in layers}
     inputs, signature = graph.placeholders(gm), graph.signature_of(gm)
     moving = graph.reach(gm, {inputs[name] for name in (signature.batch, signature.timestep) if name in inputs})
-    rows = (1, inputs[signature.batch].meta[VAL].shape[0])
+    rows = {"1", _rows(inputs[signature.batch])}
     for layer in layers:
         source = layer.node.args[0]
         assert isinstance(source, Node)
-        if source not in moving or not any(_same_size(source.meta[VAL].shape[0], count) for count in rows):
+        if source not in moving or _rows(source) not in rows:
             plan[layer.name] = _at_rest(plan[layer.name])
     return plan
 
 
-def _same_size(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Whether two sizes are the same for every input, by their expressions: comparing them would fix them."""
-    return str(one) == str(other)
+def _rows(node: Node) -> str:
+    """The expression of a value's number of rows: comparing sizes themselves would fix them."""
+    return str(node.meta[VAL].shape[0])
 
 
 def _at_rest(item: LayerPlan) -> LayerPlan:

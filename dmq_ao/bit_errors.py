@@ -150,7 +150,7 @@ def _candidates(allocation: BitAllocation, item: LayerPlan, config: TensorConfig
     if allocation.scorer is Scorer.KURTOSIS:
         wanted: Sequence[int] = range(max(1, config.bits - 1), config.bits + 2)
     else:
-        wanted = allocation.candidates if config.bits <= allocation.candidates[-1] else ()
+        wanted = () if allocation.leaves(config.bits) else allocation.candidates
     return tuple(bits for bits in wanted if bits <= widest_that_fits(item, config))
 
 

@@ -208,7 +208,7 @@ def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Re
     assert item.weight is not None
     rest = overhead_bits(item, shape, steps, recipe)
     allocation = recipe.allocation
-    if allocation is None or item.weight.bits > allocation.candidates[-1]:
+    if allocation is None or allocation.leaves(item.weight.bits):
         return 8 * packed_bytes(math.prod(shape), item.weight.bits) + rest
     mean = item.weight.bits if allocation.mean_bits is None else allocation.mean_bits
     return math.ceil(mean * math.prod(shape)) + 8 * shape[0] + rest

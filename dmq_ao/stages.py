@@ -253,6 +253,10 @@ class BitAllocation:
         if self.mean_bits is not None and not self.candidates[0] <= self.mean_bits <= self.candidates[-1]:
             raise ValueError(f"mean_bits must be within the candidates {self.candidates}, got {self.mean_bits}")
 
+    def leaves(self, bits: int) -> bool:
+        """Whether a layer of so many bits keeps them, for they are more than any candidate."""
+        return bits > self.candidates[-1]
+
 
 @dataclass(frozen=True)
 class AttentionConfig:
