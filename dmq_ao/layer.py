@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dmq_ao.segments import segment_bytes
 
 # Up to here two codes share a byte.
 PACKED_BITS = 4
+Record = TypeVar("Record", bound="LayerRecord | WeightRecord | ActivationRecord")
 
 
 @dataclass(frozen=True)
@@ -241,6 +243,17 @@ class LayerRecord:
         bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
         bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
+
+
+def moved(record: Record, device: torch.device) -> Record:
+    """The record, or a part of it, with all its tensors on a device."""
+    there: dict[str, Any] = {}
+    for name, value in ((field.name, getattr(record, field.name)) for field in fields(record)):
+        if isinstance(value, Tensor):
+            there[name] = value.to(device)
+        elif isinstance(value, (WeightRecord, ActivationRecord)):
+            there[name] = moved(value, device)
+    return replace(record, **there)
 
 
 def overhead_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:

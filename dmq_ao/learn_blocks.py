@@ -73,7 +73,7 @@ def scaled_weight(prepared: GraphModule, node: Node, activation: ActivationObser
     scale = None if activation is None else activation.record().channel_scale
     if scale is None:
         return weight
-    factors = spread(scale, len(weight), weight[0, 0].numel(), geometry(node, weight).groups)
+    factors = spread(scale.to(weight.device), len(weight), weight[0, 0].numel(), geometry(node, weight).groups)
     return weight * factors.reshape(weight.shape)
 
 
@@ -133,8 +133,8 @@ class BlockStudent:
                 continue
             owner = owners[id(activation)]
             if owner in block.layers:
-                rows = activation.record().scale
-                factor = self.log_factors.setdefault(owner, torch.zeros_like(rows).requires_grad_())
+                there = activation.record().scale.to(float_weight(prepared, nodes[name]).device)
+                factor = self.log_factors.setdefault(owner, torch.zeros_like(there).requires_grad_())
                 self._factor_of[name] = factor
         self.logits = {name: one.logits for name, one in self._weights.items()}
 

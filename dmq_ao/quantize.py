@@ -19,7 +19,7 @@ from dmq_ao.backends import MEASURED, Backend, choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import Ranges, Recipe
-from dmq_ao.layer import LayerRecord, PackedRecords, packed_record
+from dmq_ao.layer import LayerRecord, PackedRecords, moved, packed_record
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.noise import noise_tensors
 from dmq_ao.observers import ActivationObserver
@@ -151,7 +151,7 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
 
 def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
     records = {}
-    nodes = graph.layer_nodes(prepared)
+    nodes, device = graph.layer_nodes(prepared), graph.device_of(prepared)
     for name, (weight, activation) in observers(prepared).items():
         decided = weight.record(float_weight(prepared, nodes[name]))
         weight.restore(decided, weight.bias)
@@ -159,7 +159,8 @@ def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
             activation.restore(activation.record())
         kind = prepared.meta[PLAN][name].kind
         inputs = activation.record() if activation is not None else None
-        records[name] = LayerRecord(name, kind, decided, inputs, weight.bias)
+        record = LayerRecord(name, kind, decided, inputs, weight.bias)
+        records[name] = moved(record, device)  # ranges are kept on the CPU while they are observed
     return records
 
 

@@ -22,7 +22,7 @@ from dmq_ao import graph, serialization
 from dmq_ao.annotate import PLAN, SCALED, attention_observers, float_bias, observers, readers
 from dmq_ao.blocks import Block, Rows, find_blocks, run_block
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
-from dmq_ao.layer import LayerRecord, WeightRecord
+from dmq_ao.layer import LayerRecord, WeightRecord, moved
 from dmq_ao.layer_rows import LayerRows
 from dmq_ao.learn import (
     ScaledInput,
@@ -118,7 +118,7 @@ class Reconstruction:
         """
         self.prepared, self.recipe, self.bar = prepared, recipe, bar
         self.folder = None if state_dir is None else state_dir / "units"
-        self.digest = digest
+        self.digest, self.device = digest, graph.device_of(prepared)
         self.watchers = observers(prepared)
         self.nodes = {name: node for name, node in graph.layer_nodes(prepared).items() if name in self.watchers}
         self.names = {node: name for name, node in self.nodes.items()}
@@ -251,7 +251,7 @@ class Reconstruction:
         with torch.enable_grad():
             outcome = learn_scales(given, config, self.count, self.rows.generator(unit.index, 1))
         for watcher, scale in zip(learning.values(), outcome.scales, strict=True):
-            watcher.channel_scale = scale
+            watcher.channel_scale = None if scale is None else scale.cpu()  # where the ranges are
         for name in unit.layers:
             self.scale_gain[name] = (outcome.after / outcome.before, outcome.steps)
 
@@ -363,7 +363,7 @@ class Reconstruction:
             activation = self.watchers[name][1]
             assert activation is not None
             record = activation.record()
-            activation.restore(replace(record, scale=record.scale * factor))
+            activation.restore(replace(record, scale=record.scale * factor.to(record.scale)))
         self.blocks[block.name] = learned
         return learned
 
@@ -415,7 +415,8 @@ class Reconstruction:
     def _take(self, records: Mapping[str, LayerRecord]) -> None:
         for name, record in records.items():
             weight, activation = self.watchers[name]
-            weight.restore(record.weight, record.bias)
+            there = moved(record, self.device)
+            weight.restore(there.weight, there.bias)
             if activation is not None and record.activation is not None:
                 activation.channel_scale = record.activation.channel_scale
                 activation.restore(record.activation)

@@ -28,7 +28,7 @@ def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mappin
     """
     partial = file.with_suffix(".partial")
     header = {_HEADER: json.dumps({"digest": digest, "meta": dict(meta)})}
-    save_file({key: tensor.contiguous().clone() for key, tensor in tensors.items()}, partial, header)
+    save_file({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, partial, header)
     os.replace(partial, file)
 
 

@@ -31,7 +31,7 @@ class Value:
     def __init__(self, items: list[Any]) -> None:
         """``items`` has one entry a batch."""
         self.items: list[Any] = items
-        self.files: dict[int, tuple[Path, list[int]]] = {}
+        self.files: dict[int, tuple[Path, list[int], torch.device]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -42,9 +42,9 @@ class Value:
         """The value for one batch."""
         if index not in self.files:
             return self.items[index]
-        file, axes = self.files[index]
+        file, axes, device = self.files[index]
         # A copy: tensors in a mapped file lie at odd addresses, where kernels may sum in another order.
-        return load_file(file)["value"].clone().permute(axes)
+        return load_file(file)["value"].to(device, copy=True).permute(axes)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -60,13 +60,13 @@ class Value:
                 # Axes lie on disk as they lie in memory: a kernel may sum in another order over another layout.
                 strides = item.stride()
                 order = sorted(range(item.dim()), key=strides.__getitem__, reverse=True)
-                save_file({"value": item.permute(order).contiguous()}, file)
-                self.files[index] = file, [order.index(axis) for axis in range(item.dim())]
+                save_file({"value": item.permute(order).contiguous().cpu()}, file)
+                self.files[index] = file, [order.index(axis) for axis in range(item.dim())], item.device
                 self.items[index] = None
 
     def drop(self) -> None:
         """Let go of memory and files."""
-        for file, _ in self.files.values():
+        for file, *_ in self.files.values():
             file.unlink(missing_ok=True)
         self.items, self.files = [], {}
 

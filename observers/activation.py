@@ -119,7 +119,7 @@ class ActivationObserver(ObserverBase):
         if self.vote is None or not len(self.vote.counts):
             return record
         self.election = self.vote.elect()
-        return ActivationRecord(**{**record.__dict__, "exponents": self.election.exponents})
+        return replace(record, exponents=self.election.exponents.cpu())
 
     def simulate(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """What the codes of ``x`` [B, ...] stand for, in the dtype of ``x``: ``x / channel_scale``, rounded."""
@@ -294,7 +294,10 @@ def _divided(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
 def _row_node(model: GraphModule, timestep: Node, layer: str, timesteps: Tensor) -> Node:
     """The look-up of table rows by timestep, one node for all layers that share the table's timesteps."""
     for user in timestep.users:
-        if user.target == ops.row and torch.equal(graph.attribute(model, user.args[1]), timesteps):  # type: ignore[arg-type]
+        if user.target != ops.row:
+            continue
+        known = graph.attribute(model, user.args[1])  # type: ignore[arg-type]
+        if torch.equal(known, timesteps.to(known.device)):
             return user
     with model.graph.inserting_after(timestep):
         table = graph.add_record_tensor(model, layer, "timesteps", timesteps)

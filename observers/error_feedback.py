@@ -43,7 +43,7 @@ def round_with_feedback(
     """
     order = moments.diagonal().argsort(stable=True)  # the columns that count most are rounded first, from the end
     lower = torch.linalg.cholesky(moments[order[:, None], order])
-    groups = (torch.arange(weight.shape[1]) // (weight.shape[1] // scale.shape[1]))[order]
+    groups = (order // (weight.shape[1] // scale.shape[1])).tolist()
     ordered = weight.to(moments.dtype)[:, order]
     limits = numerics.RowLimits.of(bits, symmetric, ordered[:, 0])
     codes = torch.empty_like(ordered, dtype=torch.int32)
