@@ -39,6 +39,8 @@ FLOAT = "float on dequantized values"
 HALVES = (torch.bfloat16, torch.float16)
 # Where both operators take what is added at the end.
 RESIDUAL = 11
+FLOAT8_CAPABILITY = (8, 9)
+FLOAT8_MULTIPLE = 16  # of the sizes that PyTorch's float8 product takes
 MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
 # What the products of one weight read.
 Weights = dict[WeightRecord, tuple[KernelWeight, tuple[Any, ...]]]
@@ -69,7 +71,14 @@ class Cuda:
 
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Reasons why a plan cannot run, one sentence each; what runs in float is no reason."""
-        return unfoldable(plan)
+        float8 = any(item.weight is not None and item.weight.float8 for item in plan.values())
+        if not float8 or not torch.cuda.is_available():
+            return unfoldable(plan)
+        capability = torch.cuda.get_device_capability()
+        if capability >= FLOAT8_CAPABILITY:
+            return unfoldable(plan)
+        needed = ".".join(map(str, FLOAT8_CAPABILITY))
+        return [f"float8 needs compute capability {needed}, this GPU has {capability}; use w8a8", *unfoldable(plan)]
 
     def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
         """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
@@ -84,11 +93,13 @@ class Cuda:
 
 
 def _why_not(record: LayerRecord, node: Node) -> str:
-    """Why a layer has no integer kernel here; empty when it has one."""
-    conv = Convolution.of(node, record.kind)
-    if conv is not None and conv.groups > 1:
-        return why_float(record) or "no int8 kernel for grouped convolutions on CUDA"
-    return why_float(record)
+    """Why a layer has no product of codes here; empty when it has one."""
+    why, conv = why_float(record), Convolution.of(node, record.kind)
+    if not why and conv is not None and conv.groups > 1:
+        return "no int8 kernel for grouped convolutions on CUDA"
+    if not why and record.weight.float8 and any(size % FLOAT8_MULTIPLE for size in record.weight.shape):
+        return f"float8 products take sizes in multiples of {FLOAT8_MULTIPLE}, not {tuple(record.weight.shape)}"
+    return why
 
 
 def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Kernel:
@@ -97,6 +108,8 @@ def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Ker
     conv = Convolution.of(node, record.kind)
     grouped = record.weight.scale.shape[1] > 1 or (conv is not None and conv.groups > 1)
     if record.activation is not None or grouped or record.kind == "conv3d":
+        return Kernel(FLOAT, why)
+    if record.weight.float8:
         return Kernel(FLOAT, why)
     if not shift_fits_int8(record.weight.bits, record.weight.symmetric, 0):
         return Kernel(
@@ -118,7 +131,23 @@ def _words(widths: Iterable[int]) -> str:
     return f"weight in {'+'.join(map(str, sorted(widths)))} bits"
 
 
+def _lower_float8(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
+    real, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
+    assert isinstance(real, Node)
+    with gm.graph.inserting_before(node):
+        weight = graph.add_tensor(gm, f"{record.name}.codes", record.weight.codes)
+        scale = graph.add_tensor(gm, f"{record.name}.kernel_scale", record.weight.scale[:, 0])
+        args = (*real.args[:2], weight, scale, bias, node.meta[VAL].dtype)
+        result = gm.graph.call_function(cuda_ops.float8_linear, args)
+    result.meta = {**node.meta}
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return Kernel("float8 linear", "the recipe asks for float8")
+
+
 def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
+    if record.weight.float8:
+        return _lower_float8(gm, node, record)
     word = "linear" if record.kind == "linear" else "convolution"
     widths: set[int] = set()
     weights: Weights = {}

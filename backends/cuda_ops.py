@@ -25,10 +25,25 @@ _library.define(
     " ScalarType dtype) -> Tensor"
 )
 _library.define("signed_codes(Tensor codes) -> Tensor")
+_library.define(
+    "float8_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor"
+)
 
 
 def _signed_codes(codes: Tensor) -> Tensor:
     return (codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def _float8_linear(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    rows = scale.reshape(-1, *[1] * (codes.dim() - 2)).expand(codes.shape[:-1]).reshape(-1, 1)
+    flat = codes.reshape(-1, codes.shape[-1])
+    # The product by rows and columns of scales is there in bfloat16 only, which is finer than any float8.
+    y = torch._scaled_mm(flat, weight.t(), rows.contiguous(), weight_scale[None], out_dtype=torch.bfloat16)
+    y = y.to(dtype).reshape(*codes.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 def _linear(codes: Tensor, *given: Any, library: bool) -> Tensor:
@@ -91,6 +106,7 @@ def _fake_conv(codes: Tensor, *given: object) -> Tensor:
 
 
 _library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
+_library.impl("float8_linear", _float8_linear, "CompositeImplicitAutograd")
 for _key in ("CUDA", "CPU"):  # the CPU: for Triton's interpreter
     _library.impl("cuda_linear", partial(_linear, library=False), _key)
     _library.impl("library_linear", partial(_linear, library=True), _key)
@@ -101,6 +117,11 @@ torch.library.register_fake("dmq_ao::cuda_conv", _fake_conv)
 
 signed_codes = torch.ops.dmq_ao.signed_codes.default
 """uint8 codes less 128, as int8: what tensor cores multiply."""
+float8_linear = torch.ops.dmq_ao.float8_linear.default
+"""Real values [B, ..., out] of float8 codes [B, ..., in] times float8 codes [out, in], by ``torch._scaled_mm``.
+
+``scale`` has one entry or one per row of axis 0, ``weight_scale`` one per output.
+"""
 cuda_linear = torch.ops.dmq_ao.cuda_linear.default
 """Real values [B, ..., out] of signed codes [B, ..., in] times a ``cuda_weights.KernelWeight``.
 

@@ -244,6 +244,8 @@ def _why_not(record: LayerRecord, node: Node) -> str:
     why = why_float(record)
     if why:
         return why
+    if record.weight.float8:
+        return "float8: CPUs multiply no such codes; use w8a8"
     if not has_vnni():
         return "this CPU has no VNNI: its int8 products saturate"
     conv = Convolution.of(node, record.kind)

@@ -109,6 +109,8 @@ def why_float(record: LayerRecord) -> str:
         return "weight-only: the input is float"
     if record.weight.scale.shape[1] > 1:
         return "a scale per group of inputs: an integer sum cannot run across groups"
+    if record.weight.float8 != record.activation.float8:
+        return "float8 times integers: there is no such product"
     return "no int8 kernel for 3-d convolutions" if record.kind == "conv3d" else ""
 
 

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import (
 from dmq_ao import graph
 from dmq_ao.config import FLOAT_BITS, AttentionConfig, PowerOfTwo, QuantConfig, Ranges, Recipe, TensorConfig
 from dmq_ao.layer import LayerPlan
-from dmq_ao.numerics import code_range
+from dmq_ao.numerics import FLOAT8, code_range
 from dmq_ao.observers import (
     ALL_OBSERVERS,
     ActivationObserver,
@@ -83,8 +83,7 @@ def _at_rest(item: LayerPlan) -> LayerPlan:
 
 
 def _plan_layer(layer: graph.Layer, roles: set[str], config: QuantConfig) -> LayerPlan:
-    weight: TensorConfig | None = config.weight
-    activation: TensorConfig | None = config.activation
+    weight, activation = config.weight, config.activation
     why = next((_reason(p) for p in config.keep_float if matches(p, layer.name, roles)), "")
     for override in config.overrides:
         if matches(override.pattern, layer.name, roles):
@@ -92,16 +91,22 @@ def _plan_layer(layer: graph.Layer, roles: set[str], config: QuantConfig) -> Lay
             why = f"override {override.pattern!r}" if override.keep_float else ""
     if not layer.quantizable:
         why = layer.kind
-    if not why and weight is not None and weight.bits == FLOAT_BITS:
+    if not why and weight.bits == FLOAT_BITS:
         why = f"the recipe asks for {FLOAT_BITS} bits"
     if why:
         return LayerPlan(layer.name, layer.kind, layer.numel, None, None, None, why)
-    if activation is not None and activation.bits == FLOAT_BITS:
-        activation = None
+    if layer.kind != "linear":
+        weight, activation = _integers(weight, symmetric=True), _integers(activation, symmetric=False)
+    given = None if activation.bits == FLOAT_BITS else activation
     votes = config.power_of_two
-    if votes is not None and (activation is None or not any(matches(p, layer.name, roles) for p in votes.layers)):
+    if votes is not None and (given is None or not any(matches(p, layer.name, roles) for p in votes.layers)):
         votes = None
-    return LayerPlan(layer.name, layer.kind, layer.numel, weight, activation, votes, "")
+    return LayerPlan(layer.name, layer.kind, layer.numel, weight, given, votes, "")
+
+
+def _integers(config: TensorConfig, symmetric: bool) -> TensorConfig:
+    """Integers as wide as float8, where it is asked for."""
+    return replace(config, float8=False, symmetric=symmetric) if config.float8 else config
 
 
 def _scaled(gm: GraphModule, recipe: Recipe) -> set[str]:
@@ -263,6 +268,8 @@ def attention_observers(prepared: GraphModule) -> dict[Node, AttentionObserver]:
 
 
 def _code_dtype(config: TensorConfig) -> torch.dtype:
+    if config.float8:
+        return FLOAT8
     return torch.int8 if config.symmetric else torch.uint8
 
 

@@ -56,7 +56,7 @@ def _examples(*lines: str) -> str:
 
 Model = Annotated[str, typer.Argument(help="A diffusers pipeline folder, a Hub id, or `demo`: the bundled denoiser.")]
 Quantized = Annotated[Path, typer.Argument(help="A folder that `quantize` or dmq_ao.save wrote.")]
-Bits = Annotated[str, typer.Option(help="Weight and activation bits: w8a8, w4a8, w4a6 ...; 16 stays in float.")]
+Bits = Annotated[str, typer.Option(help="Weight and activation bits: w8a8, w4a6 ..., w8a8-fp8; 16 stays in float.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Seed = Annotated[int, typer.Option(min=0, help="First seed; one for each image or trajectory, counting up.")]
 Prompt = Annotated[str | None, typer.Option(help="For pipelines that draw from a prompt.")]
@@ -343,7 +343,7 @@ def benchmark(
     beside the times. It needs pip install "dmq_ao[bench]"; a peer that fails has a row that says so.
     """
     with option_values("--bits"):
-        recipes.parse_bits(bits)
+        recipes.minmax(bits)
     from dmq_ao import cli_output
     from dmq_ao.benchmark import run_benchmark
     from dmq_ao.evaluation.peers import chosen_peers

@@ -108,6 +108,8 @@ class TensorConfig:
         symmetric: signed codes around zero (``zero_point`` 0) instead of unsigned ones with a zero point.
         ranges: when the range of an activation is decided.
         observer: name of a range estimator in ``dmq_ao.observers.ALL_OBSERVERS``.
+        float8: codes are numbers of 8 bits (e4m3: 4 of exponent, 3 of mantissa) in linears; other layers, of which no
+            device has such a product, get integers. 8 bits, symmetric, and ranges that are not dynamic.
     """
 
     bits: int
@@ -116,6 +118,7 @@ class TensorConfig:
     symmetric: bool = False
     ranges: Ranges = Ranges.STATIC
     observer: str = "minmax"
+    float8: bool = False
 
     def __post_init__(self) -> None:
         if not (1 <= self.bits <= MAX_INPUT_BITS or self.bits == FLOAT_BITS):
@@ -127,6 +130,12 @@ class TensorConfig:
             raise ValueError(f"group_size goes with per_group, got {self.granularity.value} and {self.group_size}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        plain = self.bits == MAX_BITS and self.symmetric and self.group_size is None
+        if self.float8 and not (plain and self.ranges is not Ranges.DYNAMIC):
+            raise ValueError(
+                f"float8 is symmetric, of {MAX_BITS} bits, without groups and with static or per_step ranges; got"
+                f" {self.bits} bits, symmetric={self.symmetric}, group_size={self.group_size}, {self.ranges.value}"
+            )
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,12 @@ class QuantConfig:
     power_of_two: PowerOfTwo | None = None
     attention: AttentionConfig | None = None
 
+    @property
+    def uses_float8(self) -> bool:
+        """Whether any tensor is to be float8."""
+        given = [self.weight, self.activation, *(t for o in self.overrides for t in (o.weight, o.activation))]
+        return any(tensor is not None and tensor.float8 for tensor in given)
+
     def __post_init__(self) -> None:
         for config in (self.weight, *(o.weight for o in self.overrides if o.weight)):
             if MAX_BITS < config.bits < FLOAT_BITS:
@@ -204,6 +219,8 @@ class QuantConfig:
         for config in (self.activation, *(o.activation for o in self.overrides if o.activation)):
             if config.granularity is not Granularity.PER_TENSOR:
                 raise ValueError(f"activations are quantized per_tensor, got {config.granularity.value}")
+            if self.power_of_two and config.float8:
+                raise ValueError("power-of-two votes are for integers: float8 has its own exponents; leave one out")
             if self.power_of_two and self.power_of_two.per_step and config.ranges is not Ranges.PER_STEP:
                 raise ValueError(f"power_of_two.per_step needs per_step ranges, got {config.ranges.value}")
 
@@ -408,6 +425,8 @@ class Recipe:
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
         self._check_learned_rounding()
+        if self.learns and self.config.uses_float8:
+            raise ValueError("float8 is rounded to nearest, nothing learns its codes; use recipes.minmax")
 
     def _check_learned_rounding(self) -> None:
         """Learned rounding chooses between two neighbouring codes of one width a layer."""

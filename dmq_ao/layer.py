@@ -80,6 +80,7 @@ class ActivationRecord:
             without power-of-two scaling.
         channel_scale: [channels] float32, learned factor that the input is divided by and the weight's codes hold;
             None without learned scaling.
+        float8: codes are float8_e4m3fn instead, and zero points are zero.
     """
 
     bits: int
@@ -90,6 +91,7 @@ class ActivationRecord:
     timesteps: Tensor | None = None
     exponents: Tensor | None = None
     channel_scale: Tensor | None = None
+    float8: bool = False
 
     @property
     def channel_step(self) -> Tensor | None:
@@ -115,7 +117,7 @@ class WeightRecord:
 
     Attributes:
         bits: width of a code, of the widest where they differ.
-        symmetric: signed int8 codes with zero point 0, else uint8 codes.
+        symmetric: signed int8 codes with zero point 0, or float8_e4m3fn ones; else uint8 codes.
         codes: [out, ...] of the weight's own shape.
         scale: [out, groups] float32; groups run over the flattened input axes.
         zero_point: [out, groups] int32.
@@ -133,6 +135,11 @@ class WeightRecord:
     def shape(self) -> torch.Size:
         """Of the weight."""
         return self.codes.shape
+
+    @property
+    def float8(self) -> bool:
+        """Whether codes are no integers."""
+        return self.codes.dtype == numerics.FLOAT8
 
     @property
     def row_bits(self) -> int | Tensor:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Smallest scale: an all-zero channel keeps a finite, harmless step.
 EPS = float(torch.finfo(torch.float32).eps)
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_MAX = float(torch.finfo(FLOAT8).max)
 
 
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
@@ -52,6 +54,25 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tens
     Computed in float32 whatever the dtype of ``x``; ties go to even.
     """
     return torch.clamp(torch.round(x.float() / scale) + zero_point, quant_min, quant_max)  # type: ignore[arg-type]
+
+
+def float8_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of float8 codes for ranges ``[low, high]``: the largest magnitude is the largest number.
+
+    Args:
+        low: smallest values, any shape, float.
+        high: largest values, the same shape.
+
+    Returns:
+        ``scale`` float32 and ``zero_point`` int32, all zero, both of the shape of ``low``.
+    """
+    scale = (torch.maximum(-low.float(), high.float()) / FLOAT8_MAX).clamp_min(EPS)
+    return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+
+def quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` in float8 (e4m3 of OCP's 8-bit floating point, 1.0), to nearest; clipped to its range."""
+    return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 
 class RowLimits(NamedTuple):

@@ -8,7 +8,7 @@ Canonical form (design, section 4), for row r and channel c of an activation::
     q = clamp(round(x / (scale_r * channel_scale_c)) + zero_point_r, quant_min, quant_max)
 
 ``scale`` and ``zero_point`` have one entry, or one per row of axis 0; ``channel_scale`` is None, [C] along
-``ch_axis``, or [B, C] with a factor for each row.
+``ch_axis``, or [B, C] with a factor for each row. Codes in float8 are ``x`` over the step, and have no zero point.
 """
 
 import torch
@@ -47,6 +47,10 @@ def _quantize(
     return codes.to(torch.uint8 if quant_max <= 255 else torch.int16)
 
 
+def _quantize_float8(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
+    return numerics.quantize_float8(x, _step(x, scale, channel_scale, ch_axis))
+
+
 def _dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor, channel_scale: Tensor | None, ch_axis: int, dtype: torch.dtype
 ) -> Tensor:
@@ -79,6 +83,7 @@ _register(
     " int quant_min, int quant_max) -> Tensor",
     _quantize,
 )
+_register("quantize_float8(Tensor x, Tensor scale, Tensor? channel_scale, int ch_axis) -> Tensor", _quantize_float8)
 _register(
     "dequantize(Tensor codes, Tensor scale, Tensor zero_point, Tensor? channel_scale, int ch_axis,"
     " ScalarType dtype) -> Tensor",
@@ -92,6 +97,8 @@ _register("dynamic_qparams(Tensor x, int bits) -> (Tensor, Tensor)", _dynamic_qp
 
 quantize = torch.ops.dmq_ao.quantize.default
 """Codes of ``x`` [B, ...], uint8, or int16 where ``quant_max`` needs it; see the module docstring."""
+quantize_float8 = torch.ops.dmq_ao.quantize_float8.default
+"""Codes of ``x`` [B, ...] as float8_e4m3fn; ``dequantize`` takes them, with zero points of zero."""
 dequantize = torch.ops.dmq_ao.dequantize.default
 """Real values of activation codes [B, ...], in ``dtype``."""
 dequantize_weight = torch.ops.dmq_ao.dequantize_weight.default

@@ -40,6 +40,7 @@ from dmq_ao.config import (
 
 # Up to here a symmetric grid wastes too much on one-sided channels, and asymmetric codes still shift into int8.
 LAST_ASYMMETRIC_BITS = 4
+FLOAT8_SCHEME = "w8a8-fp8"
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -71,7 +72,8 @@ def minmax(
     """Round to nearest: weights per output channel (or group), activations per tensor.
 
     Args:
-        bits: ``"w8a8"``, ``"w4a8"``, ``"w4a6"``, ``"w4a16"`` and the like.
+        bits: ``"w8a8"``, ``"w4a8"``, ``"w4a6"``, ``"w4a16"`` and the like; ``"w8a8-fp8"`` gives linears float8 codes
+            (e4m3), which GPUs from compute capability 8.9 on multiply, and all else the integers of ``"w8a8"``.
         power_of_two: channel exponents by vote; True for the layers that read a concatenation.
         ranges: ``STATIC``, ``PER_STEP`` or ``DYNAMIC`` activation ranges.
         observer: range estimator of weights and activations: ``minmax``, ``mse`` or ``percentile``.
@@ -82,7 +84,8 @@ def minmax(
     Raises:
         ValueError: for a scheme that is not of this form.
     """
-    weight_bits, activation_bits = parse_bits(bits)
+    float8 = bits.lower() == FLOAT8_SCHEME
+    weight_bits, activation_bits = parse_bits(bits.lower().removesuffix("-fp8") if float8 else bits)
     config = QuantConfig(
         weight=TensorConfig(
             bits=weight_bits,
@@ -94,7 +97,16 @@ def minmax(
         activation=TensorConfig(bits=activation_bits, ranges=ranges, observer=observer),
         power_of_two=(PowerOfTwo() if power_of_two else None) if isinstance(power_of_two, bool) else power_of_two,
     )
-    return Recipe(name="minmax", config=_with_embeddings(config) if embeddings else config)
+    config = _with_embeddings(config) if embeddings else config
+    return Recipe(name="minmax", config=_with_float8(config) if float8 else config)
+
+
+def _with_float8(config: QuantConfig) -> QuantConfig:
+    """Linears in float8 where no override says otherwise."""
+    weight = dataclasses.replace(config.weight, float8=True)
+    return dataclasses.replace(
+        config, weight=weight, activation=dataclasses.replace(config.activation, float8=True, symmetric=True)
+    )
 
 
 def _with_embeddings(config: QuantConfig) -> QuantConfig:

@@ -2,7 +2,8 @@
 
 Keys of the tensors, by original layer name::
 
-    <layer>.weight                packed codes, uint8 [ceil(numel / 8) * bits]; signed codes are offset by 2**(bits-1)
+    <layer>.weight                packed codes, uint8 [ceil(numel / 8) * bits]; signed codes are offset by 2**(bits-1),
+                                  float8 ones are their bytes
     <layer>.weight_scale          [out, groups] float32          <layer>.weight_zero_point   [out, groups] uint8
     <layer>.input_scale           [rows] float32                 <layer>.input_zero_point    [rows] uint8
     <layer>.input_timesteps       [rows] float32, per step       <layer>.input_exponents     [channels] int8, if voted
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmq_ao import numerics
 from dmq_ao.config import InvalidFile, Ranges, Recipe
 from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord, zero_point_dtype
 from dmq_ao.segments import pack_segments, segment_bytes, unpack_segments
@@ -287,6 +289,7 @@ def layer_configs(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
             "bits": record.weight.bits,
             **({} if record.weight.channel_bits is None else {"segments": record.weight.segments}),
             "symmetric": record.weight.symmetric,
+            **({"float8": True} if record.weight.float8 else {}),
             "input": _input_config(record.activation),
         }
         for name, record in records.items()
@@ -296,7 +299,8 @@ def layer_configs(records: Mapping[str, LayerRecord]) -> dict[str, Any]:
 def _input_config(activation: ActivationRecord | None) -> dict[str, Any] | None:
     if activation is None:
         return None
-    return {"bits": activation.bits, "ch_axis": activation.ch_axis, "ranges": activation.ranges.value}
+    kept = {"bits": activation.bits, "ch_axis": activation.ch_axis, "ranges": activation.ranges.value}
+    return kept | ({"float8": True} if activation.float8 else {})
 
 
 def _tensors(stored: Stored) -> dict[str, Tensor]:
@@ -311,7 +315,7 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
     for name, record in records.items():
         weight, activation = record.weight, record.activation
         widths = None if weight.channel_bits is None else weight.channel_bits.cpu()
-        tensors[f"{name}.weight"] = pack_segments(weight.codes.cpu(), weight.segments, widths, weight.symmetric)
+        tensors[f"{name}.weight"] = _packed(weight, widths)
         if widths is not None:
             tensors[f"{name}.weight_bits"] = widths
         tensors[f"{name}.weight_scale"] = weight.scale.cpu()
@@ -331,6 +335,13 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
             tensors[f"{name}.corrected_bias"] = record.bias.cpu()
     # safetensors refuses tensors that share storage, and siblings share their input's qparams.
     return {name: value.clone() for name, value in tensors.items()}
+
+
+def _packed(weight: WeightRecord, widths: Tensor | None) -> Tensor:
+    codes = weight.codes.cpu()
+    if weight.float8:
+        return numerics.pack(codes.view(torch.uint8), 8)
+    return pack_segments(codes, weight.segments, widths, weight.symmetric)
 
 
 def layer_records(layers: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LayerRecord]:
@@ -380,12 +391,15 @@ def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> Lay
     """Take one layer's tensors out of ``left``."""
     packed = left.pop(f"{name}.weight")
     widths = left[f"{name}.weight_bits"] if "segments" in layer else None
-    codes = unpack_segments(packed, layer["shape"], _segments(layer), widths, layer["symmetric"])
+    if layer.get("float8"):
+        codes = numerics.unpack(packed, 8, math.prod(layer["shape"])).view(numerics.FLOAT8).reshape(layer["shape"])
+    else:
+        codes = unpack_segments(packed, layer["shape"], _segments(layer), widths, layer["symmetric"])
     return _with_codes(name, layer, left, codes)
 
 
 def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
-    dtype = torch.int8 if layer["symmetric"] else torch.uint8
+    dtype = numerics.FLOAT8 if layer.get("float8") else torch.int8 if layer["symmetric"] else torch.uint8
     return _with_codes(name, layer, left, torch.empty(layer["shape"], dtype=dtype, device="meta"))
 
 
@@ -418,6 +432,7 @@ def _activation(name: str, given: Mapping[str, Any] | None, left: dict[str, Tens
         timesteps=left.pop(f"{name}.input_timesteps") if ranges is Ranges.PER_STEP else None,
         exponents=left.pop(f"{name}.input_exponents", None),
         channel_scale=left.pop(f"{name}.input_channel_scale", None),
+        float8=bool(given.get("float8")),
     )
 
 

@@ -54,6 +54,7 @@ OURS: dict[str, tuple[Callable[[], Recipe], Mode]] = {
 }
 CUDA: dict[str, tuple[Callable[[], Recipe], Mode]] = {
     "dmq_ao W8A8": (lambda: recipes.minmax("w8a8", ranges=Ranges.PER_STEP), "max"),
+    "dmq_ao W8A8, linears float8": (lambda: recipes.minmax("w8a8-fp8", ranges=Ranges.PER_STEP), "max"),
     "dmq_ao W4A8+PTS": (lambda: recipes.minmax("w4a8", power_of_two=True, ranges=Ranges.PER_STEP), "max"),
 }
 BATCH = {"flowvit": 64}

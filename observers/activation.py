@@ -126,7 +126,10 @@ class ActivationObserver(ObserverBase):
         record = self.record()
         scale, zero_point = self._rows(x, timestep, record)
         finer, step = (self._steps(s, x, timestep, record) for s in (record.quantize_step, record.channel_step))
-        codes = ops.quantize(x, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
+        if record.float8:
+            codes = ops.quantize_float8(x, scale, finer, record.ch_axis)
+        else:
+            codes = ops.quantize(x, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
         values: Tensor = ops.dequantize(codes, scale, zero_point, step, record.ch_axis, x.dtype)
         return values
 
@@ -201,7 +204,7 @@ class ActivationObserver(ObserverBase):
                 f"{self.layer}: its input was never observed; run calibrate(prepared, samples) before convert"
             )
         else:
-            scale, zero_point = self.ranges.qparams(self.config.bits)
+            scale, zero_point = self.ranges.qparams(self.config.bits, self.config.float8)
         return ActivationRecord(
             self.config.bits,
             self.ch_axis,
@@ -210,6 +213,7 @@ class ActivationObserver(ObserverBase):
             zero_point,
             self.ranges.timesteps(),
             channel_scale=self.channel_scale,
+            float8=self.config.float8,
         )
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
@@ -228,10 +232,11 @@ class ActivationObserver(ObserverBase):
             step = finer
             if record.channel_scale is not None:
                 step = self._emit_step(model, node, "dequantize_step", record.channel_step, record)
-            limits = (0, 2**record.bits - 1)
-            codes = model.graph.call_function(
-                ops.quantize, (source, scale, zero_point, finer, record.ch_axis, *limits)
-            )
+            if record.float8:
+                codes = model.graph.call_function(ops.quantize_float8, (source, scale, finer, record.ch_axis))
+            else:
+                args = (source, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
+                codes = model.graph.call_function(ops.quantize, args)
             dtype = source.meta["val"].dtype
             real = model.graph.call_function(ops.dequantize, (codes, scale, zero_point, step, record.ch_axis, dtype))
         node.replace_all_uses_with(real)

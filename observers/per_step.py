@@ -57,10 +57,12 @@ class RangeTable:
         """[rows] float32, descending; None for a table of one row."""
         return torch.tensor(sorted(self.rows, reverse=True)) if self.per_step else None
 
-    def qparams(self, bits: int) -> tuple[Tensor, Tensor]:
+    def qparams(self, bits: int, float8: bool = False) -> tuple[Tensor, Tensor]:
         """``scale`` [rows] float32 and ``zero_point`` [rows] int32, in the order of ``timesteps``."""
         ranges = [self.rows[key].range(bits) for key in sorted(self.rows, reverse=True)]
         low, high = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+        if float8:
+            return numerics.float8_qparams(low, high)
         return numerics.choose_qparams(low, high, bits, symmetric=False)
 
     def state(self) -> dict[str, Tensor]:

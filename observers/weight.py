@@ -38,6 +38,8 @@ def quantize_weight(
     if config.granularity is Granularity.PER_GROUP and inputs % size:
         raise ValueError(f"group_size {size} does not divide the {inputs} inputs of an output channel")
     rows = weight.detach().float().reshape(-1, size)
+    if config.float8:
+        return _float8_weight(weight, rows)
     if channel_bits is None:
         bits: int | Tensor = config.bits
         scale, zero_point = _qparams(rows, config.bits, config.symmetric, estimator)
@@ -61,6 +63,13 @@ def quantize_weight(
         zero_point=zero_point.reshape(out, -1),
         channel_bits=channel_bits,
     )
+
+
+def _float8_weight(weight: Tensor, rows: Tensor) -> WeightRecord:
+    scale, zero_point = numerics.float8_qparams(*torch.aminmax(rows, dim=1))
+    codes = numerics.quantize_float8(rows, scale[:, None]).reshape(weight.shape)
+    ends = (x.expand(len(weight), 1).contiguous() if len(x) == 1 else x[:, None] for x in (scale, zero_point))
+    return WeightRecord(8, True, codes, *ends)
 
 
 def _qparams(rows: Tensor, bits: int, symmetric: bool, estimator: type[RangeEstimator]) -> tuple[Tensor, Tensor]:

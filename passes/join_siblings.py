@@ -37,7 +37,8 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
         if node.target == graph.LINEAR and record.weight.scale.shape[1] == 1 and not _is_flattened(node):
             voted = record.activation is not None and record.activation.exponents is not None
             # Wider codes may not be shifted; where nothing is, the width does not matter.
-            key = (node.args[0], record.weight.bits if voted else None, record.weight.symmetric)
+            weight = record.weight
+            key = (node.args[0], weight.bits if voted else None, weight.symmetric, weight.float8)
             families.setdefault(key, []).append(name)
     joint = {}
     for members in families.values():

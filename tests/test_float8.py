@@ -1,0 +1,142 @@
+"""Linears on float8 codes: the numbers, the recipe, files and the products of the cuda backend, run on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import dmq_ao
+from dmq_ao import CalibrationSet, QuantizedDenoiser, Recipe, numerics, recipes
+from dmq_ao.backends import cuda, cuda_ops
+from dmq_ao.config import Ranges, TensorConfig
+
+Tiny = tuple[nn.Module, dict[str, Tensor]]
+
+
+def e4m3_values() -> Tensor:
+    """Every finite number of the format, from its bits: sign, four of exponent (bias 7), three of mantissa."""
+    values = []
+    for code in range(127):
+        exponent, mantissa = code >> 3, code & 7
+        values.append(mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10))
+    positive = torch.tensor(values, dtype=torch.float64)
+    return torch.cat([-positive.flip(0), positive])
+
+
+@given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.floats(2**-10, 2**10, width=32))
+def test_codes_are_the_nearest_numbers_of_the_format(values: list[float], scale: float) -> None:
+    x, step = torch.tensor(values), torch.tensor(scale)
+    codes = numerics.quantize_float8(x, step)
+    scaled = (x / step).double()
+    nearest = (scaled[:, None] - e4m3_values()).abs().amin(1)
+    assert torch.equal((codes.double() - scaled).abs(), nearest)
+
+
+@given(st.floats(-1e3, 0, width=32), st.floats(0, 1e3, width=32))
+def test_the_largest_magnitude_is_the_largest_number(low: float, high: float) -> None:
+    ends = torch.tensor([low, high])
+    scale, zero_point = numerics.float8_qparams(ends[0], ends[1])
+    assert int(zero_point) == 0
+    largest = numerics.quantize_float8(ends, scale).double().abs().max()
+    assert float(largest) == pytest.approx(448.0) or float(ends.abs().max()) < 448 * numerics.EPS
+
+
+def test_the_recipe_and_what_goes_against_it() -> None:
+    recipe = recipes.minmax("w8a8-fp8", embeddings=True)
+    assert recipe.config.weight.float8
+    assert recipe.config.activation.float8
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    with pytest.raises(ValueError, match="nothing learns its codes"):
+        dataclasses.replace(recipe, bias_correction=True)
+    with pytest.raises(ValueError, match="float8 is symmetric, of 8 bits"):
+        recipes.minmax("w8a8-fp8", ranges=Ranges.DYNAMIC)
+    with pytest.raises(ValueError, match="float8 is symmetric, of 8 bits"):
+        TensorConfig(bits=4, symmetric=True, float8=True)
+    with pytest.raises(ValueError, match="float8 has its own exponents"):
+        recipes.minmax("w8a8-fp8", power_of_two=True)
+    for method in (recipes.dmq, recipes.eda_dm, recipes.default, recipes.mpq_dm):
+        with pytest.raises(ValueError, match="float8"):
+            method("w8a8-fp8")
+
+
+def quantized(tiny: Tiny, ranges: Ranges = Ranges.PER_STEP) -> QuantizedDenoiser:
+    model, inputs = tiny
+    step = torch.arange(4).repeat_interleave(4)
+    rows = {name: torch.cat([x] * 8) for name, x in inputs.items() if name != "timestep"}
+    samples = CalibrationSet(rows, {}, torch.tensor([900, 600, 300, 0])[step], step)
+    prepared = dmq_ao.prepare(model, recipes.minmax("w8a8-fp8", ranges=ranges), samples.example(), backend="reference")
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    return dmq_ao.convert(prepared, "reference")
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm())
+
+
+@pytest.mark.parametrize("net", ["tiny_unet2d", "tiny_dit"])
+@pytest.mark.parametrize("ranges", [Ranges.STATIC, Ranges.PER_STEP])
+def test_linears_are_float8_and_convolutions_integers(
+    net: str, ranges: Ranges, request: pytest.FixtureRequest
+) -> None:
+    model, inputs = request.getfixturevalue(net)
+    reference = quantized((model, inputs), ranges)
+    for record in reference.records.values():
+        assert record.activation is not None
+        assert record.weight.float8 == record.activation.float8 == (record.kind == "linear")
+    expected = model(**inputs).sample
+    assert 0 < difference(reference(**inputs).sample, expected) < 0.1
+
+
+@pytest.mark.parametrize("net", ["tiny_unet2d", "tiny_dit"])
+def test_a_file_holds_the_same_codes(net: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    model, inputs = request.getfixturevalue(net)
+    first = quantized((model, inputs))
+    dmq_ao.save(first, tmp_path)
+    loaded = dmq_ao.load(tmp_path, backend="reference")
+    for name, record in first.records.items():
+        assert loaded.records[name].weight.codes.dtype == record.weight.codes.dtype
+        assert torch.equal(loaded.records[name].weight.codes.view(torch.uint8), record.weight.codes.view(torch.uint8))
+    assert torch.equal(loaded(**inputs).sample, first(**inputs).sample)
+
+
+def test_the_product_of_the_cuda_backend_equals_the_reference(
+    tiny_dit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "why_not_here", lambda device: "")
+    first = quantized(tiny_dit)
+    dmq_ao.save(first, tmp_path)
+    lowered = dmq_ao.load(tmp_path, backend="cuda")
+    assert {kernel.name for kernel in lowered.kernels.values()} == {"float8 linear"}
+    _, inputs = tiny_dit
+    assert difference(lowered(**inputs).sample, first(**inputs).sample) < 0.01  # each layer's output is a bfloat16
+    joint = [node for node in lowered.graph_module.graph.nodes if node.target == cuda_ops.float8_linear]
+    assert len(joint) < len(lowered.kernels)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_product_against_float64(rows: int) -> None:
+    x, weight = torch.randn(3, 5, 32), torch.randn(48, 32)
+    scale = torch.full((rows,), 0.01) * torch.arange(1, rows + 1)
+    weight_scale, bias = torch.rand(48) + 0.1, torch.randn(48)
+    codes = numerics.quantize_float8(x, scale.reshape(-1, 1, 1))
+    coded = numerics.quantize_float8(weight, torch.tensor(0.01))
+    expected = (codes.double() * scale.reshape(-1, 1, 1)) @ (coded.double() * weight_scale[:, None]).T + bias
+    actual = cuda_ops.float8_linear(codes, scale, coded, weight_scale, bias, torch.float32)
+    assert difference(actual, expected) < 2**-8
+
+
+def test_what_has_no_product_says_why(tiny_dit: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dmq_ao.save(quantized(tiny_dit), tmp_path)
+    on_cpu = dmq_ao.load(tmp_path, backend="onednn")
+    assert {kernel.why for kernel in on_cpu.kernels.values()} == {"float8: CPUs multiply no such codes; use w8a8"}
+    monkeypatch.setattr(cuda, "why_not_here", lambda device: "")
+    monkeypatch.setattr(cuda, "FLOAT8_MULTIPLE", 24)
+    on_gpu = dmq_ao.load(tmp_path, backend="cuda")
+    assert all("float8 products take sizes in multiples" in kernel.why for kernel in on_gpu.kernels.values())
+    assert not any(kernel.is_integer for kernel in on_gpu.kernels.values())
