@@ -71,14 +71,12 @@ class Cuda:
 
     def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
         """Reasons why a plan cannot run, one sentence each; what runs in float is no reason."""
+        reasons = unfoldable(plan)
         float8 = any(item.weight is not None and item.weight.float8 for item in plan.values())
-        if not float8 or not torch.cuda.is_available():
-            return unfoldable(plan)
-        capability = torch.cuda.get_device_capability()
-        if capability >= FLOAT8_CAPABILITY:
-            return unfoldable(plan)
-        needed = ".".join(map(str, FLOAT8_CAPABILITY))
-        return [f"float8 needs compute capability {needed}, this GPU has {capability}; use w8a8", *unfoldable(plan)]
+        if float8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
+            needed, found = FLOAT8_CAPABILITY, torch.cuda.get_device_capability()
+            reasons.append(f"float8 needs compute capability {needed} and this GPU has {found}; use w8a8")
+        return reasons
 
     def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
         """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""

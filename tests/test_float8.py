@@ -140,3 +140,13 @@ def test_what_has_no_product_says_why(tiny_dit: Tiny, tmp_path: Path, monkeypatc
     on_gpu = dmq_ao.load(tmp_path, backend="cuda")
     assert all("float8 products take sizes in multiples" in kernel.why for kernel in on_gpu.kernels.values())
     assert not any(kernel.is_integer for kernel in on_gpu.kernels.values())
+
+
+def test_a_gpu_without_float8_says_so_before_calibration(tiny_dit: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "why_not_here", lambda device: "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    model, inputs = tiny_dit
+    with pytest.raises(dmq_ao.UnsupportedByBackend, match=r"float8 needs compute capability \(8, 9\)"):
+        dmq_ao.prepare(model, recipes.minmax("w8a8-fp8"), inputs, backend="cuda")
+    dmq_ao.prepare(model, recipes.minmax("w8a8"), inputs, backend="cuda")
