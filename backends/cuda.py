@@ -105,9 +105,7 @@ def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Ker
     dtype: torch.dtype = node.meta[VAL].dtype
     conv = Convolution.of(node, record.kind)
     grouped = record.weight.scale.shape[1] > 1 or (conv is not None and conv.groups > 1)
-    if record.activation is not None or grouped or record.kind == "conv3d":
-        return Kernel(FLOAT, why)
-    if record.weight.float8:
+    if record.activation is not None or grouped or record.kind == "conv3d" or record.weight.float8:
         return Kernel(FLOAT, why)
     if not shift_fits_int8(record.weight.bits, record.weight.symmetric, 0):
         return Kernel(

@@ -40,7 +40,7 @@ from dmq_ao.config import (
 
 # Up to here a symmetric grid wastes too much on one-sided channels, and asymmetric codes still shift into int8.
 LAST_ASYMMETRIC_BITS = 4
-FLOAT8_SCHEME = "w8a8-fp8"
+FLOAT8 = "-fp8"
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -84,8 +84,8 @@ def minmax(
     Raises:
         ValueError: for a scheme that is not of this form.
     """
-    float8 = bits.lower() == FLOAT8_SCHEME
-    weight_bits, activation_bits = parse_bits(bits.lower().removesuffix("-fp8") if float8 else bits)
+    widths, float8 = bits.lower().removesuffix(FLOAT8), bits.lower().endswith(FLOAT8)
+    weight_bits, activation_bits = parse_bits(widths)
     config = QuantConfig(
         weight=TensorConfig(
             bits=weight_bits,
