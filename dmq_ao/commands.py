@@ -60,6 +60,7 @@ Bits = Annotated[str, typer.Option(help="Weight and activation bits: w8a8, w4a6 
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Seed = Annotated[int, typer.Option(min=0, help="First seed; one for each image or trajectory, counting up.")]
 Prompt = Annotated[str | None, typer.Option(help="For pipelines that draw from a prompt.")]
+Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")]
 BackendOption = Annotated[Backend, typer.Option(help="What runs the integers; auto takes the fastest that can.")]
 ModeOption = Annotated[
     Mode, typer.Option("--mode", help="Of compilation; max is the fastest on CPUs (bfloat16 between layers).")
@@ -83,7 +84,7 @@ def _root() -> None:
         "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --mean-bits 3.3",
         "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --bit-plan edited.json",
         "dmq-ao quantize ./my-ddpm -o out/ --keep-float '*to_out*' --dry-run",
-        "dmq-ao quantize ./my-sd -o out/ --prompt 'a red fox' --state-dir calib/",
+        "dmq-ao quantize ./my-sd -o out/ --prompt 'a red fox' --state-dir calib/ --device cuda --backend cuda",
     )
 )
 def quantize(
@@ -126,6 +127,7 @@ def quantize(
     prompt: Prompt = None,
     seed: Seed = 0,
     backend: BackendOption = Backend.AUTO,
+    device: Device = "cpu",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     max_memory: Annotated[
         float | None,
@@ -161,7 +163,7 @@ def quantize(
     if out is not None:
         check_free(out)
     plan = None if bit_plan is None else BitPlan.load(bit_plan)
-    pipeline = _pipeline(model, prompt)
+    pipeline = _pipeline(model, prompt, device=device)
     say(f"{model}: export the denoiser")
     with option_values():
         prepared = ptq.prepare_pipeline(pipeline, chosen, prompt=prompt, seed=seed, backend=backend.value)
@@ -204,7 +206,7 @@ def sample(
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
     ] = False,
-    device: Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Device = "cpu",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser first.")] = False,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
@@ -242,6 +244,7 @@ def compare(
     seed: Seed = 0,
     prompt: Prompt = None,
     backend: BackendOption = Backend.AUTO,
+    device: Device = "cpu",
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
 ) -> None:
@@ -254,9 +257,8 @@ def compare(
     from dmq_ao.evaluation import render_table, write_report
 
     _hide_loading_bars()
-    report, pictures = run(
-        model, quantized, images=images, steps=steps, seed=seed, prompt=prompt, backend=backend.value, say=say
-    )
+    where = {"backend": backend.value, "device": device}
+    report, pictures = run(model, quantized, images=images, steps=steps, seed=seed, prompt=prompt, **where, say=say)
     if out is not None:
         say(f"report: {write_report(report, pictures, out)['report.html']}")
     emit(report, lambda: render_table(report), form)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dmq_ao.diffusers_adapter import denoiser_folder, load_denoiser, load_pipeline
@@ -27,6 +28,7 @@ def compare(
     seed: int = 0,
     prompt: str | None = None,
     backend: str = "auto",
+    device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Measure one-step errors on held-out states, and images drawn from the same seeds.
@@ -39,6 +41,7 @@ def compare(
         seed: first seed of the images.
         prompt: for pipelines that want one.
         backend: runs the quantized denoisers.
+        device: of all of them.
         say: told what is going on.
 
     Returns:
@@ -46,12 +49,13 @@ def compare(
 
     Raises:
         InvalidFile: for a folder that is not there or not quantized; before anything is sampled.
+        ValueError: when there is no such device.
         TypeError: when ``model`` is quantized itself.
     """
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, device=device)
     teacher = getattr(pipeline, denoiser_name(pipeline))
     names = _names(folders)
-    quantized = {name: load_denoiser(folder, backend=backend) for name, folder in names.items()}
+    quantized = {name: load_denoiser(folder, backend=backend, device=device) for name, folder in names.items()}
     say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
     states = held_out_states(pipeline, steps=steps, seed=seed + HELD_OUT_SEED, prompt=prompt)
     seeds = range(seed, seed + images)

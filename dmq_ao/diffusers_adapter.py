@@ -85,15 +85,17 @@ def load_pipeline(
     return _quiet(pipeline.to(device))
 
 
-def load_denoiser(folder: str | Path, *, backend: str = "auto", packed: bool = False) -> QuantizedDenoiser:
+def load_denoiser(
+    folder: str | Path, *, backend: str = "auto", packed: bool = False, device: torch.device | str = "cpu"
+) -> QuantizedDenoiser:
     """Load only the quantized denoiser of a pipeline folder, or of a folder that ``dmq_ao.save`` wrote.
 
-    ``backend`` and ``packed`` are as in ``dmq_ao.load``.
+    ``backend``, ``packed`` and ``device`` are as in ``dmq_ao.load``.
 
     Raises:
         InvalidFile: when there is none.
     """
-    return load(denoiser_folder(folder), backend=backend, packed=packed)
+    return load(denoiser_folder(folder), backend=backend, packed=packed, device=device)
 
 
 def denoiser_folder(folder: str | Path) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.arguments import moved_inputs
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.compile import Mode, compile
 from dmq_ao.diffusers_adapter import record_pipeline, sample
@@ -73,7 +74,8 @@ def variant_report(
     float_bytes: int | None = None,
 ) -> dict[str, Any]:
     """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report."""
-    errors = one_step_error(teacher, quantized, by_timestep(states))
+    there = ((timestep, moved_inputs(inputs, quantized.device)) for timestep, inputs in by_timestep(states))
+    errors = one_step_error(teacher, quantized, there)
     rows = quantized.layer_reports()
     size = None if folder is None else folder_bytes(folder)
     return {

@@ -168,6 +168,15 @@ def test_sample_wants_a_device_that_is_there(made: tuple[Path, dict[str, Any]], 
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.parametrize("command", ["quantize", "compare"])
+def test_other_commands_want_one_too(command: str, made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    out, rest = tmp_path / "out", [made[0]] if command == "compare" else []
+    result = run(command, "demo", *rest, "-o", out, "--device", "cuda:77")
+    assert result.exit_code == 1
+    assert "device 'cuda:77' is not to be had here" in result.stderr
+    assert not out.exists()
+
+
 def test_sample_keeps_codes_packed_when_asked(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     names = ("plain.png", "packed.png")
     for name, more in zip(names, ((), ("--packed",)), strict=True):
