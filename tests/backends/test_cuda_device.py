@@ -1,6 +1,7 @@
 """The whole flow on a GPU: calibrated there, lowered, compiled, saved and loaded, equal to the reference there."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import CalibrationSet, QuantizedDenoiser
-from dmq_ao.recipes import default, minmax
+from dmq_ao.recipes import default, dmq, eda_dm, minmax
 
 pytestmark = [
     needs_triton,
@@ -61,7 +62,10 @@ def test_a_denoiser_equals_the_reference(
     assert difference(there(**{name: x.cpu() for name, x in inputs.items()}).sample.cuda(), expected) < close
 
 
-def test_all_of_calibration_runs_there(tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    lowered, reference, inputs = flow(*tiny_unet2d, default("w4a8"), torch.float32)
+@pytest.mark.parametrize("recipe", [default, dmq, eda_dm])
+def test_all_of_calibration_runs_there(
+    recipe: Callable[[str], dmq_ao.Recipe], tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]
+) -> None:
+    lowered, reference, inputs = flow(*tiny_unet2d, recipe("w4a8"), torch.float32)
     assert difference(lowered(**inputs).sample, reference(**inputs).sample) < 0.03
     assert all(record.weight.codes.device.type == "cuda" for record in lowered.records.values())
