@@ -117,9 +117,7 @@ def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Ker
     with gm.graph.inserting_before(node):
         product = Product(node.args[0], None, None, record.weight, None, 1.0)  # type: ignore[arg-type]
         result, weight = _emit(gm, node, record, {}, product, bias)
-    result.meta = {**node.meta}
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    graph.replace_node(node, result)
     return Kernel(f"triton {str(dtype).removeprefix('torch.')}, {_words(weight.widths)}", why)
 
 
@@ -135,9 +133,7 @@ def _lower_float8(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
         scale = graph.add_tensor(gm, f"{record.name}.kernel_scale", record.weight.scale[:, 0])
         args = (*real.args[:2], weight, scale, bias, node.meta[VAL].dtype)
         result = gm.graph.call_function(cuda_ops.float8_linear, args)
-    result.meta = {**node.meta}
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    graph.replace_node(node, result)
     return Kernel("float8 linear", "the recipe asks for float8")
 
 

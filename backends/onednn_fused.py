@@ -243,9 +243,7 @@ def _emit_attention(
         fast = gm.graph.call_function(torch.ops.dmq_ao_cpu.attention.default, (*heads, scale))
         if squeeze:
             fast = gm.graph.call_function(aten.squeeze.dim, (fast, 1))
-    fast.meta = dict(node.meta)
-    node.replace_all_uses_with(fast)
-    gm.graph.erase_node(node)
+    graph.replace_node(node, fast)
 
 
 def _rank(node: Node) -> int:
@@ -296,9 +294,7 @@ def _tiles_as_linear(gm: GraphModule, node: Node) -> None:
         tiles = call(aten.unflatten.int, (tiles, -1, [-1, *kernel]))  # [B, H, W, O, k, l]
         tiles = call(aten.permute.default, (tiles, [0, 3, 1, 4, 2, 5]))
         result = call(aten.flatten.using_ints, (call(aten.flatten.using_ints, (tiles, 4, 5)), 2, 3))
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    graph.replace_node(node, result)
 
 
 def _channels_last_input(gm: GraphModule, node: Node) -> None:

@@ -165,9 +165,7 @@ def _on_int4(gm: GraphModule, node: Node) -> None:
         reads = [graph.add_tensor(gm, f"{name}.{word}", tensor) for word, tensor in tensors]
         bias = node.args[2] if len(node.args) > 2 else None
         result = gm.graph.call_function(int4_linear, (node.args[0], *reads, bias, size))
-    result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    graph.replace_node(node, result)
 
 
 def _ratios(scale: Tensor, zero_point: Tensor, groups: int) -> Tensor:

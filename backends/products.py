@@ -182,9 +182,7 @@ def replace_layer(gm: GraphModule, node: Node, record: LayerRecord, emit: Emit) 
         result = parts[0]
         for part in parts[1:]:
             result = gm.graph.call_function(graph.aten.add.Tensor, (result, part))
-    result.meta = {**node.meta}
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)
+    graph.replace_node(node, result)
     return f" x{len(products)}" if why else "", "; ".join(why)
 
 

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import (
 from dmq_ao import graph
 from dmq_ao.config import FLOAT_BITS, AttentionConfig, PowerOfTwo, QuantConfig, Ranges, Recipe, TensorConfig
 from dmq_ao.layer import LayerPlan
-from dmq_ao.numerics import FLOAT8, code_range
+from dmq_ao.numerics import code_dtype, code_range
 from dmq_ao.observers import (
     ALL_OBSERVERS,
     ActivationObserver,
@@ -143,9 +143,7 @@ def _patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
 def _check_patterns(config: QuantConfig, roles: dict[str, set[str]]) -> None:
     for field, pattern in _patterns(config):
         _check_pattern(field, pattern, roles)
-    tensors = [config.weight, config.activation]
-    tensors += [t for o in config.overrides for t in (o.weight, o.activation) if t is not None]
-    for tensor in tensors:
+    for tensor in (*config.weights, *config.activations):
         estimator(tensor.observer)
 
 
@@ -267,17 +265,11 @@ def attention_observers(prepared: GraphModule) -> dict[Node, AttentionObserver]:
     return {node: module for node, module in modules.items() if isinstance(module, AttentionObserver)}
 
 
-def _code_dtype(config: TensorConfig) -> torch.dtype:
-    if config.float8:
-        return FLOAT8
-    return torch.int8 if config.symmetric else torch.uint8
-
-
 def _weight_spec(item: LayerPlan) -> QuantizationSpec:
     assert item.weight is not None
     low, high = code_range(item.weight.bits, item.weight.symmetric)
     observer = WeightObserver.with_args(layer=item.name, config=item.weight, estimator=estimator(item.weight.observer))
-    return QuantizationSpec(_code_dtype(item.weight), observer, low, high)
+    return QuantizationSpec(code_dtype(item.weight.symmetric, item.weight.float8), observer, low, high)
 
 
 def _activation_spec(item: LayerPlan, ch_axis: int) -> QuantizationSpec:
@@ -289,7 +281,11 @@ def _activation_spec(item: LayerPlan, ch_axis: int) -> QuantizationSpec:
         estimator=estimator(item.activation.observer),
         power_of_two=item.power_of_two,
     )
-    return QuantizationSpec(_code_dtype(item.activation), observer, *code_range(item.activation.bits, False))
+    return QuantizationSpec(
+        code_dtype(item.activation.symmetric, item.activation.float8),
+        observer,
+        *code_range(item.activation.bits, False),
+    )
 
 
 def observers(prepared: GraphModule) -> dict[str, tuple[WeightObserver, ActivationObserver | None]]:

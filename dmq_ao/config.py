@@ -207,16 +207,20 @@ class QuantConfig:
     attention: AttentionConfig | None = None
 
     @property
-    def uses_float8(self) -> bool:
-        """Whether any tensor is to be float8."""
-        given = [self.weight, self.activation, *(t for o in self.overrides for t in (o.weight, o.activation))]
-        return any(tensor is not None and tensor.float8 for tensor in given)
+    def weights(self) -> list[TensorConfig]:
+        """Every one of weights, overrides included."""
+        return [self.weight, *(o.weight for o in self.overrides if o.weight)]
+
+    @property
+    def activations(self) -> list[TensorConfig]:
+        """Every one of activations."""
+        return [self.activation, *(o.activation for o in self.overrides if o.activation)]
 
     def __post_init__(self) -> None:
-        for config in (self.weight, *(o.weight for o in self.overrides if o.weight)):
+        for config in self.weights:
             if MAX_BITS < config.bits < FLOAT_BITS:
                 raise ValueError(f"weights have 1 to {MAX_BITS} bits, or {FLOAT_BITS} for float; got {config.bits}")
-        for config in (self.activation, *(o.activation for o in self.overrides if o.activation)):
+        for config in self.activations:
             if config.granularity is not Granularity.PER_TENSOR:
                 raise ValueError(f"activations are quantized per_tensor, got {config.granularity.value}")
             if self.power_of_two and config.float8:
@@ -425,7 +429,7 @@ class Recipe:
         if self.num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
         self._check_learned_rounding()
-        if self.learns and self.config.uses_float8:
+        if self.learns and any(tensor.float8 for tensor in (*self.config.weights, *self.config.activations)):
             raise ValueError("float8 is rounded to nearest, nothing learns its codes; use recipes.minmax")
 
     def _check_learned_rounding(self) -> None:
@@ -433,8 +437,7 @@ class Recipe:
         adaround = self.rounding is not None and self.rounding.method is RoundingMethod.ADAROUND
         if not adaround and self.blocks is None:
             return
-        weights = [self.config.weight, *(o.weight for o in self.config.overrides if o.weight)]
-        if self.allocation is not None or any(weight.bits == 1 for weight in weights):
+        if self.allocation is not None or any(weight.bits == 1 for weight in self.config.weights):
             raise ValueError(
                 "AdaRound and blocks learn codes of one width a layer, of 2 bits or more; with an allocation, or one"
                 " bit, use Rounding(method=RoundingMethod.FEEDBACK)"

@@ -359,6 +359,13 @@ def add_tensor(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     return gm.graph.get_attr(free)
 
 
+def replace_node(node: Node, result: Node) -> None:
+    """Give a node's place, readers and notes to ``result``."""
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+
+
 def add_record_tensor(gm: GraphModule, layer: str, field: str, tensor: Tensor) -> Node:
     """``add_tensor`` of what ``layer.record_tensor`` gives for a field of a layer's record, noted on the node."""
     read = add_tensor(gm, f"{layer}.{field}", tensor)

@@ -215,7 +215,7 @@ class PackedWeight(WeightRecord):
     def codes(self) -> Tensor:
         """[out, ...] of the weight's own shape."""
         codes = numerics.unpack_rows(self.packed, self.shape[0]) - self.offset
-        return codes.to(torch.int8 if self.symmetric else torch.uint8).reshape(self.shape)
+        return codes.to(numerics.code_dtype(self.symmetric)).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)

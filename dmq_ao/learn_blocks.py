@@ -133,8 +133,8 @@ class BlockStudent:
                 continue
             owner = owners[id(activation)]
             if owner in block.layers:
-                there = activation.record().scale.to(float_weight(prepared, nodes[name]).device)
-                factor = self.log_factors.setdefault(owner, torch.zeros_like(there).requires_grad_())
+                factor = torch.zeros_like(activation.record().scale, device=self._weights[name].weight.device)
+                factor = self.log_factors.setdefault(owner, factor.requires_grad_())
                 self._factor_of[name] = factor
         self.logits = {name: one.logits for name, one in self._weights.items()}
 

@@ -15,6 +15,11 @@ FLOAT8 = torch.float8_e4m3fn
 FLOAT8_MAX = float(torch.finfo(FLOAT8).max)
 
 
+def code_dtype(symmetric: bool, float8: bool = False) -> torch.dtype:
+    """What a weight's codes are stored as in memory: signed bytes where symmetric, else unsigned ones."""
+    return FLOAT8 if float8 else torch.int8 if symmetric else torch.uint8
+
+
 def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Smallest and largest code: signed around zero when symmetric, else from 0.
 

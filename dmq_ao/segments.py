@@ -47,7 +47,7 @@ def unpack_segments(
     if channel_bits is None:
         ((bits, _),) = segments
         return _unpacked(packed, bits, shape, symmetric)
-    codes = torch.empty(tuple(shape), dtype=torch.int8 if symmetric else torch.uint8)
+    codes = torch.empty(tuple(shape), dtype=numerics.code_dtype(symmetric))
     parts = packed.split(segment_bytes(segments, math.prod(shape[1:])))
     for part, (bits, count) in zip(parts, segments, strict=True):
         codes[channel_bits == bits] = _unpacked(part, bits, (count, *shape[1:]), symmetric)

@@ -338,10 +338,10 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
 
 
 def _packed(weight: WeightRecord, widths: Tensor | None) -> Tensor:
-    codes = weight.codes.cpu()
+    codes, signed = weight.codes.cpu(), weight.symmetric
     if weight.float8:
-        return numerics.pack(codes.view(torch.uint8), 8)
-    return pack_segments(codes, weight.segments, widths, weight.symmetric)
+        codes, signed = codes.view(torch.uint8), False
+    return pack_segments(codes, weight.segments, widths, signed)
 
 
 def layer_records(layers: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LayerRecord]:
@@ -391,15 +391,16 @@ def _record(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> Lay
     """Take one layer's tensors out of ``left``."""
     packed = left.pop(f"{name}.weight")
     widths = left[f"{name}.weight_bits"] if "segments" in layer else None
-    if layer.get("float8"):
-        codes = numerics.unpack(packed, 8, math.prod(layer["shape"])).view(numerics.FLOAT8).reshape(layer["shape"])
-    else:
-        codes = unpack_segments(packed, layer["shape"], _segments(layer), widths, layer["symmetric"])
+    float8 = layer.get("float8", False)
+    signed = layer["symmetric"] and not float8
+    codes = unpack_segments(packed, layer["shape"], _segments(layer), widths, signed)
+    if float8:
+        codes = codes.view(numerics.FLOAT8)
     return _with_codes(name, layer, left, codes)
 
 
 def _record_without_codes(name: str, layer: Mapping[str, Any], left: dict[str, Tensor]) -> LayerRecord:
-    dtype = numerics.FLOAT8 if layer.get("float8") else torch.int8 if layer["symmetric"] else torch.uint8
+    dtype = numerics.code_dtype(layer["symmetric"], layer.get("float8", False))
     return _with_codes(name, layer, left, torch.empty(layer["shape"], dtype=dtype, device="meta"))
 
 
@@ -432,7 +433,7 @@ def _activation(name: str, given: Mapping[str, Any] | None, left: dict[str, Tens
         timesteps=left.pop(f"{name}.input_timesteps") if ranges is Ranges.PER_STEP else None,
         exponents=left.pop(f"{name}.input_exponents", None),
         channel_scale=left.pop(f"{name}.input_channel_scale", None),
-        float8=bool(given.get("float8")),
+        float8=given.get("float8", False),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -126,10 +127,8 @@ class ActivationObserver(ObserverBase):
         record = self.record()
         scale, zero_point = self._rows(x, timestep, record)
         finer, step = (self._steps(s, x, timestep, record) for s in (record.quantize_step, record.channel_step))
-        if record.float8:
-            codes = ops.quantize_float8(x, scale, finer, record.ch_axis)
-        else:
-            codes = ops.quantize(x, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
+        quantize, args = _quantizing(record, x, scale, zero_point, finer)
+        codes = quantize(*args)
         values: Tensor = ops.dequantize(codes, scale, zero_point, step, record.ch_axis, x.dtype)
         return values
 
@@ -232,11 +231,7 @@ class ActivationObserver(ObserverBase):
             step = finer
             if record.channel_scale is not None:
                 step = self._emit_step(model, node, "dequantize_step", record.channel_step, record)
-            if record.float8:
-                codes = model.graph.call_function(ops.quantize_float8, (source, scale, finer, record.ch_axis))
-            else:
-                args = (source, scale, zero_point, finer, record.ch_axis, 0, 2**record.bits - 1)
-                codes = model.graph.call_function(ops.quantize, args)
+            codes = model.graph.call_function(*_quantizing(record, source, scale, zero_point, finer))
             dtype = source.meta["val"].dtype
             real = model.graph.call_function(ops.dequantize, (codes, scale, zero_point, step, record.ch_axis, dtype))
         node.replace_all_uses_with(real)
@@ -290,6 +285,15 @@ class _Inside(torch.autograd.Function):
         inside, divisor = ctx.saved_tensors
         gradient = gradients[0] * inside
         return gradient if divisor is None else gradient / divisor, None, None, None
+
+
+def _quantizing(
+    record: ActivationRecord, x: Any, scale: Any, zero_point: Any, step: Any
+) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    """The operator that makes an input's codes, and its arguments: tensors, or the nodes that stand for them."""
+    if record.float8:
+        return ops.quantize_float8, (x, scale, step, record.ch_axis)
+    return ops.quantize, (x, scale, zero_point, step, record.ch_axis, 0, 2**record.bits - 1)
 
 
 def _divided(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:

@@ -38,10 +38,10 @@ def quantize_weight(
     if config.granularity is Granularity.PER_GROUP and inputs % size:
         raise ValueError(f"group_size {size} does not divide the {inputs} inputs of an output channel")
     rows = weight.detach().float().reshape(-1, size)
+    bits: int | Tensor = config.bits
     if config.float8:
-        return _float8_weight(weight, rows)
-    if channel_bits is None:
-        bits: int | Tensor = config.bits
+        scale, zero_point = numerics.float8_qparams(*torch.aminmax(rows, dim=1))
+    elif channel_bits is None:
         scale, zero_point = _qparams(rows, config.bits, config.symmetric, estimator)
     elif config.granularity is Granularity.PER_TENSOR:
         raise ValueError("channels of different widths cannot share one scale; use per_channel or per_group weights")
@@ -51,25 +51,21 @@ def quantize_weight(
         for width in bits.unique().tolist():
             where = bits == width
             scale[where], zero_point[where] = _qparams(rows[where], width, config.symmetric, estimator)
-    limits = numerics.RowLimits.of(bits, config.symmetric, rows)
-    codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], limits)
+    if config.float8:
+        codes = numerics.quantize_float8(rows, scale[:, None])
+    else:
+        limits = numerics.RowLimits.of(bits, config.symmetric, rows)
+        codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], limits)
     if config.granularity is Granularity.PER_TENSOR:
         scale, zero_point = scale.expand(out).contiguous(), zero_point.expand(out).contiguous()
     return WeightRecord(
         bits=config.bits if channel_bits is None else int(channel_bits.max()),
         symmetric=config.symmetric,
-        codes=codes.to(torch.int8 if config.symmetric else torch.uint8).reshape(weight.shape),
+        codes=codes.to(numerics.code_dtype(config.symmetric, config.float8)).reshape(weight.shape),
         scale=scale.reshape(out, -1),
         zero_point=zero_point.reshape(out, -1),
         channel_bits=channel_bits,
     )
-
-
-def _float8_weight(weight: Tensor, rows: Tensor) -> WeightRecord:
-    scale, zero_point = numerics.float8_qparams(*torch.aminmax(rows, dim=1))
-    codes = numerics.quantize_float8(rows, scale[:, None]).reshape(weight.shape)
-    ends = (x.expand(len(weight), 1).contiguous() if len(x) == 1 else x[:, None] for x in (scale, zero_point))
-    return WeightRecord(8, True, codes, *ends)
 
 
 def _qparams(rows: Tensor, bits: int, symmetric: bool, estimator: type[RangeEstimator]) -> tuple[Tensor, Tensor]:
@@ -84,7 +80,7 @@ class WeightObserver(ObserverBase):
 
     def __init__(self, layer: str, config: TensorConfig, estimator: type[RangeEstimator], **spec: Any) -> None:
         """``spec`` is what torchao passes to every observer; all of it follows from ``config``."""
-        super().__init__(dtype=torch.int8 if config.symmetric else torch.uint8)
+        super().__init__(dtype=numerics.code_dtype(config.symmetric, config.float8))
         del spec
         self.layer, self.config, self.estimator = layer, config, estimator
         self.start()
