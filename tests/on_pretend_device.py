@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from plain import relative, repeated_samples, small
 from pretend_device import DEVICE, PretendDevice, There
 from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import CalibrationSet, QuantizedDenoiser, Recipe, recipes
+from dmq_ao.arguments import moved_inputs
 from dmq_ao.backends import cuda
 from dmq_ao.passes.place_on import place_on
 
@@ -35,27 +37,10 @@ FEW = {("tiny_dit", "eda_dm"), ("tiny_dit", "dmq"), ("tiny_dit", "default")}
 
 def brief(recipe: Recipe) -> Recipe:
     """Every stage of a recipe, two steps of each, on ranges that are found at once."""
-
-    def cut(stage: Any, **changes: Any) -> Any:
-        return None if stage is None else dataclasses.replace(stage, **changes)
-
+    recipe = small(recipe, 2)
     config = dataclasses.replace(recipe.config, weight=dataclasses.replace(recipe.config.weight, observer="minmax"))
-    return dataclasses.replace(
-        recipe,
-        config=config,
-        scaling=cut(recipe.scaling, steps=2),
-        rounding=cut(recipe.rounding, steps=2),
-        blocks=cut(recipe.blocks, steps=2),
-        distillation=cut(recipe.distillation, steps=2, passes=0, relation=None),
-    )
-
-
-def samples_of(inputs: dict[str, Tensor]) -> CalibrationSet:
-    """Sixteen at four timesteps; kept on the CPU, as recorded ones are."""
-    step = torch.arange(4).repeat_interleave(4)
-    rows = {name: torch.cat([x] * 8) for name, x in inputs.items() if name != "timestep"}
-    rows = {name: x + 0.3 * torch.randn_like(x) if x.is_floating_point() else x for name, x in rows.items()}
-    return CalibrationSet(rows, {}, torch.tensor([900, 600, 300, 0])[step], step)
+    last = None if recipe.distillation is None else dataclasses.replace(recipe.distillation, relation=None)
+    return dataclasses.replace(recipe, config=config, distillation=last)
 
 
 def calibrated(
@@ -66,14 +51,6 @@ def calibrated(
     place_on(prepared, device)
     dmq_ao.calibrate(prepared, samples, progress=False, **options)
     return dmq_ao.convert(prepared, backend)
-
-
-def moved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.to(DEVICE) for name, x in inputs.items()}
-
-
-def difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
 
 
 def test_the_device_refuses_what_a_gpu_refuses() -> None:
@@ -100,14 +77,14 @@ def test_the_device_refuses_what_a_gpu_refuses() -> None:
 )
 def test_calibration_finds_what_it_finds_on_the_cpu(net: str, name: str, request: pytest.FixtureRequest) -> None:
     model, inputs = request.getfixturevalue(net)
-    samples = samples_of(inputs)
+    samples = repeated_samples(inputs, noise=0.3)
     here = calibrated(model, samples, RECIPES[name](), torch.device("cpu"), "reference")
     with PretendDevice():
         there = calibrated(model, samples, RECIPES[name](), DEVICE, "reference")
-        actual = there(**moved(inputs)).sample.cpu()
+        actual = there(**moved_inputs(inputs, DEVICE)).sample.cpu()
     expected = model(**inputs).sample
     # A last bit moves a code and with it what comes after, so it is not the same codes, but codes as good.
-    assert difference(actual, expected) < 1.1 * difference(here(**inputs).sample, expected) + 0.01
+    assert relative(actual, expected) < 1.1 * relative(here(**inputs).sample, expected) + 0.01
 
 
 @pytest.mark.parametrize(
@@ -115,11 +92,13 @@ def test_calibration_finds_what_it_finds_on_the_cpu(net: str, name: str, request
 )
 def test_values_on_disk_and_a_resumed_run_come_back_to_the_device(name: str, tiny_dit: Tiny, tmp_path: Path) -> None:
     model, inputs = tiny_dit
-    samples = samples_of(inputs)
+    samples = repeated_samples(inputs, noise=0.3)
     options = {"state_dir": tmp_path, "max_memory": 0}
     with PretendDevice():
         first, resumed = (
-            calibrated(model, samples, RECIPES[name](), DEVICE, "reference", **options)(**moved(inputs)).sample.cpu()
+            calibrated(model, samples, RECIPES[name](), DEVICE, "reference", **options)(
+                **moved_inputs(inputs, DEVICE)
+            ).sample.cpu()
             for _ in range(2)
         )
     assert torch.equal(first, resumed)
@@ -132,14 +111,14 @@ def test_kernels_and_files_hold_everything_where_it_runs(
     monkeypatch.setattr(cuda, "why_not_here", lambda device: "")
     model, inputs = tiny_unet2d
     with PretendDevice():
-        lowered = calibrated(model, samples_of(inputs), RECIPES[name](), DEVICE, "cuda")
+        lowered = calibrated(model, repeated_samples(inputs, noise=0.3), RECIPES[name](), DEVICE, "cuda")
         assert any(kernel.is_integer for kernel in lowered.kernels.values())
         assert all(isinstance(one, There) for one in lowered.graph_module.state_dict().values())
         dmq_ao.save(lowered, tmp_path)
         loaded = dmq_ao.load(tmp_path, backend="reference", device=DEVICE)
-        there = loaded(**moved(inputs)).sample.cpu()
+        there = loaded(**moved_inputs(inputs, DEVICE)).sample.cpu()
     here = dmq_ao.load(tmp_path, backend="reference")(**inputs).sample
-    assert difference(there, here) < 0.05
+    assert relative(there, here) < 0.05
 
 
 @pytest.mark.parametrize("select", ["uniform", "tdac"])

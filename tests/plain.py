@@ -64,6 +64,14 @@ def plain_samples(
     return record(model, call, window=window)
 
 
+def repeated_samples(inputs: dict[str, Tensor], noise: float = 0.0) -> dmq_ao.CalibrationSet:
+    """Sixteen rows at ``STEPS``, four a step, from inputs of two; on the CPU, as recorded ones are."""
+    step = torch.arange(4).repeat_interleave(4)
+    rows = {name: torch.cat([x] * 8) for name, x in inputs.items() if name != "timestep"}
+    rows = {name: x + noise * torch.randn_like(x) if x.is_floating_point() else x for name, x in rows.items()}
+    return dmq_ao.CalibrationSet(rows, {}, torch.tensor(STEPS)[step], step)
+
+
 def flow(
     model: nn.Module, recipe: Recipe, samples: dmq_ao.CalibrationSet, backend: str = "reference", **given: Any
 ) -> tuple[dmq_ao.QuantizedDenoiser, dmq_ao.CalibrationReport]:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from plain import flow, relative, repeated_samples
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao import CalibrationSet, QuantizedDenoiser, Recipe, numerics, recipes
+from dmq_ao import QuantizedDenoiser, Recipe, numerics, recipes
 from dmq_ao.backends import cuda, cuda_ops
 from dmq_ao.config import Ranges, TensorConfig
 
@@ -67,12 +68,7 @@ def test_the_recipe_and_what_goes_against_it() -> None:
 
 def quantized(tiny: Tiny, ranges: Ranges) -> QuantizedDenoiser:
     model, inputs = tiny
-    step = torch.arange(4).repeat_interleave(4)
-    rows = {name: torch.cat([x] * 8) for name, x in inputs.items() if name != "timestep"}
-    samples = CalibrationSet(rows, {}, torch.tensor([900, 600, 300, 0])[step], step)
-    prepared = dmq_ao.prepare(model, recipes.minmax("w8a8-fp8", ranges=ranges), samples.example(), backend="reference")
-    dmq_ao.calibrate(prepared, samples, progress=False)
-    return dmq_ao.convert(prepared, "reference")
+    return flow(model, recipes.minmax("w8a8-fp8", ranges=ranges), repeated_samples(inputs))[0]
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +81,6 @@ def unet(tiny_unet2d: Tiny) -> QuantizedDenoiser:
     return quantized(tiny_unet2d, Ranges.STATIC)
 
 
-def difference(actual: Tensor, expected: Tensor) -> float:
-    return float((actual.float() - expected.float()).norm() / expected.float().norm())
-
-
 @pytest.mark.parametrize(("name", "net"), [("dit", "tiny_dit"), ("unet", "tiny_unet2d")])
 def test_linears_are_float8_and_a_file_holds_their_codes(
     name: str, net: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -98,7 +90,7 @@ def test_linears_are_float8_and_a_file_holds_their_codes(
     for record in made.records.values():
         assert record.weight.float8 == record.activation.float8 == (record.kind == "linear")
     answer = made(**inputs).sample
-    assert 0 < difference(answer, model(**inputs).sample) < 0.1
+    assert 0 < relative(answer, model(**inputs).sample) < 0.1
     dmq_ao.save(made, tmp_path)
     loaded = dmq_ao.load(tmp_path, backend="reference")
     for layer, record in made.records.items():
@@ -116,7 +108,7 @@ def test_the_product_of_the_cuda_backend_equals_the_reference(
     lowered = dmq_ao.load(tmp_path, backend="cuda")
     assert {kernel.name for kernel in lowered.kernels.values()} == {"float8 linear"}
     _, inputs = tiny_dit
-    assert difference(lowered(**inputs).sample, dit(**inputs).sample) < 0.01  # each layer's output is a bfloat16
+    assert relative(lowered(**inputs).sample, dit(**inputs).sample) < 0.01  # each layer's output is a bfloat16
     joint = [node for node in lowered.graph_module.graph.nodes if node.target == cuda_ops.float8_linear]
     assert len(joint) < len(lowered.kernels)
 
@@ -130,7 +122,7 @@ def test_one_product_against_float64(rows: int) -> None:
     coded = numerics.quantize_float8(weight, torch.tensor(0.01))
     expected = (codes.double() * scale.reshape(-1, 1, 1)) @ (coded.double() * weight_scale[:, None]).T + bias
     actual = cuda_ops.float8_linear(codes, scale, coded, weight_scale, bias, torch.float32)
-    assert difference(actual, expected) < 2**-8
+    assert relative(actual, expected) < 2**-8
 
 
 def test_what_has_no_product_says_why(dit: QuantizedDenoiser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
