@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph, ops
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, WeightRecord, joined, outline, shift_fits_int8
 from dmq_ao.passes.join_siblings import join_siblings
+from dmq_ao.passes.look_up_codes import look_up_codes
 from dmq_ao.values import VAL
 
 
@@ -135,8 +136,9 @@ def replace_layers(
     Returns:
         The kernel of each layer.
     """
-    kernels: dict[str, Kernel] = {}
-    outlines = {name: outline(records, name) for name in graph.layer_nodes(gm) if name in records}
+    kernels = {name: Kernel("look-up of codes") for name in look_up_codes(gm)}
+    layers = [name for name in graph.layer_nodes(gm) if name in records and name not in kernels]
+    outlines = {name: outline(records, name) for name in layers}
     for name, node in graph.layer_nodes(gm).items():
         why = why_not(outlines[name], node) if name in outlines else ""
         if why:

@@ -17,7 +17,16 @@ from torchao.quantization.pt2e.quantizer.quantizer import (
 )
 
 from dmq_ao import graph
-from dmq_ao.config import FLOAT_BITS, AttentionConfig, PowerOfTwo, QuantConfig, Ranges, Recipe, TensorConfig
+from dmq_ao.config import (
+    FLOAT_BITS,
+    AttentionConfig,
+    Granularity,
+    PowerOfTwo,
+    QuantConfig,
+    Ranges,
+    Recipe,
+    TensorConfig,
+)
 from dmq_ao.layer import LayerPlan
 from dmq_ao.numerics import code_dtype, code_range
 from dmq_ao.observers import (
@@ -42,6 +51,7 @@ _WHY = {
     "@input": "input projection (role @input)",
     "@output": "output projection (role @output)",
     "@embedding": "time, label or size embedding (role @embedding)",
+    "@table": "embedding table (role @table)",
 }
 
 
@@ -64,7 +74,7 @@ def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
     for layer in layers:
         source = layer.node.args[0]
         assert isinstance(source, Node)
-        if source not in moving or _rows(source) not in rows:
+        if layer.kind != graph.TABLE and (source not in moving or _rows(source) not in rows):
             plan[layer.name] = _at_rest(plan[layer.name])
     return plan
 
@@ -95,6 +105,9 @@ def _plan_layer(layer: graph.Layer, roles: set[str], config: QuantConfig) -> Lay
         why = f"the recipe asks for {FLOAT_BITS} bits"
     if why:
         return LayerPlan(layer.name, layer.kind, layer.numel, None, None, None, why)
+    if layer.kind == graph.TABLE:  # what is looked up is whole rows
+        weight = replace(_integers(weight, symmetric=True), granularity=Granularity.PER_CHANNEL, group_size=None)
+        return LayerPlan(layer.name, layer.kind, layer.numel, weight, None, None, "")
     if layer.kind != "linear":
         weight, activation = _integers(weight, symmetric=True), _integers(activation, symmetric=False)
     given = None if activation.bits == FLOAT_BITS else activation
@@ -211,9 +224,8 @@ class DiffusionQuantizer(Quantizer):
             if item.weight is None:
                 continue
             node = nodes[name]
-            source, weight = node.args[:2]
+            source, weight = node.args[0], graph.weight_of(node)
             assert isinstance(source, Node)
-            assert isinstance(weight, Node)
             specs: dict[Node, QuantizationSpecBase | None] = {weight: _weight_spec(item)}
             if item.activation is not None:
                 key = (source, item.activation, item.power_of_two, axes[name])
@@ -289,13 +301,24 @@ def _activation_spec(item: LayerPlan, ch_axis: int) -> QuantizationSpec:
 
 
 def observers(prepared: GraphModule) -> dict[str, tuple[WeightObserver, ActivationObserver | None]]:
-    """The observers of every quantized layer of a prepared graph, by name; siblings share an activation observer."""
+    """The observers of every layer of a prepared graph that multiplies codes, by name; siblings share an input's."""
     found: dict[str, tuple[WeightObserver, ActivationObserver | None]] = {}
     for name, node in graph.layer_nodes(prepared).items():
         source, weight = (_observer(prepared, arg) for arg in node.args[:2])
         if isinstance(weight, WeightObserver):
             found[name] = (weight, source if isinstance(source, ActivationObserver) else None)
     return found
+
+
+def tables(prepared: GraphModule) -> dict[str, WeightObserver]:
+    """The observers of the embedding tables that become codes, by layer name: nothing is learned of them."""
+    found = {n: _observer(prepared, node.args[0]) for n, node in graph.layer_nodes(prepared).items()}
+    return {name: weight for name, weight in found.items() if isinstance(weight, WeightObserver)}
+
+
+def weight_observers(prepared: GraphModule) -> dict[str, WeightObserver]:
+    """Those of all weights that become codes, tables included, by layer name."""
+    return {name: weight for name, (weight, _) in observers(prepared).items()} | tables(prepared)
 
 
 def readers(prepared: GraphModule) -> list[tuple[ActivationObserver | None, list[str]]]:
@@ -309,8 +332,7 @@ def readers(prepared: GraphModule) -> list[tuple[ActivationObserver | None, list
 
 def float_weight(prepared: GraphModule, node: Node) -> Tensor:
     """The float weight [out, ...] that a quantized layer's observer watches."""
-    observer = node.args[1]
-    assert isinstance(observer, Node)
+    observer = graph.weight_of(node)
     assert isinstance(observer.args[0], Node)
     return graph.attribute(prepared, observer.args[0]).detach()
 

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import PLAN, RECIPE, TUNED, float_weight, observers
+from dmq_ao.annotate import PLAN, RECIPE, TUNED, float_weight, observers, tables
 from dmq_ao.arguments import flatten_inputs
 from dmq_ao.bit_plan import BitPlan
 from dmq_ao.calibration import CalibrationSet
@@ -274,7 +274,9 @@ class _Measure(Interpreter):
     def __init__(self, prepared: GraphModule) -> None:
         super().__init__(prepared)
         self.watchers = observers(prepared)
-        self.nodes = {node: name for name, node in graph.layer_nodes(prepared).items() if name in self.watchers}
+        nodes = graph.layer_nodes(prepared)
+        self.nodes = {nodes[name]: name for name in self.watchers}
+        self.tables = {nodes[name]: (name, table) for name, table in tables(prepared).items()}
         self.timestep: Tensor | None = None
         self.sqnr: dict[str, float] = {}
 
@@ -298,6 +300,11 @@ class _Measure(Interpreter):
             bias = (args[2] if len(args) > 2 else None) if weight.bias is None else weight.bias.to(codes.dtype)
             actual = n.target(x, codes, bias, *args[3:])  # type: ignore[operator]
             self.sqnr[name] = numerics.sqnr(actual, expected)
+        elif n in self.tables:
+            name, table = self.tables[n]
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            rows = n.target(table.record(args[0]).dequantize(), *args[1:])  # type: ignore[operator]
+            self.sqnr[name] = numerics.sqnr(rows, expected)
         return expected
 
 

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.annotate import TUNED, attention_observers, float_bias, observers
+from dmq_ao.annotate import TUNED, attention_observers, float_bias, observers, tables
 from dmq_ao.config import Distillation
 from dmq_ao.learn import fitted
 from dmq_ao.learn_blocks import scaled_weight
@@ -79,7 +79,9 @@ class Student(Interpreter):
         super().__init__(prepared)
         self.prepared = prepared
         self.watchers, self.attention = observers(prepared), attention_observers(prepared)
-        self.names = {n: name for name, n in graph.layer_nodes(prepared).items() if name in self.watchers}
+        nodes = graph.layer_nodes(prepared)
+        self.names = {nodes[name]: name for name in self.watchers}
+        self.tables = {graph.weight_of(nodes[name]): table for name, table in tables(prepared).items()}
         signature = graph.signature_of(prepared)
         self.timestep = graph.placeholders(prepared).get(signature.timestep or "")
         # The timestep is read by every per-step range, at any place in the graph.
@@ -115,6 +117,9 @@ class Student(Interpreter):
         """One node; quantized layers and float parameters are ours."""
         if n in self.attention:
             return self.attention[n].simulate(self.env[n.args[0]])  # type: ignore[index]
+        if n in self.tables:
+            table: Tensor = self.env[n.args[0]]  # type: ignore[index]
+            return table + (self.tables[n].round(table).dequantize().to(table) - table).detach()
         if n.op == "call_module":  # an observer
             return self.env[n.args[0]]  # type: ignore[index]
         if n.op == "get_attr" and f"float|{n.target}" in self.parameters:

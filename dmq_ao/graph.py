@@ -34,6 +34,8 @@ PREFIX = "denoiser."  # of every path of the denoiser's own modules
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 LINEAR = aten.linear.default
+LOOKUP = aten.embedding.default
+TABLE = "embedding table"  # kind of a layer that looks rows of its weight up, and multiplies nothing
 # Ops with weights that no rule here quantizes; they are listed as kept, never forgotten.
 OTHER_WEIGHTED = {
     aten.conv_transpose1d.default: "transposed convolution",
@@ -41,7 +43,6 @@ OTHER_WEIGHTED = {
     aten.conv_transpose3d.input: "transposed convolution",
     aten.conv1d.padding: "convolution with padding given as a word",
     aten.conv2d.padding: "convolution with padding given as a word",
-    aten.embedding.default: "embedding table",
 }
 
 
@@ -80,8 +81,8 @@ class Layer:
 
     Attributes:
         name: original module path of the weight.
-        node: the operator; ``args[0]`` is the activation, ``args[1]`` the weight.
-        kind: ``conv1d``, ``conv2d``, ``conv3d``, ``linear``, or the words of ``OTHER_WEIGHTED``.
+        node: the operator; ``args[0]`` is the activation and ``args[1]`` the weight, ``args[0]`` that of a table.
+        kind: ``conv1d``, ``conv2d``, ``conv3d``, ``linear``, ``TABLE``, or the words of ``OTHER_WEIGHTED``.
         ch_axis: channel axis of the activation: 1 for convolutions, the last for linears.
         quantizable: False where no rule exists; ``kind`` says why.
         numel: weights of the layer.
@@ -291,7 +292,7 @@ def attribute_at(gm: GraphModule, target: str) -> Tensor:
 
 
 def find_layers(gm: GraphModule) -> list[Layer]:
-    """Every operator of a float graph that multiplies an activation by a stored weight, in graph order."""
+    """Every operator of a float graph that multiplies by a stored weight or looks its rows up, in graph order."""
     layers: list[Layer] = []
     taken: dict[str, int] = {}
     for node in gm.graph.nodes:
@@ -299,9 +300,10 @@ def find_layers(gm: GraphModule) -> list[Layer]:
             continue
         if node.target in CONVOLUTIONS or node.target == LINEAR:
             kind, weight, known = str(node.target).split(".")[1], node.args[1], True
+        elif node.target == LOOKUP:
+            kind, weight, known = TABLE, node.args[0], True
         elif node.target in OTHER_WEIGHTED:
-            is_table = node.target == aten.embedding.default
-            kind, weight, known = OTHER_WEIGHTED[node.target], node.args[0 if is_table else 1], False
+            kind, weight, known = OTHER_WEIGHTED[node.target], node.args[1], False
         else:
             continue
         if weight.op != "get_attr":
@@ -320,6 +322,13 @@ def find_layers(gm: GraphModule) -> list[Layer]:
             )
         )
     return layers
+
+
+def weight_of(node: Node) -> Node:
+    """What a layer's node reads as its weight."""
+    weight = node.args[0 if node.target == LOOKUP else 1]
+    assert isinstance(weight, Node)
+    return weight
 
 
 def layer_nodes(gm: GraphModule) -> dict[str, Node]:

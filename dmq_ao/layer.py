@@ -224,9 +224,9 @@ class LayerRecord:
 
     Attributes:
         name: original module path; parts of a split concatenation end in ``.part0``, ``.part1``.
-        kind: ``conv1d``, ``conv2d``, ``conv3d`` or ``linear``.
+        kind: ``conv1d``, ``conv2d``, ``conv3d``, ``linear`` or ``embedding table``.
         weight: codes and scales.
-        activation: None when the input stays in float.
+        activation: None when the input stays in float, or is indices.
         bias: [out] float32 that replaces the layer's own; None to keep that.
     """
 

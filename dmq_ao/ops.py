@@ -64,6 +64,11 @@ def _dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: 
     return numerics.dequantize(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape).to(dtype)
 
 
+def _look_up(codes: Tensor, scale: Tensor, zero_point: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
+    rows = (torch.nn.functional.embedding(indices, table) for table in (codes, scale, zero_point))
+    return numerics.dequantize(*rows).to(dtype)
+
+
 def _row(timestep: Tensor, timesteps: Tensor) -> Tensor:
     return (timestep.reshape(-1, 1).to(timesteps.dtype) - timesteps).abs().argmin(-1)
 
@@ -92,6 +97,9 @@ _register(
 _register(
     "dequantize_weight(Tensor codes, Tensor scale, Tensor zero_point, ScalarType dtype) -> Tensor", _dequantize_weight
 )
+_register(
+    "look_up(Tensor codes, Tensor scale, Tensor zero_point, Tensor indices, ScalarType dtype) -> Tensor", _look_up
+)
 _register("row(Tensor timestep, Tensor timesteps) -> Tensor", _row)
 _register("dynamic_qparams(Tensor x, int bits) -> (Tensor, Tensor)", _dynamic_qparams)
 
@@ -103,6 +111,8 @@ dequantize = torch.ops.dmq_ao.dequantize.default
 """Real values of activation codes [B, ...], in ``dtype``."""
 dequantize_weight = torch.ops.dmq_ao.dequantize_weight.default
 """Real values of weight codes [O, ...]; ``scale`` and ``zero_point`` are [O, groups] over the flattened rest."""
+look_up = torch.ops.dmq_ao.look_up.default
+"""Real values [*, C] of the rows of codes [O, C] that ``indices`` [*] name; one scale [O, 1] for each row."""
 row = torch.ops.dmq_ao.row.default
 """Rows [B] of the table whose ``timesteps`` [R] are nearest to ``timestep`` [B]; the first on a tie."""
 dynamic_qparams = torch.ops.dmq_ao.dynamic_qparams.default

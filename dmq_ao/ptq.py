@@ -11,7 +11,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from dmq_ao import graph
-from dmq_ao.annotate import PLAN, float_weight, observers
+from dmq_ao.annotate import PLAN, float_weight, weight_observers
 from dmq_ao.bit_plan import BitPlan
 from dmq_ao.calibrate import calibrate
 from dmq_ao.config import Recipe
@@ -200,7 +200,7 @@ def forecast(pipeline: Any, prepared: GraphModule, recipe: Recipe, steps: int = 
 def _weight_shapes(prepared: GraphModule) -> dict[str, tuple[int, ...]]:
     """Shapes of the weights that will be codes, by layer."""
     nodes = graph.layer_nodes(prepared)
-    return {name: tuple(float_weight(prepared, nodes[name]).shape) for name in observers(prepared)}
+    return {name: tuple(float_weight(prepared, nodes[name]).shape) for name in weight_observers(prepared)}
 
 
 def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
@@ -208,7 +208,7 @@ def _stored_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Re
     assert item.weight is not None
     rest = overhead_bits(item, shape, steps, recipe)
     allocation = recipe.allocation
-    if allocation is None or allocation.leaves(item.weight.bits):
+    if allocation is None or item.kind == graph.TABLE or allocation.leaves(item.weight.bits):
         return 8 * packed_bytes(math.prod(shape), item.weight.bits) + rest
     mean = item.weight.bits if allocation.mean_bits is None else allocation.mean_bits
     return math.ceil(mean * math.prod(shape)) + 8 * shape[0] + rest

@@ -13,7 +13,17 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, graph_file, values
-from dmq_ao.annotate import PLAN, RECIPE, SKELETON, TUNED, DiffusionQuantizer, float_weight, make_plan, observers
+from dmq_ao.annotate import (
+    PLAN,
+    RECIPE,
+    SKELETON,
+    TUNED,
+    DiffusionQuantizer,
+    float_weight,
+    make_plan,
+    observers,
+    tables,
+)
 from dmq_ao.arguments import TIMESTEP_NAMES
 from dmq_ao.backends import MEASURED, Backend, choose
 from dmq_ao.calibrate import SQNR, CalibrationReport, calibrate
@@ -107,7 +117,7 @@ def convert(
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
     chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)
-    records = _records(prepared)
+    records = _records(prepared) | _table_records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
     with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
@@ -161,6 +171,16 @@ def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
         inputs = activation.record() if activation is not None else None
         record = LayerRecord(name, kind, decided, inputs, weight.bias)
         records[name] = moved(record, device)  # ranges are kept on the CPU while they are observed
+    return records
+
+
+def _table_records(prepared: GraphModule) -> dict[str, LayerRecord]:
+    """Embedding tables as they were tuned, rounded to nearest."""
+    records, nodes = {}, graph.layer_nodes(prepared)
+    for name, watcher in tables(prepared).items():
+        table = float_weight(prepared, nodes[name])
+        tuned = prepared.meta.get(TUNED, {}).get(str(graph.weight_of(nodes[name]).all_input_nodes[0].target))
+        records[name] = LayerRecord(name, graph.TABLE, watcher.record(table if tuned is None else tuned), None)
     return records
 
 

@@ -79,7 +79,7 @@ def minmax(
         observer: range estimator of weights and activations: ``minmax``, ``mse`` or ``percentile``.
         group_size: inputs that share a weight scale; None for one scale per output channel.
         embeddings: time and label embeddings and the modulations made from them, up to a third of a transformer's
-            weights, get 8 bits and inputs of 12, each vector by its own range; else they stay in float.
+            weights, get 8 bits and inputs of 12, each vector by its own range, tables 8 bits; else they stay in float.
 
     Raises:
         ValueError: for a scheme that is not of this form.
@@ -208,7 +208,7 @@ def eda_dm(bits: str = "w4a8", *, step_weights: StepWeights | None = None, compa
     config = dataclasses.replace(
         base.config,
         weight=weight,
-        keep_float=() if compat else ("@embedding",),
+        keep_float=("@table",) if compat else ("@embedding",),
         attention=AttentionConfig(min(base.config.activation.bits, MAX_BITS)) if compat else None,
         overrides=(
             _at_least("@input", weight, base.config.activation, MAX_BITS if compat else MAX_INPUT_BITS),

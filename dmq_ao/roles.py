@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dmq_ao.graph import Layer, aten, placeholders, reach, signature_of
+from dmq_ao.graph import TABLE, Layer, aten, placeholders, reach, signature_of
 
-ROLES = ("@input", "@output", "@embedding", "@concat")
+ROLES = ("@input", "@output", "@embedding", "@table", "@concat")
 KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
 _IDENTITY = (
     aten.dropout.default,
@@ -45,12 +45,13 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
 
     ``@input``: reads the sample with no other layer before it. ``@output``: nothing after it but the output.
     ``@embedding``: never sees the sample, and either reads vectors [B, C] or sees the timestep and no tokens: time,
-    label and size embeddings and the modulations made from them. ``@concat``: reads a concatenation along channels.
+    label and size embeddings and the modulations made from them. ``@table``: rows looked up by labels, an embedding
+    too where the sample is not what is looked up. ``@concat``: reads a concatenation along channels.
     """
     inputs = placeholders(gm)
     signature = signature_of(gm)
     sample, timestep = inputs[signature.batch], inputs.get(signature.timestep or "")
-    targets = {layer.node for layer in layers if layer.kind != "embedding table"}
+    targets = {layer.node for layer in layers if layer.kind != TABLE}
     from_sample = reach(gm, {sample})
     before_layers = reach(gm, {sample}, stop=targets)
     from_time = reach(gm, {timestep} if timestep else set())
@@ -66,12 +67,18 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
                 roles_here.add("@input")
             if not reach(gm, {node}) & (targets - {node}):
                 roles_here.add("@output")
-        elif (node in from_time and node not in from_tokens) or (layer.kind == "linear" and layer.ch_axis == 1):
+        elif layer.kind == TABLE or (node in from_time and node not in from_tokens) or _reads_vectors(layer):
             roles_here.add("@embedding")
+        if layer.kind == TABLE:
+            roles_here.add("@table")
         if layer.quantizable and node in from_sample and concat_source(node, layer.ch_axis) is not None:
             roles_here.add("@concat")
         found[layer.name] = roles_here
     return found
+
+
+def _reads_vectors(layer: Layer) -> bool:
+    return layer.kind == "linear" and layer.ch_axis == 1
 
 
 def blocks_of(denoiser: nn.Module, layer_names: list[str]) -> dict[str, list[str]]:

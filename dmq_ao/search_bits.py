@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from dmq_ao import graph
 from dmq_ao.allocation import exchange, swap
-from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers
+from dmq_ao.annotate import PLAN, RECIPE, float_weight, observers, tables, weight_observers
 from dmq_ao.bit_errors import (
     WeightErrors,
     input_errors,
@@ -262,7 +262,7 @@ def _inputs_that_gain(prepared: GraphModule, probe: Perturbed, least_gain: float
 
 
 def other_bits(prepared: GraphModule, steps: int) -> int:
-    """Bits of a file that are not codes: floats, scales, zero points, widths and what inputs need, at most.
+    """Bits of a file besides the layers' codes: floats, tables, scales, widths, what inputs need; at most.
 
     Args:
         prepared: from ``dmq_ao.prepare``.
@@ -270,12 +270,12 @@ def other_bits(prepared: GraphModule, steps: int) -> int:
     """
     recipe: Recipe = prepared.meta[RECIPE]
     nodes, plan = graph.layer_nodes(prepared), prepared.meta[PLAN]
-    weights = {name: float_weight(prepared, nodes[name]) for name in observers(prepared)}
+    weights = {name: float_weight(prepared, nodes[name]) for name in weight_observers(prepared)}
     stored = 8 * sum(int(tensor.nbytes) for tensor in prepared.state_dict().values())
     stored -= 8 * sum(weight.nbytes for weight in weights.values())
     for name, weight in weights.items():
         stored += overhead_bits(plan[name], tuple(weight.shape), steps, recipe) + 8 * len(weight)
-    return stored
+    return stored + sum(weights[name].numel() * table.config.bits for name, table in tables(prepared).items())
 
 
 def _warn_of_float(prepared: GraphModule) -> None:

@@ -41,6 +41,7 @@ from dmq_ao.config import (
     BlockReconstruction,
     ChannelScaling,
     Distillation,
+    Protection,
     Ranges,
     Recipe,
     Relation,
@@ -97,6 +98,7 @@ def variants() -> dict[str, Callable[[str], Recipe]]:
             _feedback(bits), scaling=None, select=TDAC
         ),
         "dmq, TDAC samples": lambda bits: _with(recipes.dmq(bits), select=TDAC),
+        "dmq, protected": lambda bits: _with(recipes.dmq(bits), protection=Protection()),
         "dmq, blocks": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=BLOCKS),
         "dmq, FBR": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=FBR),
         "dmq, FBR, TDAC samples": lambda bits: _with(recipes.dmq(bits), rounding=None, blocks=FBR, select=TDAC),

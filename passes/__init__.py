@@ -4,6 +4,7 @@ from dmq_ao.passes.decompose_attention import decompose_attention
 from dmq_ao.passes.fast_gelu import fast_gelu
 from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.passes.join_siblings import join_projections, join_siblings
+from dmq_ao.passes.look_up_codes import look_up_codes
 from dmq_ao.passes.lower_precision import lower_precision
 from dmq_ao.passes.out_of_place import out_of_place
 from dmq_ao.passes.place_on import place_on
@@ -15,6 +16,7 @@ __all__ = [
     "hoist_tables",
     "join_projections",
     "join_siblings",
+    "look_up_codes",
     "lower_precision",
     "out_of_place",
     "place_on",

@@ -363,7 +363,7 @@ def test_kinds_and_channel_axes(plain: tuple[Plain, GraphModule]) -> None:
     assert found == {
         "first": ("conv2d", 1, True, 216),
         "time": ("linear", 1, True, 8),
-        "labels": ("embedding table", 1, False, 40),
+        "labels": ("embedding table", 1, True, 40),
         "shared": ("conv2d", 1, True, 576),
         "shared#2": ("conv2d", 1, True, 576),
         "up": ("transposed convolution", 1, False, 256),
@@ -407,10 +407,13 @@ def test_roles_of_a_dit(case_of: Callable[[str], Case], capture_once: Callable[.
     case = case_of("tiny_dit")
     embedders = of_kind(case.model, "timestep_embedder.linear_1") | of_kind(case.model, "timestep_embedder.linear_2")
     twice = {f"{name}#2" for name in embedders if name.startswith("transformer_blocks.0.")}
+    tables = of_kind(case.model, "embedding_table")
+    tables |= {f"{name}#2" for name in tables if name.startswith("transformer_blocks.0.")}
     assert by_role(capture_once(case.model, case.example)) == {
         "@input": {"pos_embed.proj"},
         "@output": {"proj_out_2"},
-        "@embedding": embedders | twice | of_kind(case.model, "norm1.linear") | {"proj_out_1"},
+        "@embedding": embedders | twice | of_kind(case.model, "norm1.linear") | {"proj_out_1"} | tables,
+        "@table": tables,
     }
 
 
@@ -432,7 +435,8 @@ def test_roles_of_a_plain_module(plain: tuple[Plain, GraphModule]) -> None:
     assert by_role(plain[1]) == {
         "@input": {"first"},
         "@output": {"last"},
-        "@embedding": {"time"},
+        "@embedding": {"time", "labels"},
+        "@table": {"labels"},
         "@concat": {"merge"},
     }
 
