@@ -36,7 +36,7 @@ from dmq_ao.observers import (
     RangeEstimator,
     WeightObserver,
 )
-from dmq_ao.passes import decompose_attention, split_concat
+from dmq_ao.passes import decompose_attention, merge_layers, split_concat
 from dmq_ao.passes.decompose_attention import PRODUCTS
 from dmq_ao.roles import ROLES, roles_of, whole_name
 from dmq_ao.values import VAL
@@ -200,8 +200,9 @@ class DiffusionQuantizer(Quantizer):
         self.recipe = recipe
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Split concatenations and write attention out where the recipe wants it."""
+        """Merge copies of layers; split concatenations and write attention out where the recipe wants it."""
         graph.ensure_signature(model)
+        merge_layers(model)
         if self.recipe.config.attention is not None:
             decompose_attention(model)
         if not self.recipe.split_concat:

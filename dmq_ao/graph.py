@@ -172,7 +172,7 @@ def capture(
         example={name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
         rules=size_rules.of_program(program, tuple(tensors), {name: x.shape for name, x in tensors.items()}),
     )
-    _name_layers(gm)
+    name_layers(gm)
     return gm
 
 
@@ -213,10 +213,11 @@ def ensure_signature(gm: GraphModule) -> None:
         returns_tuple=False,
         example={},
     )
-    _name_layers(gm)
+    name_layers(gm)
 
 
-def _name_layers(gm: GraphModule) -> None:
+def name_layers(gm: GraphModule) -> None:
+    """Write the names of the layers on their operators."""
     for layer in find_layers(gm):
         layer.node.meta[LAYER] = layer.name
 
@@ -406,6 +407,17 @@ def delete_parameter(gm: GraphModule, target: str) -> None:
     """Remove the tensor at a dotted path."""
     path, _, last = target.rpartition(".")
     delattr(gm.get_submodule(path), last)
+
+
+def drop_unused(gm: GraphModule) -> None:
+    """Let go of operators, and then tensors, that nothing reads."""
+    gm.graph.eliminate_dead_code()
+    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
+    for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
+        if name not in read:
+            delete_parameter(gm, name)
+    gm.delete_all_unused_submodules()
+    gm.recompile()
 
 
 def allow_train_eval(gm: GraphModule) -> GraphModule:

@@ -154,7 +154,7 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
         lowered, kernels = MEASURED[backend.name](gm, records, inputs)
     else:
         lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
-    _drop_unused(lowered)
+    graph.drop_unused(lowered)
     graph.allow_train_eval(lowered)
     return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
 
@@ -205,17 +205,6 @@ def _float_tensors(gm: GraphModule) -> dict[str, Tensor]:
         for node in reads
         if graph.parameter_name(node) in original and node.users
     }
-
-
-def _drop_unused(gm: GraphModule) -> None:
-    """Let go of the float weights and codes that no node reads any more."""
-    gm.graph.eliminate_dead_code()
-    read = {str(node.target) for node in gm.graph.nodes if node.op == "get_attr"}
-    for name, _ in [*gm.named_parameters(), *gm.named_buffers()]:
-        if name not in read:
-            graph.delete_parameter(gm, name)
-    gm.delete_all_unused_submodules()
-    gm.recompile()
 
 
 def quantize(

@@ -6,6 +6,7 @@ from dmq_ao.passes.hoist_tables import hoist_tables
 from dmq_ao.passes.join_siblings import join_projections, join_siblings
 from dmq_ao.passes.look_up_codes import look_up_codes
 from dmq_ao.passes.lower_precision import lower_precision
+from dmq_ao.passes.merge_layers import merge_layers
 from dmq_ao.passes.out_of_place import out_of_place
 from dmq_ao.passes.place_on import place_on
 from dmq_ao.passes.split_concat import split_concat
@@ -18,6 +19,7 @@ __all__ = [
     "join_siblings",
     "look_up_codes",
     "lower_precision",
+    "merge_layers",
     "out_of_place",
     "place_on",
     "split_concat",
