@@ -27,6 +27,7 @@ from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.named import NAMED, SEED, STEPS, named_denoiser
 from dmq_ao.noise import noise_tensors
 from dmq_ao.peer_benchmark import Case, Ours, side_by_side
+from dmq_ao.prompts import Prompts
 from dmq_ao.quantize import convert, denoiser_name, prepare
 
 BATCH_SIZE, SAMPLES = 4, 16
@@ -44,7 +45,7 @@ class _Settings:
     repeats: int
     backend: str
     mode: Mode
-    prompt: str | None
+    prompt: Prompts
     progress: bool
     say: Callable[[str], None]
 
@@ -59,7 +60,7 @@ def run_benchmark(
     threads: int | None = None,
     backend: str = "auto",
     mode: Mode = "default",
-    prompt: str | None = None,
+    prompt: Prompts = None,
     peers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print,
@@ -76,7 +77,7 @@ def run_benchmark(
         threads: of torch and the peers, while this runs; None leaves them as they are.
         backend: as for ``dmq_ao.convert``.
         mode: as for ``dmq_ao.compile``.
-        prompt: for pipelines that want one.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         peers: names of ``dmq_ao.evaluation.peers.PEERS``, timed in the same rounds as ours and compiled float32.
         progress: show progress bars.
         say: told what is going on.
@@ -152,7 +153,7 @@ def _is_quantized_folder(model: str) -> bool:
     return Path(model).is_dir() and is_quantized(denoiser_folder(model))
 
 
-def _float(model: str, prompt: str | None) -> tuple[nn.Module, CalibrationSet, Any]:
+def _float(model: str, prompt: Prompts) -> tuple[nn.Module, CalibrationSet, Any]:
     """A denoiser, samples to calibrate it on, and the pipeline that it stands in, if it does."""
     if model in NAMED:
         return *named_denoiser(model), None

@@ -12,7 +12,7 @@ import typer
 
 from dmq_ao import recipes
 from dmq_ao.config import BitAllocation, Override, Ranges, Recipe, SelectMethod
-from dmq_ao.terminal import FAILURE, Commands, Format, debug, emit, option_values, say
+from dmq_ao.terminal import FAILURE, Commands, Format, debug, emit, option_values, read_prompts, say
 
 app = typer.Typer(
     cls=Commands,
@@ -59,7 +59,14 @@ Quantized = Annotated[Path, typer.Argument(help="A folder that `quantize` or dmq
 Bits = Annotated[str, typer.Option(help="Weight and activation bits: w8a8, w4a6 ..., w8a8-fp8; 16 stays in float.")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
 Seed = Annotated[int, typer.Option(min=0, help="First seed; one for each image or trajectory, counting up.")]
-Prompt = Annotated[str | None, typer.Option(help="For pipelines that draw from a prompt.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT|@FILE",
+        callback=read_prompts,
+        help="What to draw, or a class (number or name); repeatable, or a file, one a line. Seeds take them in turn.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")]
 BackendOption = Annotated[Backend, typer.Option(help="What runs the integers; auto takes the fastest that can.")]
 ModeOption = Annotated[
@@ -84,7 +91,7 @@ def _root() -> None:
         "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --mean-bits 3.3",
         "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --bit-plan edited.json",
         "dmq-ao quantize ./my-ddpm -o out/ --keep-float '*to_out*' --dry-run",
-        "dmq-ao quantize ./my-sd -o out/ --prompt 'a red fox' --state-dir calib/ --device cuda --backend cuda",
+        "dmq-ao quantize ./my-sd -o out/ --prompt @prompts.txt --state-dir calib/ --device cuda --backend cuda",
     )
 )
 def quantize(
@@ -437,14 +444,15 @@ def _recipe(name: str, bits: str, given: dict[str, Any], keep_float: list[str], 
 
 
 def _pipeline(
-    model: str, prompt: str | None, backend: Backend = Backend.AUTO, packed: bool = False, device: str = "cpu"
+    model: str, prompt: list[str] | None, backend: Backend = Backend.AUTO, packed: bool = False, device: str = "cpu"
 ) -> Any:
-    from dmq_ao.diffusers_adapter import check_prompt, load_pipeline
+    from dmq_ao.diffusers_adapter import load_pipeline
+    from dmq_ao.prompts import told
 
     _hide_loading_bars()
     pipeline = load_pipeline(model, backend=backend.value, packed=packed, device=device)
     with option_values("--prompt"):
-        check_prompt(pipeline, prompt)
+        told(pipeline, [0], prompt)
     return pipeline
 
 

@@ -13,6 +13,7 @@ from dmq_ao.diffusers_adapter import denoiser_folder, load_denoiser, load_pipeli
 from dmq_ao.evaluation import machine
 from dmq_ao.evaluation.table import FLOAT
 from dmq_ao.measure import float_bytes, held_out_states, images_of, variant_report
+from dmq_ao.prompts import Prompts
 from dmq_ao.quantize import denoiser_name
 
 HELD_OUT_SEED = 1_000_000  # far from the seeds that calibration counts up from
@@ -26,7 +27,7 @@ def compare(
     images: int = 16,
     steps: int = 20,
     seed: int = 0,
-    prompt: str | None = None,
+    prompt: Prompts = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
@@ -39,7 +40,7 @@ def compare(
         images: same-seed images.
         steps: of the sampler.
         seed: first seed of the images.
-        prompt: for pipelines that want one.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         backend: runs the quantized denoisers.
         device: of all of them.
         say: told what is going on.

@@ -6,7 +6,6 @@ A quantized pipeline on disk is the diffusers folder it came from, with the deno
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import re
@@ -25,6 +24,7 @@ from dmq_ao.compile import compile
 from dmq_ao.config import InvalidFile, Selection, SelectMethod
 from dmq_ao.evaluation.report import json_ready
 from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.prompts import Prompts, told
 from dmq_ao.quantize import DENOISER_NAMES, denoiser_name
 from dmq_ao.saving import load, save, usable_device
 from dmq_ao.serialization import CONFIG, KEY
@@ -179,7 +179,7 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 20,
-    prompt: str | None = None,
+    prompt: Prompts = None,
     batch_size: int = 8,
     progress: bool = False,
 ) -> Tensor:
@@ -189,30 +189,26 @@ def sample(
         Images [seeds, C, H, W] float32 in 0..1.
 
     Raises:
-        ValueError: when the pipeline wants a prompt and there is none, or the other way round.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+        TypeError: when it draws no images, but videos or sounds.
     """
-    check_prompt(pipeline, prompt)
     images = []
     with tqdm(total=len(seeds), disable=not progress, unit="image", desc="sample") as bar:
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
-            generators = [torch.Generator().manual_seed(seed) for seed in chunk]
-            inputs: dict[str, Any] = (
-                {"batch_size": len(chunk)} if prompt is None else {"prompt": [prompt] * len(chunk)}
-            )
-            result = pipeline(**inputs, generator=generators, num_inference_steps=steps, output_type="np")
+            result = _run(pipeline, chunk, steps, prompt, "np")
+            if not hasattr(result, "images"):
+                raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, and no images")
             images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
             bar.update(len(chunk))
     return torch.cat(images).contiguous()
 
 
-def check_prompt(pipeline: Any, prompt: str | None) -> None:
-    """Raise ``ValueError`` when a pipeline wants a prompt and there is none, or the other way round."""
-    taken = inspect.signature(pipeline.__call__).parameters
-    if prompt is None and "batch_size" not in taken and "prompt" in taken:
-        raise ValueError(f"{type(pipeline).__name__} draws from a prompt; give one (prompt=, or --prompt)")
-    if prompt is not None and "prompt" not in taken:
-        raise ValueError(f"{type(pipeline).__name__} takes no prompt; leave it out")
+def _run(pipeline: Any, seeds: Sequence[int], steps: int, prompt: Prompts, output_type: str) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(
+        **told(pipeline, seeds, prompt), generator=generators, num_inference_steps=steps, output_type=output_type
+    )
 
 
 def record_pipeline(
@@ -221,7 +217,7 @@ def record_pipeline(
     num_samples: int,
     steps: int = 20,
     seed: int = 0,
-    prompt: str | None = None,
+    prompt: Prompts = None,
     batch_size: int = 8,
     trajectories: int | None = None,
     select: str | Selection = SelectMethod.UNIFORM,
@@ -234,7 +230,7 @@ def record_pipeline(
         num_samples: rows to keep.
         steps: of the sampler.
         seed: first seed of the trajectories; one a trajectory.
-        prompt: for pipelines that want one.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         batch_size: trajectories at a time.
         trajectories: how many to run; by default enough to give every kept row a trajectory of its own at each
             timestep, and twice that where the timesteps' shares are uneven.
@@ -243,11 +239,12 @@ def record_pipeline(
 
     Raises:
         TypeError: when the denoiser is already quantized.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if isinstance(denoiser, QuantizedDenoiser):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
-    check_prompt(pipeline, prompt)
+    told(pipeline, [seed], prompt)  # before anything is wrapped
     method = select.method if isinstance(select, Selection) else select
     even = max(2, -(-num_samples // steps))
     count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)
@@ -258,6 +255,6 @@ def record_pipeline(
         for start in range(0, count, batch_size):
             seeds = range(seed + start, seed + min(start + batch_size, count))
             with recorder.trajectory(part=len(seeds) / (count - start)):
-                sample(pipeline, seeds, steps=steps, prompt=prompt, batch_size=batch_size)
+                _run(pipeline, seeds, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
             bar.update(len(seeds))
     return recorder.calibration_set()

@@ -21,13 +21,14 @@ from dmq_ao.compile import Mode, compile
 from dmq_ao.diffusers_adapter import record_pipeline, sample
 from dmq_ao.evaluation import Latency, folder_bytes, image_fidelity, latency, one_step_error
 from dmq_ao.module import QuantizedDenoiser
+from dmq_ao.prompts import Prompts
 from dmq_ao.quantize import denoiser_name
 
 STATES_PER_TIMESTEP = 8
 
 
 def held_out_states(
-    pipeline: Any, *, steps: int, seed: int, prompt: str | None = None, timesteps: int = 20
+    pipeline: Any, *, steps: int, seed: int, prompt: Prompts = None, timesteps: int = 20
 ) -> CalibrationSet:
     """States of float trajectories with seeds of their own, for one-step errors: up to ``timesteps`` spread steps."""
     states = record_pipeline(
@@ -51,7 +52,7 @@ def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, An
 
 
 def images_of(
-    pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: str | None = None
+    pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: Prompts = None
 ) -> Tensor:
     """Images [seeds, C, H, W] in 0..1 with ``denoiser`` in the pipeline's place; the pipeline is left as it was."""
     name = denoiser_name(pipeline)

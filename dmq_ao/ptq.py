@@ -21,6 +21,7 @@ from dmq_ao.layer import LayerPlan, overhead_bits
 from dmq_ao.measure import float_bytes
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.numerics import packed_bytes
+from dmq_ao.prompts import Prompts
 from dmq_ao.quantize import convert, denoiser_name, prepare
 
 BIT_PLAN = "bit_plan.json"
@@ -28,7 +29,7 @@ EXAMPLE_STEPS = 2  # fewer are too few for some samplers
 
 
 def prepare_pipeline(
-    pipeline: Any, recipe: Recipe, *, prompt: str | None = None, seed: int = 0, backend: str = "auto"
+    pipeline: Any, recipe: Recipe, *, prompt: Prompts = None, seed: int = 0, backend: str = "auto"
 ) -> GraphModule:
     """``dmq_ao.prepare`` for a pipeline's denoiser: example inputs come from two steps of its own sampler.
 
@@ -53,7 +54,7 @@ def quantize_pipeline(
     folder: str | Path,
     *,
     steps: int = 20,
-    prompt: str | None = None,
+    prompt: Prompts = None,
     seed: int = 0,
     backend: str = "auto",
     batch_size: int = 8,
@@ -71,7 +72,7 @@ def quantize_pipeline(
         recipe: that it was prepared with.
         folder: absent or empty.
         steps: of the sampler, while recording.
-        prompt: for pipelines that want one.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         seed: first seed of the recorded trajectories.
         backend: as for ``dmq_ao.convert``.
         batch_size: rows per forward pass.

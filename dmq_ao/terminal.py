@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -48,6 +49,24 @@ def debug(ctx: typer.Context, wanted: bool) -> bool:
         logging.disable(logging.NOTSET)
         warnings.simplefilter("default")
     return wanted
+
+
+def read_prompts(given: list[str] | None) -> list[str]:
+    """Callback of ``--prompt``: texts as they are, and in the place of ``@FILE`` its lines."""
+    prompts: list[str] = []
+    for text in given or []:
+        prompts += _lines(Path(text[1:])) if text.startswith("@") else [text]
+    return prompts
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{file} cannot be read as text: {error}") from error
+    if not any(lines):
+        raise typer.BadParameter(f"{file} holds no text; write one prompt a line")
+    return [line for line in lines if line]
 
 
 class Commands(typer.core.TyperGroup):

@@ -13,11 +13,10 @@ import torch
 
 pytest.importorskip("typer")
 
-from typer.testing import CliRunner, Result
+from command_line import document, failure, run
 
 from dmq_ao import benchmark, cli_output, commands, demo, doctor, ptq, recipes
 from dmq_ao.backends import ALL_BACKENDS
-from dmq_ao.commands import app
 from dmq_ao.config import InvalidFile
 from dmq_ao.diffusers_adapter import demo_folder
 from dmq_ao.evaluation import peers
@@ -26,25 +25,6 @@ from dmq_ao.observers import ALL_OBSERVERS
 
 COMMANDS = ("quantize", "sample", "compare", "inspect", "benchmark", "doctor", "demo")
 QUICK = ("--steps", "4", "--samples", "8")
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def document(*arguments: object) -> Any:
-    """The one JSON document on stdout."""
-    result = run(*arguments, "--format", "json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-def failure(code: int, *arguments: object) -> str:
-    """Stderr of a command that fails: nothing on stdout, no traceback."""
-    result = run(*arguments)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert "Traceback" not in result.stderr
-    return " ".join(result.stderr.split())
 
 
 @pytest.fixture(scope="module")

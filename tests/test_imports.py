@@ -24,7 +24,7 @@ FLOORS = (
     "search_bits",
     "calibrate",
     "quantize compile",
-    "saving",
+    "saving prompts",
     "diffusers_adapter",
     "measure",
     "peer_benchmark",
