@@ -50,6 +50,14 @@ class Observer(str, Enum):
     EMA = "ema"
 
 
+class Dtype(str, Enum):
+    """Of a float pipeline."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 def _examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
@@ -67,6 +75,7 @@ Prompt = Annotated[
         help="What to draw, or a class (number or name); repeatable, or a file, one a line. Seeds take them in turn.",
     ),
 ]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the float pipeline.")]
 Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")]
 BackendOption = Annotated[Backend, typer.Option(help="What runs the integers; auto takes the fastest that can.")]
 ModeOption = Annotated[
@@ -91,7 +100,7 @@ def _root() -> None:
         "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --mean-bits 3.3",
         "dmq-ao quantize ./my-ddpm -o out/ --recipe mpq_dm --bits w3a6 --bit-plan edited.json",
         "dmq-ao quantize ./my-ddpm -o out/ --keep-float '*to_out*' --dry-run",
-        "dmq-ao quantize ./my-sd -o out/ --prompt @prompts.txt --state-dir calib/ --device cuda --backend cuda",
+        "dmq-ao quantize ./my-sd -o out/ --prompt @prompts.txt --dtype bfloat16 --device cuda --backend cuda",
     )
 )
 def quantize(
@@ -135,6 +144,7 @@ def quantize(
     seed: Seed = 0,
     backend: BackendOption = Backend.AUTO,
     device: Device = "cpu",
+    dtype: DtypeOption = Dtype.FLOAT32,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     max_memory: Annotated[
         float | None,
@@ -170,7 +180,7 @@ def quantize(
     if out is not None:
         check_free(out)
     plan = None if bit_plan is None else BitPlan.load(bit_plan)
-    pipeline = _pipeline(model, prompt, device=device)
+    pipeline = _pipeline(model, prompt, device=device, dtype=dtype)
     say(f"{model}: export the denoiser")
     with option_values():
         prepared = ptq.prepare_pipeline(pipeline, chosen, prompt=prompt, seed=seed, backend=backend.value)
@@ -214,6 +224,10 @@ def sample(
         bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
     ] = False,
     device: Device = "cpu",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", help="Of what is float; that which a quantized denoiser takes, and else float32."),
+    ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser first.")] = False,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
@@ -224,7 +238,7 @@ def sample(
     """
     from dmq_ao import diffusers_adapter, gallery
 
-    pipeline = _pipeline(model, prompt, backend, packed, device)
+    pipeline = _pipeline(model, prompt, backend, packed, device, dtype)
     if compile_:
         diffusers_adapter.compile_denoiser(pipeline)
     seeds = range(seed, seed + num)
@@ -444,13 +458,21 @@ def _recipe(name: str, bits: str, given: dict[str, Any], keep_float: list[str], 
 
 
 def _pipeline(
-    model: str, prompt: list[str] | None, backend: Backend = Backend.AUTO, packed: bool = False, device: str = "cpu"
+    model: str,
+    prompt: list[str] | None,
+    backend: Backend = Backend.AUTO,
+    packed: bool = False,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
 ) -> Any:
+    import torch
+
     from dmq_ao.diffusers_adapter import load_pipeline
     from dmq_ao.prompts import told
 
     _hide_loading_bars()
-    pipeline = load_pipeline(model, backend=backend.value, packed=packed, device=device)
+    wanted = None if dtype is None else getattr(torch, dtype.value)
+    pipeline = load_pipeline(model, backend=backend.value, packed=packed, device=device, dtype=wanted)
     with option_values("--prompt"):
         told(pipeline, [0], prompt)
     return pipeline

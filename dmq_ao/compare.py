@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from dmq_ao.diffusers_adapter import denoiser_folder, load_denoiser, load_pipeli
 from dmq_ao.evaluation import machine
 from dmq_ao.evaluation.table import FLOAT
 from dmq_ao.measure import float_bytes, held_out_states, images_of, variant_report
+from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.prompts import Prompts
 from dmq_ao.quantize import denoiser_name
 
@@ -50,13 +51,13 @@ def compare(
 
     Raises:
         InvalidFile: for a folder that is not there or not quantized; before anything is sampled.
-        ValueError: when there is no such device.
+        ValueError: when there is no such device; for denoisers of different dtypes.
         TypeError: when ``model`` is quantized itself.
     """
-    pipeline = load_pipeline(model, device=device)
-    teacher = getattr(pipeline, denoiser_name(pipeline))
     names = _names(folders)
     quantized = {name: load_denoiser(folder, backend=backend, device=device) for name, folder in names.items()}
+    pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized))
+    teacher = getattr(pipeline, denoiser_name(pipeline))
     say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
     states = held_out_states(pipeline, steps=steps, seed=seed + HELD_OUT_SEED, prompt=prompt)
     seeds = range(seed, seed + images)
@@ -83,6 +84,13 @@ def compare(
         "variants": variants,
     }
     return report, pictures
+
+
+def _common_dtype(quantized: Mapping[str, QuantizedDenoiser]) -> torch.dtype:
+    dtypes = {name: denoiser.dtype for name, denoiser in quantized.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"the denoisers are of several dtypes, {dtypes}; compare those of each by themselves")
+    return next(iter(dtypes.values()), torch.float32)
 
 
 def _names(folders: Sequence[str | Path]) -> dict[str, str | Path]:

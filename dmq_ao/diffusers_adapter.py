@@ -45,7 +45,7 @@ def load_pipeline(
     *,
     backend: str = "auto",
     packed: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Any:
     """Load a pipeline; a denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
@@ -54,7 +54,7 @@ def load_pipeline(
         source: a diffusers pipeline folder, a Hub id, or ``"demo"``.
         backend: for a quantized denoiser, as in ``dmq_ao.load``; and so is the next.
         packed: see there.
-        dtype: of a float denoiser.
+        dtype: of what is float; None for that which a quantized denoiser takes, and else float32.
         device: of all of it.
 
     Raises:
@@ -70,13 +70,15 @@ def load_pipeline(
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(source)):
             raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
-        return _quiet(diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype).to(device))
+        whole = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32)
+        return _quiet(whole.to(device))
     if not (folder / INDEX).exists():
         raise InvalidFile(
             f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
     quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in found}
+    dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)

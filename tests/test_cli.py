@@ -356,8 +356,10 @@ def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("command", ["quantize", "sample", "benchmark", "compare"])
 @pytest.mark.parametrize("model", ["no/such/folder", "nosuch"])
-def test_an_unknown_model_is_one_line(tmp_path: Path, command: str, model: str) -> None:
-    more = {"compare": (tmp_path,), "benchmark": ()}.get(command, ("-o", tmp_path / "out"))
+def test_an_unknown_model_is_one_line(
+    made: tuple[Path, dict[str, Any]], tmp_path: Path, command: str, model: str
+) -> None:
+    more = {"compare": (made[0],), "benchmark": ()}.get(command, ("-o", tmp_path / "out"))
     error = failure(1, command, model, *more)
     assert error == f"error: {model}: no such folder; give a diffusers pipeline folder, a Hub id or 'demo'"
 

@@ -188,6 +188,18 @@ def test_a_pipeline_of_classes_from_quantize_to_compare(dit_folder: Path, tmp_pa
     assert row["one_step_error"] < 0.1
 
 
+def test_a_pipeline_in_bfloat16_stays_so(dit_folder: Path, tmp_path: Path) -> None:
+    half, full = tmp_path / "half", tmp_path / "full"
+    document("quantize", dit_folder, "-o", half, *QUICK, "--bits", "w8a8", "--dtype", "bfloat16")
+    document("quantize", dit_folder, "-o", full, *QUICK, "--bits", "w8a8")
+    pipeline = diffusers_adapter.load_pipeline(half)
+    assert (pipeline.transformer.dtype, pipeline.vae.dtype) == (torch.bfloat16,) * 2
+    assert diffusers_adapter.sample(quiet(pipeline), [0], steps=2).dtype == torch.float32
+    [row] = document("compare", dit_folder, half, "--images", 2, "--steps", 2)["variants"]
+    assert row["one_step_error"] < 0.1
+    assert "several dtypes" in failure(1, "compare", dit_folder, half, full)
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
