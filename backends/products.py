@@ -22,6 +22,8 @@ from dmq_ao.passes.join_siblings import join_siblings
 from dmq_ao.passes.look_up_codes import look_up_codes
 from dmq_ao.values import VAL
 
+LOOK_UP = "look-up of codes"  # the kernel of an embedding table
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -136,7 +138,7 @@ def replace_layers(
     Returns:
         The kernel of each layer.
     """
-    kernels = {name: Kernel("look-up of codes") for name in look_up_codes(gm)}
+    kernels = {name: Kernel(LOOK_UP) for name in look_up_codes(gm)}
     layers = [name for name in graph.layer_nodes(gm) if name in records and name not in kernels]
     outlines = {name: outline(records, name) for name in layers}
     for name, node in graph.layer_nodes(gm).items():

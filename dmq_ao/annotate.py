@@ -44,6 +44,7 @@ from dmq_ao.values import VAL
 PLAN = "dmq_ao.plan"
 RECIPE = "dmq_ao.recipe"
 SCALED = "dmq_ao.scaled"
+MERGED = "dmq_ao.merged"
 TUNED = "dmq_ao.tuned"
 SKELETON = "dmq_ao.skeleton"  # the denoiser's module tree, where prepare knows it
 ATTENTION = "attention"  # kind of the rows that stand for products inside attention
@@ -202,7 +203,7 @@ class DiffusionQuantizer(Quantizer):
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Merge copies of layers; split concatenations and write attention out where the recipe wants it."""
         graph.ensure_signature(model)
-        merge_layers(model)
+        model.meta[MERGED] = merge_layers(model)
         if self.recipe.config.attention is not None:
             decompose_attention(model)
         if not self.recipe.split_concat:

@@ -42,7 +42,8 @@ class QuantizedDenoiser(nn.Module):
     """Calls like the denoiser it was made from, runs integers.
 
     The forward signature, the return type, ``config``, ``dtype`` and other attributes are those of the original;
-    ``records`` (by layer name), ``plan``, ``kernels``, ``recipe`` and ``backend`` say what was done to it.
+    ``records`` (by layer name), ``plan``, ``kernels``, ``recipe`` and ``backend`` say what was done to it, ``merged``
+    which layers were copies of which.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class QuantizedDenoiser(nn.Module):
         backend: str,
         float_tensors: Mapping[str, Tensor],
         sqnr_db: Mapping[str, float],
+        merged: Mapping[str, str],
         stored_graph: StoredGraph | None,
     ) -> None:
         """Wrap a lowered graph; made by ``dmq_ao.convert`` and ``dmq_ao.load``."""
@@ -64,7 +66,7 @@ class QuantizedDenoiser(nn.Module):
         self.graph_module = gm
         self.signature, self.recipe, self.backend = signature, recipe, backend
         self.plan, self.records, self.kernels = dict(plan), records, dict(kernels)
-        self.sqnr_db = dict(sqnr_db)
+        self.sqnr_db, self.merged = dict(sqnr_db), dict(merged)
         # Not a submodule: it has no bytes, only names, shapes and config to answer for the original model.
         self.__dict__["skeleton"] = skeleton
         self.__dict__["float_tensors"] = dict(float_tensors)

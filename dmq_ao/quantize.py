@@ -14,6 +14,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph, graph_file, values
 from dmq_ao.annotate import (
+    MERGED,
     PLAN,
     RECIPE,
     SKELETON,
@@ -143,6 +144,7 @@ def convert(
         records=records,
         float_tensors=float_tensors,
         sqnr_db=meta.get(SQNR, {}),
+        merged=meta[MERGED],
     )
 
 

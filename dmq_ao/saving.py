@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao import as_json, graph, graph_file, layer, serialization
-from dmq_ao.annotate import observers
+from dmq_ao.annotate import observers, weight_observers
 from dmq_ao.arguments import unflatten_inputs
 from dmq_ao.backends import choose
 from dmq_ao.calibrate import SQNR
@@ -50,6 +50,7 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
         constants=signature.constants,
         timestep_arg=signature.timestep,
         sqnr_db=quantized.sqnr_db,
+        merged=quantized.merged,
         graph=None if stored_graph is None else _graph_text(quantized, stored_graph),
         graph_constants={} if stored_graph is None else stored_graph.constants,
     )
@@ -143,6 +144,7 @@ def _from_graph(
         records=stored.records,
         float_tensors=stored.float_tensors,
         sqnr_db=stored.sqnr_db,
+        merged=stored.merged,
     )
     kept.fill_codes(quantized.graph_module)
     place_on(quantized.graph_module, device)
@@ -264,23 +266,35 @@ def _exported_again(
         # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
         denoiser = copy.deepcopy(denoiser)
     _set_float_tensors(denoiser, stored)
+    _tie(denoiser, stored.merged)
     denoiser.to(device)
     example = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in stored.example.items()}
     inputs = unflatten_inputs({**stored.constants, **example})
     prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
-    found = observers(prepared)
+    found = weight_observers(prepared)
     if set(found) != set(stored.records):
         raise InvalidFile(
             f"{folder}: quantized layers differ; only in the file: {sorted(set(stored.records) - set(found))}, only in"
             f" the model: {sorted(set(found) - set(stored.records))}. Load with the model that was quantized"
         )
-    for name, (weight, activation) in found.items():
-        record = stored.records[name]
-        weight.restore(record.weight, record.bias)
-        if activation is not None and record.activation is not None:
-            activation.restore(record.activation)
+    for name, weight in found.items():
+        weight.restore(stored.records[name].weight, stored.records[name].bias)
+    for name, (_, activation) in observers(prepared).items():
+        record = stored.records[name].activation
+        if activation is not None and record is not None:
+            activation.restore(record)
     prepared.meta[SQNR] = dict(stored.sqnr_db)
     return convert(prepared, backend, **how)
+
+
+def _tie(denoiser: nn.Module, merged: Mapping[str, str]) -> None:
+    """Give layers that were copies the numbers of those that stand for them: a file holds one layer's numbers."""
+    own = dict(denoiser.named_parameters(remove_duplicate=False))
+    for gone, kept in merged.items():
+        copied, first = (name.partition("#")[0] for name in (gone, kept))
+        for what in ("weight", "bias"):
+            if f"{first}.{what}" in own and f"{copied}.{what}" in own:
+                own[f"{copied}.{what}"].data = own[f"{first}.{what}"].data
 
 
 def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:

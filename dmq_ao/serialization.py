@@ -70,6 +70,7 @@ class Stored:
         constants: values of the other arguments.
         timestep_arg: name of the timestep, None without one.
         sqnr_db: output noise per layer, as calibration measured it.
+        merged: layers that were copies, each with that which stands for it.
         graph: JSON text of the converted graph, see ``graph_file``; None when it cannot be stored.
         graph_constants: tensors of that graph that are of no layer and not of the original model.
     """
@@ -83,6 +84,7 @@ class Stored:
     constants: Mapping[str, Any]
     timestep_arg: str | None
     sqnr_db: Mapping[str, float]
+    merged: Mapping[str, str]
     graph: str | None = None
     graph_constants: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -276,6 +278,7 @@ def _config(stored: Stored, checksums: Mapping[str, str]) -> dict[str, Any]:
         "timestep_arg": stored.timestep_arg,
         # A layer without noise has infinitely many dB, which JSON does not know.
         "sqnr_db": {name: db if math.isfinite(db) else str(db) for name, db in stored.sqnr_db.items()},
+        "merged": dict(stored.merged),
     }
     return {**stored.model_config, KEY: mine}
 
@@ -371,6 +374,7 @@ def _from_parts(config: dict[str, Any], records: StoredRecords, file: Path, text
         constants=mine["constants"],
         timestep_arg=mine["timestep_arg"],
         sqnr_db={name: float(db) for name, db in mine["sqnr_db"].items()},
+        merged=dict(mine.get("merged", {})),
         graph=text,
         graph_constants=constants,
     )

@@ -16,7 +16,7 @@ from dmq_ao.passes.out_of_place import mutates, out_of_place
 PROBES = 16  # numbers of a tensor that are looked at before all are compared
 
 
-def merge_layers(gm: GraphModule) -> list[str]:
+def merge_layers(gm: GraphModule) -> dict[str, str]:
     """Leave the first of layers with equal weights, biases and inputs, in place.
 
     Before:  linear(silu(t), w_1), linear(silu(t), w_2), w_1 == w_2      After:  linear(silu(t), w_1), read twice
@@ -25,23 +25,23 @@ def merge_layers(gm: GraphModule) -> list[str]:
     tensors which others read is left alone.
 
     Returns:
-        Names of the layers that are gone.
+        Names of the layers that are gone, each with that which is read instead.
     """
     same = _equal_tensors(gm)
     weights = [same[graph.weight_of(layer.node)] for layer in graph.find_layers(gm)]
     if len(set(weights)) == len(weights):
-        return []
+        return {}
     out_of_place(gm)
     if any(mutates(node) for node in gm.graph.nodes):
-        return []
-    first: dict[Node, Node] = {}
+        return {}
+    first: dict[Node, graph.Layer] = {}
     values = _values(gm, same)
-    merged = []
+    merged = {}
     for layer in graph.find_layers(gm):
-        kept = first.setdefault(values[layer.node], layer.node)
-        if kept is not layer.node:
-            layer.node.replace_all_uses_with(kept)
-            merged.append(layer.name)
+        kept = first.setdefault(values[layer.node], layer)
+        if kept is not layer:
+            layer.node.replace_all_uses_with(kept.node)
+            merged[layer.name] = kept.name
     if merged:
         graph.drop_unused(gm)
         graph.name_layers(gm)
@@ -57,14 +57,20 @@ def _equal_tensors(gm: GraphModule) -> dict[Node, Node]:
         if not isinstance(tensor, Tensor):
             continue
         others = alike[_likeness(tensor)]
-        same[node] = next((n for n in others if torch.equal(graph.attribute(gm, n), tensor)), node)
+        same[node] = next((n for n in others if _equal(graph.attribute(gm, n), tensor)), node)
         if same[node] is node:
             others.append(node)
     return same
 
 
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (not one.is_meta and torch.equal(one, other))
+
+
 def _likeness(tensor: Tensor) -> Hashable:
     """The same for equal tensors, and seldom for others."""
+    if tensor.is_meta:
+        return tensor.shape, tensor.dtype, tensor.device
     flat = tensor.detach().flatten()
     probes = flat[:: max(1, len(flat) // PROBES)][:PROBES]
     return tensor.shape, tensor.dtype, tensor.device, tuple(probes.tolist())

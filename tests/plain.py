@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao.config import Recipe
+from dmq_ao.serialization import CONFIG, GRAPH, KEY
 
 STEPS = (900, 600, 300, 0)
 
@@ -121,3 +123,11 @@ def small(recipe: Recipe, steps: int = 20) -> Recipe:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def without_graph(folder: Path) -> None:
+    """Make a saved folder one whose graph could not be stored: what loads it exports the model again."""
+    (folder / GRAPH).unlink()
+    config = json.loads((folder / CONFIG).read_text())
+    config[KEY]["graph_sha256"] = None
+    (folder / CONFIG).write_text(json.dumps(config))

@@ -14,7 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from plain import STEPS, Plain, assert_same, assert_same_records, flow, plain_samples, record, relative, seeded
+from plain import (
+    STEPS,
+    Plain,
+    assert_same,
+    assert_same_records,
+    flow,
+    plain_samples,
+    record,
+    relative,
+    seeded,
+    without_graph,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -152,7 +163,7 @@ def test_a_denoiser_is_loaded_on_any_device(
     quantized = flow(net, minmax("w4a8"), samples, backend="reference")[0]
     dmq_ao.save(quantized, tmp_path / "out")
     if not stored_graph:
-        _without_graph(tmp_path / "out")
+        without_graph(tmp_path / "out")
     # The meta device computes nothing, and refuses to mix: what is not moved shows.
     moved = dmq_ao.load(tmp_path / "out", backend="reference", device="meta")
     assert moved.device == torch.device("meta")
@@ -358,15 +369,10 @@ def test_tensors_beside_modules_need_no_module_either(tmp_path: Path) -> None:
     assert set(loaded.skeleton.state_dict()) == set(model.state_dict())
 
 
-def _without_graph(folder: Path) -> None:
-    (folder / GRAPH).unlink()
-    _edit(lambda c: c[KEY].update(graph_sha256=None))(folder)
-
-
 def test_without_a_graph_a_plain_module_must_be_given(
     quantized: dmq_ao.QuantizedDenoiser, folder: Path, model: nn.Module
 ) -> None:
-    _without_graph(folder)
+    without_graph(folder)
     assert torch.equal(dmq_ao.load(folder, model=model, backend="reference")(*inputs()), quantized(*inputs()))
     with pytest.raises(ValueError, match=r"out is not of a diffusers model; give the float module: load\('.*out', mo"):
         dmq_ao.load(folder)
@@ -420,7 +426,7 @@ def test_a_model_that_computes_something_else_is_refused(folder: Path) -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.last(self.merge(torch.cat([self.first(x), self.first(x)], 1))) * t.view(-1, 1, 1, 1)
 
-    _without_graph(folder)
+    without_graph(folder)
     with pytest.raises(InvalidFile, match=r"quantized layers differ; only in the file: \['conv', 'tokens'\], only in"):
         dmq_ao.load(folder, model=seeded(Shorter))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain import flow, record, relative, small
+from plain import flow, record, relative, small, without_graph
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -119,7 +119,10 @@ def test_a_file_holds_codes(labelled: nn.Module, seen: dmq_ao.CalibrationSet, tm
     stored = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     assert (stored["words.weight"].dtype, stored["words.weight"].numel()) == (torch.uint8, 40 * 16)
     assert floats.mean_bits - net.mean_bits > 20 * (50 * 16) / sum(p.numel() for p in labelled.parameters())
-    torch.testing.assert_close(dmq_ao.load(tmp_path)(**inputs(3)), net(**inputs(3)), rtol=0, atol=0)
+    from_graph = dmq_ao.load(tmp_path)
+    without_graph(tmp_path)
+    for loaded in (from_graph, dmq_ao.load(tmp_path, model=Labelled().eval())):
+        torch.testing.assert_close(loaded(**inputs(3)), net(**inputs(3)), rtol=0, atol=0)
 
 
 def test_float_stays_float_where_the_recipe_says_so(labelled: nn.Module, seen: dmq_ao.CalibrationSet) -> None:
