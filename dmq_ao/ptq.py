@@ -186,7 +186,9 @@ def forecast(pipeline: Any, prepared: GraphModule, recipe: Recipe, steps: int = 
         for item in plan.values()
     ]
     numel = sum(tensor.numel() for tensor in denoiser.state_dict().values())
-    rest = numel - sum(math.prod(shape) for shape in shapes.values())
+    reads = {str(node.target): node for node in prepared.graph.nodes if node.op == "get_attr"}
+    kept = sum(graph.attribute(prepared, node).numel() for node in reads.values())
+    rest = kept - sum(math.prod(shape) for shape in shapes.values())
     bits = rest * width + sum(_stored_bits(plan[name], shape, steps, recipe) for name, shape in shapes.items())
     return {
         "recipe": recipe.to_dict(),
