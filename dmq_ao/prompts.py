@@ -25,22 +25,29 @@ def told(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     taken = inspect.signature(pipeline.__call__).parameters
     name = type(pipeline).__name__
-    if "class_labels" in taken:
-        known = range(getattr(pipeline, denoiser_name(pipeline)).config.num_embeds_ada_norm)
+    count = {"batch_size": len(seeds)} if "batch_size" in taken else {}
+    known = range(_classes(pipeline) if "class_labels" in taken else 0)
+    if known:
         labels = [_label(pipeline, text, known) for text in prompts] or known
-        return {"class_labels": [labels[seed % len(labels)] for seed in seeds]}
+        return {"class_labels": [labels[seed % len(labels)] for seed in seeds], **count}
     if prompts and "prompt" not in taken:
         raise ValueError(f"{name} takes no prompt; leave it out")
     if prompts:
         return {"prompt": [prompts[seed % len(prompts)] for seed in seeds]}
-    if "batch_size" in taken:
-        return {"batch_size": len(seeds)}
+    if count:
+        return count
     if "prompt" in taken:
         raise ValueError(f"{name} draws from a prompt; give one (prompt=, or --prompt)")
     raise ValueError(
         f"{name} takes {', '.join(taken)}, neither a prompt nor class_labels nor batch_size; wrap its own loop in"
         " dmq_ao.record(denoiser), then prepare, calibrate and convert the denoiser"
     )
+
+
+def _classes(pipeline: Any) -> int:
+    """How many classes the denoiser knows; 0 for none."""
+    config = getattr(pipeline, denoiser_name(pipeline)).config
+    return next((config[key] for key in ("num_embeds_ada_norm", "num_class_embeds") if config.get(key)), 0)
 
 
 def _label(pipeline: Any, text: str, known: range) -> int:

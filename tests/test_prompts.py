@@ -171,6 +171,19 @@ def test_classes_by_seed_number_and_name(dit_folder: Path) -> None:
             told(pipeline, [0], wrong)
 
 
+@pytest.mark.parametrize(("classes", "more"), [(10, {"class_labels": [2, 3]}), (None, {})])
+def test_a_pipeline_that_counts_and_may_draw_classes(classes: int | None, more: dict[str, Any]) -> None:
+    unet = diffusers.UNet2DModel(
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        num_class_embeds=classes,
+    )
+    pipeline = diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler())
+    assert told(pipeline, [2, 13], None) == {"batch_size": 2, **more}
+
+
 def test_a_pipeline_of_classes_from_quantize_to_compare(dit_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("207\n\ncock\n", encoding="utf-8")
     out = tmp_path / "out"
