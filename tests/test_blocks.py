@@ -348,7 +348,9 @@ def test_a_block_is_never_worse_on_held_out_samples(
     assert loaded.recipe == saved.recipe
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "tiny_unet2d_condition")) for name in MODELS]
+)
 def test_blocks_bring_real_models_closer(name: str, request: pytest.FixtureRequest) -> None:
     model, example = request.getfixturevalue(name)
     samples = record(model, lambda step: model(**example | {"timestep": torch.full((2,), step)}), 8)

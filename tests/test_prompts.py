@@ -184,12 +184,19 @@ def test_a_pipeline_that_counts_and_may_draw_classes(classes: int | None, more: 
     assert told(pipeline, [2, 13], None) == {"batch_size": 2, **more}
 
 
-def test_a_pipeline_of_classes_from_quantize_to_compare(dit_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "classes.txt").write_text("207\n\ncock\n", encoding="utf-8")
-    out = tmp_path / "out"
-    report = document(
-        "quantize", dit_folder, "-o", out, *QUICK, "--embeddings", "--prompt", f"@{tmp_path}/classes.txt"
-    )
+@pytest.fixture(scope="module")
+def full(dit_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The pipeline of classes, quantized on two of them in float32, and the report of the command."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "classes.txt").write_text("207\n\ncock\n", encoding="utf-8")
+    prompts = ("--prompt", f"@{folder}/classes.txt")
+    return folder / "out", document("quantize", dit_folder, "-o", folder / "out", *QUICK, "--embeddings", *prompts)
+
+
+def test_a_pipeline_of_classes_from_quantize_to_compare(
+    dit_folder: Path, full: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out, report = full
     predicted = document("quantize", dit_folder, *QUICK, "--embeddings", "--dry-run")
     assert predicted["mean_bits"] == pytest.approx(report["mean_bits"], rel=1e-2)
     written = json.loads((out / "report.json").read_text())
@@ -205,16 +212,15 @@ def test_a_pipeline_of_classes_from_quantize_to_compare(dit_folder: Path, tmp_pa
     assert row["one_step_error"] < 0.1
 
 
-def test_a_pipeline_in_bfloat16_stays_so(dit_folder: Path, tmp_path: Path) -> None:
-    half, full = tmp_path / "half", tmp_path / "full"
+def test_a_pipeline_in_bfloat16_stays_so(dit_folder: Path, full: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    half = tmp_path / "half"
     document("quantize", dit_folder, "-o", half, *QUICK, "--bits", "w8a8", "--dtype", "bfloat16")
-    document("quantize", dit_folder, "-o", full, *QUICK, "--bits", "w8a8")
     pipeline = diffusers_adapter.load_pipeline(half)
     assert (pipeline.transformer.dtype, pipeline.vae.dtype) == (torch.bfloat16,) * 2
     assert diffusers_adapter.sample(quiet(pipeline), [0], steps=2).dtype == torch.float32
     [row] = document("compare", dit_folder, half, "--images", 2, "--steps", 2)["variants"]
     assert row["one_step_error"] < 0.1
-    assert "several dtypes" in failure(1, "compare", dit_folder, half, full)
+    assert "several dtypes" in failure(1, "compare", dit_folder, half, full[0])
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,12 @@ class LayerByLayer(Interpreter):
 
 
 @pytest.mark.parametrize(
-    ("net", "bits"), [("tiny_unet2d", "w4a8"), ("tiny_unet2d_condition", "w8a8"), ("tiny_dit", "w4a8")]
+    ("net", "bits"),
+    [
+        ("tiny_unet2d", "w4a8"),
+        pytest.param("tiny_unet2d_condition", "w8a8", marks=pytest.mark.slow),
+        ("tiny_dit", "w4a8"),
+    ],
 )
 def test_a_denoiser_equals_the_quantize_dequantize_graph(
     net: str, bits: str, request: pytest.FixtureRequest, capture_once: Callable[..., GraphModule]

@@ -11,7 +11,9 @@ from tests.backends.exact import run_exactly
 
 
 @pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI, so there are no integer kernels to compare")
-@pytest.mark.parametrize(("bits", "power_of_two"), [("w8a8", False), ("w4a8", True)])
+@pytest.mark.parametrize(
+    ("bits", "power_of_two"), [pytest.param("w8a8", False, marks=pytest.mark.slow), ("w4a8", True)]
+)
 def test_the_demo_net_equals_its_exact_graph(bits: str, power_of_two: bool) -> None:
     pytest.importorskip("diffusers")
     pipeline = load_pipeline("demo")
