@@ -82,19 +82,10 @@ def quiet(pipeline: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def dit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dit_folder(tiny_dit: tuple[nn.Module, dict[str, Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A class-conditional pipeline as DiT's: a thousand classes and one for none."""
     torch.manual_seed(0)
-    dit = diffusers.DiTTransformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_embeds_ada_norm=1000,
-    )
+    dit = diffusers.DiTTransformer2DModel.from_config({**tiny_dit[0].config, "num_embeds_ada_norm": 1000})
     first, second = (block.norm1.emb for block in dit.transformer_blocks)
     second.load_state_dict(first.state_dict())  # as in the checkpoints that there are
     vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
