@@ -1,13 +1,77 @@
-"""Frozen dataclasses as JSON and back: every key known, every type checked, every error with its place."""
+"""Frozen dataclasses as JSON and back: every key known, every type checked, every error with its place.
+
+``parse`` and ``read`` take JSON of strangers: bounded in bytes, without what Python reads and JSON does not have.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import types
 import typing
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
+
+# A graph of 10,000 operators takes 3 MiB.
+MAX_BYTES = 32 * 2**20
+
+
+def read(file: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """``parse`` of what a file holds.
+
+    Raises:
+        ValueError: for what ``parse`` refuses, and for anything but a regular file.
+        OSError: when it is not there, or cannot be read.
+    """
+    size = file.stat().st_size
+    if not file.is_file():
+        raise ValueError("it is no regular file")
+    if size > max_bytes:
+        raise ValueError(f"{size} bytes, at most {max_bytes} are read")
+    return parse(file.read_bytes())
+
+
+def parse(text: str | bytes) -> Any:
+    """JSON as the standard has it: finite numbers that 64 bits hold, no key twice in an object.
+
+    Raises:
+        ValueError: for anything else, also where it is nested too deeply to be read.
+    """
+    try:
+        return json.loads(
+            text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole, object_pairs_hook=_object
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _no_number(word: str) -> float:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is beyond the numbers of 64 bits")
+    return number
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError(f"{text[:20]} is beyond the integers of 64 bits")
+    return int(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        known: set[str] = set()
+        twice = next(key for key, _ in pairs if key in known or known.add(key))
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return data
 
 
 def plain(value: object) -> object:
@@ -59,7 +123,7 @@ def _read(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise TypeError(f"{where}: expected an object, got {type(value).__name__}")
-        return {key: _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {_read(args[0], key, where): _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if dataclasses.is_dataclass(hint):
         return typed(typing.cast("type[Any]", hint), value, where)
     if isinstance(hint, type) and issubclass(hint, Enum):
@@ -71,6 +135,8 @@ def _read(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
+    if type(value) is float and not math.isfinite(value):
+        raise ValueError(f"{where}: {value} is no finite number")
     if type(value) is not hint:
         raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
     return value

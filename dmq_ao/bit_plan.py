@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmq_ao import as_json
+from dmq_ao.as_json import typed
 from dmq_ao.config import MAX_BITS, MAX_INPUT_BITS, InvalidFile
 
 FORMAT = "dmq_ao.bit_plan"
@@ -32,10 +34,10 @@ class LayerBits:
     bits: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.weights < 1 or not self.bits:
-            raise ValueError(f"a layer has 1 or more weights and channels, got {self.weights} and {len(self.bits)}")
+        if type(self.weights) is not int or self.weights < 1 or not self.bits:
+            raise ValueError(f"a layer has 1 or more weights and channels, got {self.weights!r} and {len(self.bits)}")
         for width in self.bits:
-            if not isinstance(width, int) or not 1 <= width <= MAX_BITS:
+            if type(width) is not int or not 1 <= width <= MAX_BITS:
                 raise ValueError(f"bits must be integers from 1 to {MAX_BITS}, got {width!r}")
 
     @property
@@ -66,9 +68,10 @@ class InputBits:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.products < 1 or not isinstance(self.bits, int) or not 1 <= self.bits <= MAX_INPUT_BITS:
+        counted = type(self.products) is int and self.products >= 1
+        if not counted or type(self.bits) is not int or not 1 <= self.bits <= MAX_INPUT_BITS:
             raise ValueError(
-                f"an input has 1 to {MAX_INPUT_BITS} bits and 1 or more products, got {self.bits!r}, {self.products}"
+                f"an input has 1 to {MAX_INPUT_BITS} bits and 1 or more products, got {self.bits!r}, {self.products!r}"
             )
 
 
@@ -132,14 +135,13 @@ class BitPlan:
         """Read what ``to_dict`` gave.
 
         Raises:
-            ValueError, KeyError, TypeError: for what is no plan, or a width that is none.
+            ValueError, TypeError: for what is no plan, or a width that is none.
         """
-        if data.get("format") != FORMAT or data.get("version") != VERSION:
-            found = f"{data.get('format')} {data.get('version')}"
-            raise ValueError(f"a plan says format {FORMAT} and version {VERSION}, got {found}")
-        layers = {name: LayerBits(one["weights"], tuple(one["bits"])) for name, one in data["layers"].items()}
-        inputs = {name: InputBits(one["products"], one["bits"]) for name, one in data.get("inputs", {}).items()}
-        return cls(layers, str(data["scorer"]), inputs)
+        if not isinstance(data, Mapping) or data.get("format") != FORMAT or data.get("version") != VERSION:
+            named = f"{data.get('format')} {data.get('version')}" if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"a plan says format {FORMAT} and version {VERSION}, got {named}")
+        plan = typed(_Stored, data, "plan")
+        return cls(plan.layers, plan.scorer, plan.inputs)
 
     def save(self, file: str | Path) -> None:
         """Write JSON to edit, a layer a line; whatever stood there stays until the new one is whole."""
@@ -160,11 +162,22 @@ class BitPlan:
             InvalidFile: for a file that is missing, no JSON or no plan, or a width that is none.
         """
         try:
-            plan = cls.from_dict(json.loads(Path(file).read_text()))
+            plan = cls.from_dict(as_json.read(Path(file)))
             if not plan:
                 raise ValueError("it names no layer")
         except FileNotFoundError:
             raise InvalidFile(f"{file} is missing; dmq_ao.search_bits(...).save(file) writes one") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InvalidFile(f"{file}: not a bit plan ({error}); search_bits writes one, to be edited") from error
         return plan
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A plan as JSON, key by key."""
+
+    format: str
+    version: int
+    scorer: str
+    layers: dict[str, LayerBits]
+    inputs: dict[str, InputBits] = field(default_factory=dict)

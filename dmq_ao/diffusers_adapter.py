@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dmq_ao import as_json
 from dmq_ao.calibration import CalibrationSet, record
 from dmq_ao.compile import compile
 from dmq_ao.config import InvalidFile, Selection, SelectMethod
@@ -27,7 +28,7 @@ from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.prompts import Prompts, told
 from dmq_ao.quantize import DENOISER_NAMES, denoiser_name
 from dmq_ao.saving import load, save, usable_device
-from dmq_ao.serialization import CONFIG, KEY
+from dmq_ao.serialization.folder import CONFIG, KEY
 
 DEMO = "demo"
 INDEX = "model_index.json"
@@ -81,7 +82,13 @@ def load_pipeline(
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
+    except Exception as error:  # diffusers' own, of any type: they are about the folder's files
+        raise InvalidFile(
+            f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete, was"
+            " edited, or is of another version of diffusers"
+        ) from error
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
     return _quiet(pipeline.to(device))
@@ -120,7 +127,13 @@ def denoiser_folder(folder: str | Path) -> Path:
 def is_quantized(folder: Path) -> bool:
     """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool."""
     config = folder / CONFIG
-    return config.exists() and KEY in json.loads(config.read_text())
+    if not config.exists():
+        return False
+    try:
+        data = as_json.read(config)
+    except ValueError as error:
+        raise InvalidFile(f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again") from error
+    return isinstance(data, dict) and KEY in data
 
 
 def _quiet(pipeline: Any) -> Any:

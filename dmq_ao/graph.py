@@ -359,7 +359,7 @@ def reach(gm: GraphModule, start: set[Node], stop: Collection[Node] = ()) -> set
 
 def add_tensor(gm: GraphModule, name: str, tensor: Tensor) -> Node:
     """Register ``tensor`` as a buffer under a free name like ``name`` and read it at the graph's insertion point."""
-    stem = name.replace(".", "_").replace("#", "_")
+    stem = re.sub(r"\W", "_", name, flags=re.ASCII)  # it will stand in the source that torch.fx writes
     free, count = stem, 0
     while hasattr(gm, free):
         count += 1
@@ -388,9 +388,9 @@ def place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
     *path, last = target.split(".")
     module = root
     for part in path:
-        if not hasattr(module, part):
+        if part not in module._modules:  # not hasattr: a name must not lead out of the tree of modules
             module.add_module(part, nn.Module())
-        module = getattr(module, part)
+        module = module.get_submodule(part)
     return module, last
 
 

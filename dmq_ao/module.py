@@ -16,8 +16,8 @@ from dmq_ao import size_rules
 from dmq_ao.arguments import flatten_inputs
 from dmq_ao.config import Recipe
 from dmq_ao.graph import Signature
-from dmq_ao.graph_file import StoredGraph
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, outline
+from dmq_ao.serialization.graph import StoredGraph
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-from dmq_ao import graph, graph_file, values
+from dmq_ao import graph, values
 from dmq_ao.annotate import (
     MERGED,
     PLAN,
@@ -34,6 +34,10 @@ from dmq_ao.layer import LayerRecord, PackedRecords, moved, packed_record
 from dmq_ao.module import QuantizedDenoiser
 from dmq_ao.noise import noise_tensors
 from dmq_ao.observers import ActivationObserver
+from dmq_ao.passes import out_of_place
+from dmq_ao.serialization import graph as stored_graph
+from dmq_ao.serialization import trial
+from dmq_ao.serialization.graph import StoredGraph
 
 DENOISER_NAMES = ("unet", "transformer")
 
@@ -128,6 +132,7 @@ def convert(
         quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
     quantized.meta.update(meta)
     values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
+    out_of_place(quantized)
     float_tensors = _float_tensors(quantized)
     if packed:
         records = {name: packed_record(record) for name, record in records.items()}
@@ -136,7 +141,7 @@ def convert(
         chosen,
         packed=packed,
         latency_aware=latency_aware,
-        stored_graph=graph_file.stored(quantized, float_tensors),
+        stored_graph=_stored_graph(quantized, float_tensors),
         signature=graph.signature_of(prepared),
         skeleton=meta[SKELETON],
         recipe=meta[RECIPE],
@@ -146,6 +151,19 @@ def convert(
         sqnr_db=meta.get(SQNR, {}),
         merged=meta[MERGED],
     )
+
+
+def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> StoredGraph | None:
+    """The q/dq graph as a file holds it; None where ``load`` would not take it, and exports the model again."""
+    call = graph.signature_of(gm)
+    if not set(call.names) <= set(call.example):  # a graph that was not captured here
+        return None
+    stored = stored_graph.stored(gm, float_tensors)
+    try:
+        trial.run(gm, trial.example_inputs(call.example[name] for name in call.names))
+    except ValueError:
+        return None
+    return stored
 
 
 def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: bool, **known: Any) -> QuantizedDenoiser:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
-from dmq_ao import graph, serialization
+from dmq_ao import graph
 from dmq_ao.annotate import PLAN, SCALED, attention_observers, float_bias, observers, readers
 from dmq_ao.blocks import Block, Rows, find_blocks, run_block
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
@@ -39,6 +39,7 @@ from dmq_ao.learn_blocks import BlockData, BlockLearning, learn_block, scaled_we
 from dmq_ao.moments import Geometry, Moments, geometry
 from dmq_ao.observers import ActivationObserver, VoteReport
 from dmq_ao.roles import whole_name
+from dmq_ao.serialization.layers import layer_configs, layer_records, layer_tensors
 from dmq_ao.state import load_state, save_state
 from dmq_ao.stream import Stream, Value
 
@@ -329,14 +330,14 @@ class Reconstruction:
         saved = load_state(file, self.digest, "a block of a calibration")
         if saved is not None:
             meta, tensors = saved
-            self._take(serialization.layer_records(meta["layers"], tensors))
+            self._take(layer_records(meta["layers"], tensors))
             self.blocks[block.name] = learned = BlockLearning(**meta["learned"])
         else:
             learned = self._learn(block)
             if file is not None:
                 records = {name: self._record(name) for name in block.layers}
-                meta = {"layers": serialization.layer_configs(records), "learned": asdict(learned)}
-                save_state(file, self.digest, meta, serialization.layer_tensors(records))
+                meta = {"layers": layer_configs(records), "learned": asdict(learned)}
+                save_state(file, self.digest, meta, layer_tensors(records))
         if learned.after < learned.before:
             for node in block.live:
                 if self.stream.differs(node):
@@ -387,11 +388,11 @@ class Reconstruction:
             return
         records = {name: self._record(name) for name in unit.layers}
         meta = {
-            "layers": serialization.layer_configs(records),
+            "layers": layer_configs(records),
             "learned": {name: asdict(self.learned[name]) for name in unit.layers},
             "votes": {name: vote.to_dict() for name, vote in self.votes.items() if name in unit.layers},
         }
-        save_state(file, self.digest, meta, serialization.layer_tensors(records))
+        save_state(file, self.digest, meta, layer_tensors(records))
 
     def _record(self, name: str) -> LayerRecord:
         weight, activation = self.watchers[name]
@@ -407,7 +408,7 @@ class Reconstruction:
         if saved is None:
             return False
         meta, tensors = saved
-        self._take(serialization.layer_records(meta["layers"], tensors))
+        self._take(layer_records(meta["layers"], tensors))
         self.learned |= {name: LayerLearning(**one) for name, one in meta["learned"].items()}
         self.votes |= {name: VoteReport.from_dict(vote) for name, vote in meta["votes"].items()}
         return True

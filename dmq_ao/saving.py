@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib
 import json
-import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from dmq_ao import as_json, graph, graph_file, layer, serialization
-from dmq_ao.annotate import observers, weight_observers
+from dmq_ao import as_json, graph, layer
+from dmq_ao.annotate import float_weight, observers, weight_observers
 from dmq_ao.arguments import unflatten_inputs
 from dmq_ao.backends import choose
 from dmq_ao.calibrate import SQNR
 from dmq_ao.config import InvalidFile
 from dmq_ao.graph import Signature
-from dmq_ao.layer import LayerPlan
+from dmq_ao.layer import LayerPlan, outline
 from dmq_ao.module import QuantizedDenoiser
-from dmq_ao.passes import place_on
+from dmq_ao.passes import out_of_place, place_on
 from dmq_ao.quantize import convert, lower, prepare
+from dmq_ao.serialization import agreement, signature, trial
+from dmq_ao.serialization import folder as model_folder
+from dmq_ao.serialization import graph as stored_graph
+from dmq_ao.serialization.folder import DAMAGE, GRAPH, Stored
+from dmq_ao.serialization.operators import Forbidden, NotReadable
+from dmq_ao.serialization.records import StoredRecords
+from dmq_ao.serialization.skeleton import float_model, identity, skeleton
 
 
 def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
@@ -34,33 +40,34 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
 
     Raises:
         TypeError: when ``quantized`` is not a converted denoiser.
+        ValueError: for what could not be loaded again.
     """
     quantized = getattr(quantized, "_orig_mod", quantized)
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
-    skeleton, signature, stored_graph = quantized.skeleton, quantized.signature, quantized.stored_graph
+    skeleton, call = quantized.skeleton, quantized.signature
     config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}
-    stored = serialization.Stored(
+    stored = Stored(
         recipe=quantized.recipe,
         records=quantized.records,
         float_tensors=quantized.float_tensors,
         model_config={**config, "_class_name": type(skeleton).__name__} if config else {},
-        parameters=_identity(skeleton),
-        example=signature.example,
-        constants=signature.constants,
-        timestep_arg=signature.timestep,
+        parameters=identity(skeleton),
+        example=call.example,
+        constants=call.constants,
+        timestep_arg=call.timestep,
         sqnr_db=quantized.sqnr_db,
         merged=quantized.merged,
-        graph=None if stored_graph is None else _graph_text(quantized, stored_graph),
-        graph_constants={} if stored_graph is None else stored_graph.constants,
+        graph=None if quantized.stored_graph is None else _graph_text(quantized, quantized.stored_graph.text),
+        graph_constants={} if quantized.stored_graph is None else quantized.stored_graph.constants,
     )
-    serialization.write(stored, folder)
+    model_folder.write(stored, folder)
 
 
-def _graph_text(quantized: QuantizedDenoiser, stored_graph: graph_file.StoredGraph) -> str:
+def _graph_text(quantized: QuantizedDenoiser, text: str) -> str:
     plan = [as_json.plain(item) for item in quantized.plan.values()]
-    parts = {"signature": _signature_to_json(quantized.signature), "plan": plan}
-    return json.dumps({**parts, "graph": json.loads(stored_graph.text)}, allow_nan=False)
+    parts = {"signature": signature.to_json(quantized.signature), "plan": plan}
+    return json.dumps({**parts, "graph": json.loads(text)}, allow_nan=False)
 
 
 def load(
@@ -74,12 +81,14 @@ def load(
 ) -> QuantizedDenoiser:
     """Read a saved denoiser and lower it to a backend; the integers are those that were saved, bit for bit.
 
-    The codes stay in the file until somebody asks for ``records``: memory holds one copy of them, the kernels'.
+    The codes stay in the file until somebody asks for ``records``: memory holds one copy of them, the kernels'. A file
+    is data: none of its text is run, its operators are those of ``serialization.operators``, and every number is
+    checked against what it means before anything is computed (``docs/security.md``).
 
     Args:
         folder: what ``save`` wrote.
-        model: the float module that was quantized; its weights are not used. Wanted only for models that are not
-            diffusers' and whose graph could not be stored, or not be read by this PyTorch.
+        model: the float module that was quantized; its weights are not used. Wanted for models that are not diffusers'
+            and answer with a class of their own, or whose graph could not be stored, or not be read by this PyTorch.
         backend: as for ``convert``.
         packed: as for ``convert``.
         latency_aware: as for ``convert``; a file has no choice of kernels, which are timed anew at each load.
@@ -90,14 +99,30 @@ def load(
         ValueError: when the model is wanted and not given, or there is no such device.
     """
     device = usable_device(device)
-    stored = serialization.read(folder)
+    stored = model_folder.read(folder)
     how = {"packed": packed, "latency_aware": latency_aware}
+    why_not = ""
     if stored.graph is not None:
         try:
-            return _from_graph(stored, stored.graph, model, folder, backend, how, device)
-        except graph_file.NotReadable:
-            pass  # of another PyTorch: the model's code can still be exported
-    return _exported_again(stored, model, folder, backend, how, device)
+            parts = _read_graph(stored, stored.graph, model, folder)
+        except NotReadable as error:  # of another PyTorch: the model's code can still be exported
+            why_not = str(error)
+        except Forbidden as error:
+            if model is None:
+                raise InvalidFile(
+                    f"{Path(folder) / GRAPH}: {error}; it was edited, or written by another version. To take the"
+                    f" model's own code instead, give the float module: load({str(folder)!r}, model=...)"
+                ) from error
+            why_not = str(error)
+        else:
+            return _from_graph(parts, stored, model, folder, backend, how, device)
+    denoiser = float_model(stored, model, folder)
+    if why_not:
+        warnings.warn(f"{folder}: {why_not}; the model is exported again, which takes longer", stacklevel=2)
+    if model is not None:
+        # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
+        denoiser = copy.deepcopy(denoiser)
+    return _exported_again(stored, denoiser, folder, backend, how, device)
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -112,41 +137,76 @@ def usable_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device {str(device)!r} is not to be had here: {error}; take 'cpu'") from error
 
 
+@dataclass(frozen=True, eq=False)
+class _Graph:
+    """What ``graph.json`` says, checked.
+
+    Attributes:
+        gm: the q/dq graph; codes of weights are on the meta device.
+        text: of the graph, as it is saved again.
+        call: its signature.
+        plan: of its layers.
+        tensors: where those of the graph come from.
+    """
+
+    gm: GraphModule
+    text: str
+    call: Signature
+    plan: Mapping[str, LayerPlan]
+    tensors: _Tensors
+
+
+def _read_graph(stored: Stored, text: str, model: nn.Module | None, folder: str | Path) -> _Graph:
+    """Build the graph, and refuse what does not fit itself, its example or its records before it is run.
+
+    Raises:
+        NotReadable, Forbidden: as ``serialization.graph.from_json`` and ``serialization.signature.from_json``.
+        InvalidFile: for anything else.
+    """
+    with _damage_is_named(folder):
+        parts = as_json.parse(text)
+        call = signature.from_json(parts["signature"], stored, model)
+        plan = {item["name"]: as_json.typed(LayerPlan, item, "plan") for item in parts["plan"]}
+        tensors = _Tensors(stored)
+        gm = stored_graph.from_json(parts["graph"], tensors.tensor)
+        tensors.mark(gm)
+        out_of_place(gm)  # files of earlier versions hold what was computed in place
+        shapes = [call.example[name] for name in call.names]
+        answer = trial.run(gm, trial.example_inputs(shapes))
+        signature.check_answer(call, len(answer) if isinstance(answer, (tuple, list)) else 1)
+        timestep = dict(zip(call.names, gm.graph.find_nodes(op="placeholder"), strict=True)).get(call.timestep or "")
+        agreement.check(gm, tensors.outlines, plan, timestep)
+        return _Graph(gm, json.dumps(parts["graph"]), call, plan, tensors)
+
+
 def _from_graph(
-    stored: serialization.Stored,
-    text: str,
+    parts: _Graph,
+    stored: Stored,
     model: nn.Module | None,
     folder: str | Path,
     backend: str,
     how: Mapping[str, bool],
     device: torch.device,
 ) -> QuantizedDenoiser:
-    with _damage_is_named(folder):
-        parts = json.loads(text)
-        signature = _signature_from_json(parts["signature"], stored)
-        plan = {item["name"]: as_json.typed(LayerPlan, item, "plan") for item in parts["plan"]}
-        kept = _Kept(stored)
-        gm = graph_file.from_json(parts["graph"], kept.tensor)
-    skeleton = _skeleton(stored, model, folder)
-    _check_identity(stored, skeleton, folder)
-    chosen = choose(backend, device, plan, **how)
+    whole = skeleton(stored, model, folder)
+    chosen = choose(backend, device, parts.plan, **how)
     if how["latency_aware"]:
-        kept.fill_codes(gm)  # the graph is run to time it, and layers in float read theirs
+        parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs
     quantized = lower(
-        gm,
+        parts.gm,
         chosen,
         **how,
-        stored_graph=graph_file.StoredGraph(json.dumps(parts["graph"]), stored.graph_constants),
-        signature=signature,
-        skeleton=skeleton,
+        stored_graph=stored_graph.StoredGraph(parts.text, stored.graph_constants),
+        signature=parts.call,
+        skeleton=whole,
         recipe=stored.recipe,
-        plan=plan,
+        plan=parts.plan,
         records=stored.records,
         float_tensors=stored.float_tensors,
         sqnr_db=stored.sqnr_db,
         merged=stored.merged,
     )
-    kept.fill_codes(quantized.graph_module)
+    parts.tensors.fill_codes(quantized.graph_module)
     place_on(quantized.graph_module, device)
     return quantized
 
@@ -155,22 +215,20 @@ def _from_graph(
 def _damage_is_named(folder: str | Path) -> Iterator[None]:
     try:
         yield
-    except graph_file.NotReadable:
+    except (InvalidFile, NotReadable, Forbidden):
         raise
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InvalidFile(
-            f"{Path(folder) / serialization.GRAPH}: {error!r}; it is damaged or was edited, save again"
-        ) from error
+    except (*DAMAGE, RecursionError) as error:
+        raise InvalidFile(f"{Path(folder) / GRAPH}: {error!r}; it is damaged or was edited, save again") from error
 
 
-class _Kept:
+class _Tensors:
     """The tensors of a stored graph. Weights' codes come last, if at all: integer kernels hold their own."""
 
-    def __init__(self, stored: serialization.Stored) -> None:
-        assert isinstance(stored.records, serialization.StoredRecords)
+    def __init__(self, stored: Stored) -> None:
+        assert isinstance(stored.records, StoredRecords)
         self.stored, self.records = stored, stored.records
-        self.codes: dict[str, str] = {}
-        self.outline = functools.cache(stored.records.without_codes)  # a layer has several tensors, one reading
+        self.outlines = {name: stored.records.without_codes(name) for name in stored.records}
+        self.sources: dict[str, tuple[str, str]] = {}
 
     def tensor(self, target: str, home: Mapping[str, Any]) -> Tensor:
         """What stands at ``target`` of the graph."""
@@ -181,108 +239,59 @@ class _Kept:
         name, field = home["record"]
         if name not in self.records:
             raise ValueError(f"no layer is called {name!r}")
-        if field == "codes":
-            self.codes[target] = name
-        found = layer.record_tensor(self.outline(name), field)
-        return found.reshape(home["shape"]).to(graph_file.read_dtype(home["dtype"]))
+        self.sources[target] = (name, field)
+        tensor = layer.record_tensor(self.outlines[name], field)
+        shape, dtype = home["shape"], stored_graph.read_dtype(home["dtype"])
+        # Two are made to measure: a divisor lies along its axis, a bias has the dtype of its layer.
+        turned, cast = field == "channel_scale", field == "corrected_bias"
+        if not turned and list(tensor.shape) != shape or not cast and tensor.dtype != dtype:
+            raise ValueError(f"{field} of {name} is {list(tensor.shape)} {tensor.dtype}, the graph says {shape} {dtype}")
+        return tensor.reshape(shape).to(dtype)
+
+    def mark(self, gm: GraphModule) -> None:
+        """Note on the nodes which tensor of which record each reads."""
+        for node in gm.graph.find_nodes(op="get_attr"):
+            if node.target in self.sources:
+                node.meta[graph.SOURCE] = self.sources[node.target]
 
     def fill_codes(self, gm: GraphModule) -> None:
         """Give a lowered graph the codes that it still reads."""
         for target, tensor in list(gm.named_buffers()):
             if tensor.is_meta:
-                gm.register_buffer(target, self.records[self.codes[target]].weight.codes, persistent=False)
-
-
-def _signature_to_json(signature: Signature) -> dict[str, Any]:
-    kind = signature.return_type
-    return {
-        "parameters": list(signature.parameters),
-        "names": list(signature.names),
-        "timestep_per_row": signature.timestep_per_row,
-        "batch": signature.batch,
-        "return_type": None if kind is None else [kind.__module__, kind.__qualname__],
-        "returns_tuple": signature.returns_tuple,
-        "rules": list(signature.rules),
-    }
-
-
-def _signature_from_json(given: Mapping[str, Any], stored: serialization.Stored) -> Signature:
-    return Signature(
-        parameters=tuple(given["parameters"]),
-        names=tuple(given["names"]),
-        constants=stored.constants,
-        timestep=stored.timestep_arg,
-        timestep_per_row=given["timestep_per_row"],
-        batch=given["batch"],
-        return_type=None if given["return_type"] is None else _return_type(*given["return_type"]),
-        returns_tuple=given["returns_tuple"],
-        example=stored.example,
-        rules=tuple(given["rules"]),
-    )
-
-
-def _return_type(module: str, name: str) -> type:
-    """The class that the denoiser answers with; a file may name those of diffusers and of what is imported already."""
-    found: Any = importlib.import_module(module) if module.startswith("diffusers.") else sys.modules.get(module)
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if not isinstance(found, type):
-        raise graph_file.NotReadable(f"the answer's class {module}.{name} is not there; import it first")
-    return found
-
-
-def _skeleton(stored: serialization.Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
-    """The model without bytes: the one given, the diffusers class, or names and shapes alone."""
-    if model is None and "_class_name" not in stored.model_config:
-        return _names_and_shapes(stored.parameters)
-    if model is not None:
-        return graph.skeleton(model)
-    try:
-        with torch.device("meta"):
-            return _float_model(stored, None, folder).eval()
-    except (NotImplementedError, RuntimeError):  # its constructor wants to see values
-        return graph.skeleton(_float_model(stored, None, folder).eval())
-
-
-def _names_and_shapes(parameters: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    root = nn.Module()
-    for name, shape in parameters.items():
-        module, last = graph.place(root, name)
-        module.register_parameter(last, nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False))
-    return root.eval()
+                name, _ = self.sources[target]
+                gm.register_buffer(target, self.records[name].weight.codes, persistent=False)
 
 
 def _exported_again(
-    stored: serialization.Stored,
-    model: nn.Module | None,
+    stored: Stored,
+    denoiser: nn.Module,
     folder: str | Path,
     backend: str,
     how: Mapping[str, bool],
     device: torch.device,
 ) -> QuantizedDenoiser:
-    denoiser = _float_model(stored, model, folder)
-    _check_identity(stored, denoiser, folder)
-    if model is not None:
-        # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
-        denoiser = copy.deepcopy(denoiser)
+    """Export the module, with the file's tensors in it, and take the records for what was calibrated."""
     _set_float_tensors(denoiser, stored)
     _tie(denoiser, stored.merged)
     denoiser.to(device)
     example = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in stored.example.items()}
     inputs = unflatten_inputs({**stored.constants, **example})
     prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
-    found = weight_observers(prepared)
-    if set(found) != set(stored.records):
+    weights, nodes = weight_observers(prepared), graph.layer_nodes(prepared)
+    if set(weights) != set(stored.records):
         raise InvalidFile(
-            f"{folder}: quantized layers differ; only in the file: {sorted(set(stored.records) - set(found))}, only in"
-            f" the model: {sorted(set(found) - set(stored.records))}. Load with the model that was quantized"
+            f"{folder}: quantized layers differ; only in the file: {sorted(set(stored.records) - set(weights))}, only"
+            f" in the model: {sorted(set(weights) - set(stored.records))}. Load with the model that was quantized"
         )
-    for name, weight in found.items():
-        weight.restore(stored.records[name].weight, stored.records[name].bias)
+    for name, weight in weights.items():
+        record, shape = stored.records[name], float_weight(prepared, nodes[name]).shape
+        if record.weight.shape != shape:
+            raise InvalidFile(f"{folder}: {name} is {tuple(record.weight.shape)} in the file, {tuple(shape)} in the model")
+        weight.restore(record.weight, record.bias)
     for name, (_, activation) in observers(prepared).items():
-        record = stored.records[name].activation
-        if activation is not None and record is not None:
-            activation.restore(record)
+        restored = outline(stored.records, name).activation
+        if activation is not None and restored is not None:
+            activation.restore(restored)
     prepared.meta[SQNR] = dict(stored.sqnr_db)
     return convert(prepared, backend, **how)
 
@@ -297,45 +306,9 @@ def _tie(denoiser: nn.Module, merged: Mapping[str, str]) -> None:
                 own[f"{copied}.{what}"].data = own[f"{first}.{what}"].data
 
 
-def _identity(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def _float_model(stored: serialization.Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
-    if model is not None:
-        return model
-    class_name = stored.model_config.get("_class_name")
-    if class_name is None:
-        raise ValueError(
-            f"{folder} is not of a diffusers model; give the float module: load({str(folder)!r}, model=...)"
-        )
-    import diffusers
-
-    model_class = getattr(diffusers, class_name, None)
-    if model_class is None:
-        raise InvalidFile(
-            f"{folder}: this diffusers {diffusers.__version__} has no {class_name}; install one that has, or give the"
-            f" float module: load({str(folder)!r}, model=...)"
-        )
-    built: nn.Module = model_class.from_config(dict(stored.model_config))
-    return built
-
-
-def _set_float_tensors(denoiser: nn.Module, stored: serialization.Stored) -> None:
+def _set_float_tensors(denoiser: nn.Module, stored: Stored) -> None:
     """Give a float model the stored tensors, each in its own dtype: some models keep a part of them in float32."""
     denoiser.to(next(d for _, d in stored.example.values() if d.is_floating_point))
     own = denoiser.state_dict(keep_vars=True)
     for name, tensor in stored.float_tensors.items():
         own[name].data = tensor.to(own[name].device)
-
-
-def _check_identity(stored: serialization.Stored, model: nn.Module, folder: str | Path) -> None:
-    actual, expected = _identity(model), dict(stored.parameters)
-    if actual == expected:
-        return
-    missing, extra = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
-    shapes = [f"{n} {expected[n]} != {actual[n]}" for n in expected if n in actual and actual[n] != expected[n]]
-    raise InvalidFile(
-        f"{folder} is of another model than {type(model).__name__}: missing from the model {missing}, not in the file"
-        f" {extra}, shapes (file != model) {shapes}. Load with the model that was quantized"
-    )

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmq_ao import as_json
 from dmq_ao.config import InvalidFile
 
 _HEADER = "dmq_ao.state"
@@ -48,10 +49,10 @@ def load_state(file: Path | None, digest: str, what: str) -> tuple[dict[str, Any
         return None
     try:
         with safe_open(file, "pt") as opened:
-            header = json.loads((opened.metadata() or {})[_HEADER])
+            header = as_json.parse((opened.metadata() or {})[_HEADER])
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         found, meta = header["digest"], dict(header["meta"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(f"{file}: not {what} ({error}); delete it to start again") from error
     if found != digest:
         raise ValueError(

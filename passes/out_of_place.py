@@ -7,20 +7,66 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from dmq_ao.values import VAL, value_of
+
+aten = torch.ops.aten
+# Views that can be written back, and the operator that does it.
+_WRITTEN_BACK = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
+
 
 def out_of_place(gm: GraphModule) -> None:
-    """Replace in-place operators by their twins, in place.
+    """Replace in-place operators by their twins, in place, and memory that is not filled by zeros.
 
-    Before:  arange -> div_(.., 96)      After:  arange -> div(.., 96)
+    Before:  arange -> div_(.., 96)                     After:  arange -> div(.., 96)
+             empty_like -> slice(..) -> copy_(.., x)            zeros_like -> slice_scatter(.., x, ..)
 
     Only where the changed tensor is a result of its own, not a view, an input or a stored tensor, and has no other
-    reader: elsewhere the change is meant to be seen.
+    reader: elsewhere the change is meant to be seen. A part of such a result may be written while others wait for it.
     """
-    for node in gm.graph.nodes:
+    for node in list(gm.graph.nodes):
         twin = _twin(node.target) if node.op == "call_function" else None
-        if twin is not None and _is_fresh(node.all_input_nodes[0]):
+        if twin is not None and _is_fresh(node.all_input_nodes[0]) and len(node.all_input_nodes[0].users) == 1:
             node.target = twin
+        elif node.target is aten.copy_.default and not node.users:
+            _write_back(gm, node)
+    for node in gm.graph.nodes:
+        if node.target is aten.empty_like.default:
+            node.target = aten.zeros_like.default
     gm.recompile()
+
+
+def _write_back(gm: GraphModule, copy: Node) -> None:
+    """``copy_`` into a part of a result, as a new result that later readers take; left alone where others see both."""
+    part, value = copy.args[:2]
+    assert isinstance(part, Node)
+    parts = []
+    while part.target in _WRITTEN_BACK and len(part.users) == 1:
+        parts.append(part)
+        part = part.all_input_nodes[0]
+    if not parts or not _is_fresh(part) or _shape(parts[0]) != _shape(value) or _has_other_views(part, parts, copy):
+        return
+    with gm.graph.inserting_before(copy):
+        for view in parts:
+            whole, *place = view.args
+            assert isinstance(whole, Node)
+            value = gm.graph.call_function(_WRITTEN_BACK[view.target], (whole, value, *place))  # type: ignore[index]
+            value.meta = dict(whole.meta)
+    assert isinstance(value, Node)
+    part.replace_all_uses_with(value, delete_user_cb=lambda user: copy < user)
+    for node in (copy, *parts):
+        gm.graph.erase_node(node)
+
+
+def _shape(value: Any) -> Any:
+    """Of a node; nothing else is equal to it."""
+    known = value_of(value.meta.get(VAL)) if isinstance(value, Node) else None
+    return object() if known is None else known.shape
+
+
+def _has_other_views(whole: Node, parts: list[Node], copy: Node) -> bool:
+    """Whether what was made from ``whole`` before ``copy``, and may share its memory, is read after it."""
+    views = [user for user in whole.users if user not in parts and user < copy and not _makes_new(user)]
+    return any(copy < reader or not _makes_new(reader) for view in views for reader in view.users)
 
 
 def mutates(node: Node) -> bool:
@@ -42,6 +88,11 @@ def _twin(target: Any) -> torch._ops.OpOverload | None:
 
 
 def _is_fresh(value: Node) -> bool:
-    if value.op != "call_function" or len(value.users) != 1 or not isinstance(value.target, torch._ops.OpOverload):
+    return value.op == "call_function" and _makes_new(value)
+
+
+def _makes_new(node: Node) -> bool:
+    """Whether an operator's results share no memory with its arguments."""
+    if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    return all(result.alias_info is None for result in value.target._schema.returns)
+    return all(result.alias_info is None for result in node.target._schema.returns)

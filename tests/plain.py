@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao.config import Recipe
-from dmq_ao.serialization import CONFIG, GRAPH, KEY
+from dmq_ao.serialization import manifest
+from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS
 
 STEPS = (900, 600, 300, 0)
 
@@ -125,9 +127,28 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite a saved folder's config, and all checksums with it, as whoever means it would."""
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    (folder / CONFIG).write_text(json.dumps(config))
+    reseal(folder)
+
+
+def reseal(folder: Path) -> None:
+    """Make all checksums of a saved folder those of its files."""
+    config = json.loads((folder / CONFIG).read_text())
+    names = (name for name in (CONFIG, GRAPH) if (folder / name).exists())
+    if isinstance(config, dict) and isinstance(config.get(KEY), dict):
+        sums = {"sha256": TENSORS, "graph_sha256": GRAPH}
+        for key in [key for key in sums if config[KEY].get(key) and (folder / sums[key]).exists()]:
+            config[KEY][key] = manifest.sha256(folder / sums[key])
+        (folder / CONFIG).write_text(json.dumps(config))
+    files = {name: manifest.sha256(folder / name) for name in names}
+    (folder / manifest.MANIFEST).write_text(manifest.text(files, load_file(folder / TENSORS)))
+
+
 def without_graph(folder: Path) -> None:
     """Make a saved folder one whose graph could not be stored: what loads it exports the model again."""
     (folder / GRAPH).unlink()
-    config = json.loads((folder / CONFIG).read_text())
-    config[KEY]["graph_sha256"] = None
-    (folder / CONFIG).write_text(json.dumps(config))
+    edit_config(folder, lambda config: config[KEY].update(graph_sha256=None))

@@ -60,7 +60,7 @@ def test_the_summary_counts_channels() -> None:
         ),
         (
             '{"format": "dmq_ao.bit_plan", "version": 1, "scorer": "", "layers": {"": {"weights": 1, "bits": [0.5]}}}',
-            "got 0.5",
+            "got float 0.5",
         ),
     ],
 )

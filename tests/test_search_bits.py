@@ -33,7 +33,7 @@ from dmq_ao.config import (
     TensorConfig,
 )
 from dmq_ao.objectives import relative_error
-from dmq_ao.serialization import TENSORS
+from dmq_ao.serialization.folder import TENSORS
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 KURTOSIS = BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER)

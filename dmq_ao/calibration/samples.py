@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dmq_ao import as_json
 from dmq_ao.arguments import unflatten_inputs
 from dmq_ao.config import InvalidFile
 
@@ -28,6 +29,8 @@ Shared: TypeAlias = Tensor | int | float | bool | str | None
 SHARED_TYPES = (Tensor, int, float, bool, str, type(None))
 # One metadata entry: safetensors writes several in an order of its own, and two runs must give the same bytes.
 _HEADER = "dmq_ao.calibration_set"
+# What tensors and names that are no calibration set may end in.
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -186,18 +189,22 @@ class CalibrationSet:
         try:
             header, tensors = _read(path)
             shared = {name[len("shared.") :]: x for name, x in tensors.items() if name.startswith("shared.")}
+            known = {"timestep", "step", "visited", "trajectory"}
+            known |= {f"inputs.{name}" for name in header.inputs} | {f"shared.{name}" for name in shared}
+            if unknown := sorted(set(tensors) - known):
+                raise ValueError(f"it holds tensors {unknown} that are of nothing")
             samples = cls(
-                inputs={name: tensors[f"inputs.{name}"] for name in header["inputs"]},
-                shared=header["shared"] | shared,
+                inputs={name: tensors[f"inputs.{name}"] for name in header.inputs},
+                shared=header.shared | shared,
                 timestep=tensors["timestep"],
                 step=tensors["step"],
-                timestep_arg=header["timestep_arg"],
+                timestep_arg=header.timestep_arg,
                 visited=tensors["visited"],
                 trajectory=tensors.get("trajectory"),
             )
-            if samples.digest() != header["digest"]:
+            if samples.digest() != header.digest:
                 raise ValueError("the contents do not match their checksum")
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, RecursionError, *_DAMAGE) as error:
             raise InvalidFile(
                 f"{os.fspath(path)}: {type(error).__name__}: {error}. Expected a calibration set of format version"
                 f" {_FIRST_VERSION} or {FORMAT_VERSION}, as CalibrationSet.save writes it; copy the file anew, or"
@@ -231,8 +238,10 @@ def _check_types(samples: CalibrationSet) -> None:
             raise TypeError(f"shared {name} must be a tensor, int, float, bool, str or None, got {describe(shared)}")
     if samples.timestep.dtype not in (torch.float32, torch.int64):
         raise TypeError(f"timestep must be [rows] float32 or int64, got {describe(samples.timestep)}")
-    if samples.step.dtype is not torch.int64:
+    if samples.step.dtype is not torch.int64 or samples.step.dim() != 1:
         raise TypeError(f"step must be [rows] int64, got {describe(samples.step)}")
+    if samples.visited is not None and (samples.visited.dtype, samples.visited.dim()) != (samples.timestep.dtype, 1):
+        raise TypeError(f"visited must be [steps] of the timestep's dtype, got {describe(samples.visited)}")
     if samples.trajectory is not None and samples.trajectory.dtype is not torch.int64:
         raise TypeError(f"trajectory must be [rows] int64, got {describe(samples.trajectory)}")
 
@@ -245,6 +254,10 @@ def _check_rows(samples: CalibrationSet) -> None:
     names = [*samples.inputs, *samples.shared, samples.timestep_arg]
     if len(set(names)) < len(names):
         raise ValueError(f"each argument is either an input, shared or the timestep, got a name twice in {names}")
+    try:
+        unflatten_inputs(dict.fromkeys(names))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"arguments are dotted paths, none inside another; got {names}") from error
     columns = {**samples.inputs, "timestep": samples.timestep}
     if samples.trajectory is not None:
         columns["trajectory"] = samples.trajectory
@@ -283,17 +296,28 @@ def _check_steps(samples: CalibrationSet) -> None:
         )
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if os.path.isdir(path):
-        raise ValueError("it is a folder")
+@dataclass(frozen=True)
+class _Header:
+    """What of a set is no tensor."""
+
+    format_version: int
+    inputs: tuple[str, ...]
+    shared: dict[str, Any]
+    timestep_arg: str
+    digest: str
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError("it is a folder" if os.path.isdir(path) else "it is no regular file")
     with safe_open(path, framework="pt", device="cpu") as file:
-        header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
+        header = as_json.parse((file.metadata() or {}).get(_HEADER, "null"))
         if not isinstance(header, dict):
             raise ValueError("its metadata names no calibration set")
         if header.get("format_version") not in (_FIRST_VERSION, FORMAT_VERSION):
             raise ValueError(f"it has format version {header.get('format_version')}")
         names = list(file.keys())
-        return header, {name: file.get_tensor(name) for name in names}
+        return as_json.typed(_Header, header, "header"), {name: file.get_tensor(name) for name in names}
 
 
 def take(value: Tensor, rows: Tensor) -> Tensor:

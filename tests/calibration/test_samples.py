@@ -338,7 +338,7 @@ def _folder(path: Path) -> None:
         (_flip, "do not match their checksum|rows of the|timestep"),
         (_foreign, "its metadata names no calibration set"),
         (_other_version, "it has format version 99"),
-        (_no_header_fields, "KeyError: 'inputs'"),
+        (_no_header_fields, "header: missing keys .*'inputs'"),
         (_bad_json, "JSONDecodeError"),
         (_folder, "it is a folder"),
     ],

@@ -1,16 +1,18 @@
 """A quantize/dequantize graph as JSON and back: to load it takes neither the model's code nor another export.
 
-A node is ``{"name", "op", "target", "args", "kwargs", "val", "layer"}``. Operators are named and looked up among
-torch's own and ours, so a file holds no code. A tensor that a node reads is named by where it is kept:
-``{"record": [layer, field]}`` of a layer record, ``{"float": name}`` of the original model, ``{"constant": name}``
-beside the graph.
+A node is ``{"name", "op", "target", "args", "kwargs", "val", "layer"}``. A tensor that a node reads is named by where
+it is kept: ``{"record": [layer, field]}`` of a layer record, ``{"float": name}`` of the original model,
+``{"constant": name}`` beside the graph.
+
+torch.fx writes a graph as Python source. So nothing that stands in a file is passed on to it but numbers, words in
+quotes and operators of ``operators.ALLOWED``: names are given anew, and keywords are those of the operator's schema.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import operator
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +23,16 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from dmq_ao import graph
+from dmq_ao.serialization import operators
 from dmq_ao.values import VAL, Value
 
-_NAMESPACES = ("aten", "dmq_ao")
-_WORDS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "getitem"]
-_WORDS += ["eq", "ne", "lt", "le", "gt", "ge"]
-_FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"operator.{word}": getattr(operator, word) for word in _WORDS},
-    **{f"math.{word}": getattr(math, word) for word in ("ceil", "floor", "trunc")},
-    **{f"torch.{word}": getattr(torch, word) for word in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not")},
+MAX_NODES = 100_000
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_KEYS = {
+    "placeholder": {"name", "op", "val", "layer"},
+    "get_attr": {"name", "op", "target", "from", "val", "layer"},
+    "call_function": {"name", "op", "target", "args", "kwargs", "val", "layer"},
 }
-_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 _LITERALS = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout": torch.layout}
 
 
@@ -45,10 +46,6 @@ class StoredGraph:
 
 class NotStorable(ValueError):
     """A graph holds what this file format has no word for; the message names it."""
-
-
-class NotReadable(ValueError):
-    """A stored graph needs an operator that this PyTorch does not have; the message names it."""
 
 
 def to_json(gm: GraphModule, float_names: Collection[str]) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def _returns_one(gm: GraphModule) -> bool:
 
 
 def _node_to_json(gm: GraphModule, node: Node, float_names: Collection[str]) -> dict[str, Any]:
-    if node.op not in ("placeholder", "get_attr", "call_function"):
+    if node.op not in _KEYS:
         raise NotStorable(f"a node {node.op} {node.target}")
     stored: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "get_attr":
@@ -125,64 +122,78 @@ def _constants(gm: GraphModule, description: Mapping[str, Any]) -> dict[str, Ten
 
 
 def from_json(description: Mapping[str, Any], tensor: Callable[[str, Mapping[str, Any]], Tensor]) -> GraphModule:
-    """Build the graph again.
+    """Build the graph again; the nodes have names of their own.
 
     Args:
-        description: from ``to_json``.
+        description: from ``to_json``, or anything that JSON can be.
         tensor: given a path in the graph and a ``"from"``, the tensor that is kept there.
 
     Raises:
-        NotReadable: for an operator that is not there.
-        KeyError, TypeError, ValueError: for a description that is damaged.
+        operators.NotReadable: for an operator that this PyTorch does not have.
+        KeyError, TypeError, ValueError: for a description that is damaged, ``operators.Forbidden`` among them.
     """
     root, built = nn.Module(), Graph()
-    made: dict[str, Node] = {}
-    for stored in description["nodes"]:
-        node = _build(built, stored, made)
-        if stored["op"] == "get_attr":
-            graph.set_tensor(root, stored["target"], tensor(stored["target"], stored["from"]))
+    nodes: dict[str, Node] = {}
+    for number, stored in enumerate(_stored_nodes(description)):
+        node = _build(built, stored, nodes, number)
+        if node.op == "get_attr":
+            graph.set_tensor(root, str(node.target), tensor(str(node.target), stored["from"]))
         if "val" in stored:
             node.meta[VAL] = _value_from_json(stored["val"])
         if "layer" in stored:
-            node.meta[graph.LAYER] = stored["layer"]
-        made[stored["name"]] = node
-    outputs = [_read(value, made) for value in description["outputs"]]
-    built.output(outputs[0] if description["single"] else tuple(outputs))
+            node.meta[graph.LAYER] = _text(stored["layer"])
+        nodes[stored["name"]] = node
+    outputs = [_read(value, nodes) for value in description["outputs"]]
+    single = description["single"]
+    if not outputs or not isinstance(outputs[0], Node) or type(single) is not bool or single and len(outputs) > 1:
+        raise ValueError("a graph answers with one or more of its nodes, one of them if it is single")
+    built.output(outputs[0] if single else tuple(outputs))
     return GraphModule(root, built)
 
 
-def _build(built: Graph, stored: Mapping[str, Any], made: Mapping[str, Node]) -> Node:
-    name, op = stored["name"], stored["op"]
+def _stored_nodes(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The nodes, their keys and names checked."""
+    nodes = description["nodes"]
+    if not isinstance(nodes, list) or len(nodes) > MAX_NODES:
+        raise ValueError(f"nodes must be a list of at most {MAX_NODES}")
+    names = set()
+    for stored in nodes:
+        name, op = stored["name"], stored["op"]
+        if op not in _KEYS or not set(stored) <= _KEYS[op]:
+            raise ValueError(f"a node of {op!r} with {sorted(stored)}; there are {sorted(_KEYS)}")
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name in names:
+            raise ValueError(f"nodes have names of letters, digits and _, each its own; got {name!r}")
+        names.add(name)
+    return nodes
+
+
+def _build(built: Graph, stored: Mapping[str, Any], nodes: Mapping[str, Node], number: int) -> Node:
+    """One node, named by its number: no name of the file is used."""
+    op = stored["op"]
     if op == "placeholder":
-        return built.create_node(op, name, (), {}, name)
-    if op == "get_attr":
-        return built.create_node(op, stored["target"], (), {}, name)
-    if op != "call_function":
-        raise ValueError(f"node {name!r} is a {op!r}")
-    args = tuple(_read(value, made) for value in stored["args"])
-    kwargs = {key: _read(value, made) for key, value in stored.get("kwargs", {}).items()}
-    return built.create_node(op, _function(stored["target"]), args, kwargs, name)
+        return built.create_node(op, f"input_{number}", (), {}, f"input_{number}")
+    if op == "get_attr":  # paths inside the denoiser hold its parameters, see ``graph.set_tensor``
+        inside = graph.PREFIX if _text(stored["target"]).startswith(graph.PREFIX) else ""
+        return built.create_node(op, f"{inside}tensor_{number}", (), {}, f"tensor_{number}")
+    name = stored["target"]
+    target = operators.named(name)
+    args = tuple(_read(value, nodes) for value in stored["args"])
+    kwargs = {key: _read(value, nodes) for key, value in stored.get("kwargs", {}).items()}
+    operators.check_call(name, target, args, kwargs)
+    return built.create_node(op, target, args, kwargs, f"{name.split('.')[1]}_{number}")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a name, got {type(value).__name__}")
+    return value
 
 
 def _function_name(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES:
-        return str(target)
-    if target in _NAMES:
-        return _NAMES[target]
-    raise NotStorable(f"the operator {target}")
-
-
-def _function(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return _FUNCTIONS[name]
-    namespace, _, rest = name.partition(".")
-    packet, _, overload = rest.rpartition(".")
-    if namespace not in _NAMESPACES or not packet.isidentifier():
-        raise NotReadable(f"no operator {name!r} can stand in a stored graph")
-    found = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload):
-        raise NotReadable(f"torch {torch.__version__} has no operator {name!r}")
-    return found
+    name = operators.name_of(target)
+    if name is None:
+        raise NotStorable(f"the operator {target}")
+    return name
 
 
 def _argument(value: Any) -> Any:
@@ -207,31 +218,31 @@ def _argument(value: Any) -> Any:
     raise NotStorable(f"an argument {value!r} of type {type(value).__name__}")
 
 
-def _read(value: Any, made: Mapping[str, Node]) -> Any:
+def _read(value: Any, nodes: Mapping[str, Node]) -> Any:
     if isinstance(value, list):
-        return [_read(item, made) for item in value]
+        return [_read(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
     ((word, inner),) = value.items()
     match word:
         case "node":
-            return made[inner]
-        case "float":
+            return nodes[inner]
+        case "float" if inner in ("inf", "-inf", "nan"):
             return float(inner)
         case "tuple":
-            return tuple(_read(item, made) for item in inner)
+            return tuple(_read(item, nodes) for item in inner)
         case "slice":
-            return slice(*(_read(item, made) for item in inner))
+            return slice(*(_read(item, nodes) for item in inner))
         case "device":
             return torch.device(inner)
     return _literal(word, inner)
 
 
-def _literal(word: str, name: str) -> Any:
-    found = getattr(torch, name, None)
-    if word not in _LITERALS or not isinstance(found, _LITERALS[word]):
+def _literal(word: str, name: Any) -> Any:
+    value = getattr(torch, name, None) if isinstance(name, str) else None
+    if word not in _LITERALS or not isinstance(value, _LITERALS[word]):
         raise ValueError(f"no {word} is called {name!r}")
-    return found
+    return value
 
 
 def _word(value: Any) -> str:
@@ -246,7 +257,10 @@ def _value_to_json(value: Any) -> Any:
 
 def _value_from_json(stored: Any) -> Any:
     if isinstance(stored, dict):
-        return Value(tuple(stored["shape"]), _literal("dtype", stored["dtype"]))
+        sizes = tuple(stored["shape"])
+        if any(size is not None and (type(size) is not int or size < 0) for size in sizes):
+            raise ValueError(f"a shape is sizes, or null for what depends on the inputs; got {list(sizes)}")
+        return Value(sizes, read_dtype(stored["dtype"]))
     return tuple(_value_from_json(item) for item in stored) if isinstance(stored, list) else None
 
 

@@ -19,10 +19,12 @@ from plain import (
     Plain,
     assert_same,
     assert_same_records,
+    edit_config,
     flow,
     plain_samples,
     record,
     relative,
+    reseal,
     seeded,
     without_graph,
 )
@@ -31,9 +33,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao import serialization
+from dmq_ao.serialization import folder as model_folder
+from dmq_ao.serialization import manifest
 from dmq_ao.config import ChannelScaling, Granularity, InvalidFile, Override, Ranges, Recipe, TensorConfig
-from dmq_ao.serialization import CONFIG, GRAPH, KEY, TENSORS
+from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS
+from dmq_ao.serialization.manifest import MANIFEST
 
 minmax = dmq_ao.recipes.minmax
 MIXED = dataclasses.replace(
@@ -266,7 +270,7 @@ def test_a_layer_without_noise_is_told_in_plain_json(
 
 
 def test_only_json_and_safetensors_are_written(folder: Path) -> None:
-    assert sorted(contents(folder)) == [CONFIG, TENSORS, GRAPH]
+    assert sorted(contents(folder)) == [CONFIG, TENSORS, GRAPH, MANIFEST]
     json.loads((folder / CONFIG).read_text())
     with safe_open(folder / TENSORS, "pt") as opened:
         assert opened.keys()
@@ -433,8 +437,7 @@ def test_a_model_that_computes_something_else_is_refused(folder: Path) -> None:
 
 def test_an_unknown_diffusers_class_is_named(folder: Path) -> None:
     pytest.importorskip("diffusers")
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**config, "_class_name": "UNet9D"}))
+    edit_config(folder, lambda config: config.update(_class_name="UNet9D"))
     with pytest.raises(InvalidFile, match=r"has no UNet9D; install one that has, or give the float module"):
         dmq_ao.load(folder)
 
@@ -443,10 +446,10 @@ def test_an_unknown_diffusers_class_is_named(folder: Path) -> None:
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Rewrite the config, and the checksums with it: what they cannot find must be found otherwise."""
+
     def damage(folder: Path) -> None:
-        config = json.loads((folder / CONFIG).read_text())
-        change(config)
-        (folder / CONFIG).write_text(json.dumps(config))
+        edit_config(folder, change)
 
     return damage
 
@@ -469,13 +472,13 @@ def _flip(place: float) -> Callable[[Path], None]:
 
 
 def _tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
-    """Rewrite the tensors, and the checksum with them: what the checksum cannot find must be found otherwise."""
+    """Rewrite the tensors, and the checksums with them."""
 
     def damage(folder: Path) -> None:
         tensors = load_file(folder / TENSORS)
         change(tensors)
         save_file(tensors, folder / TENSORS)
-        _edit(lambda c: c[KEY].update(sha256=serialization._sha256(folder / TENSORS)))(folder)
+        reseal(folder)
 
     return damage
 
@@ -486,11 +489,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / TENSORS).unlink(),
         r"safetensors is missing; .* must hold config.json, diffusion",
     ),
-    "half the tensors": (_cut(TENSORS, 0.5), "its checksum is not the one in config.json: truncated, altered"),
-    "no bytes": (_cut(TENSORS, 0), "its checksum is not the one in config.json"),
-    "a flipped bit at the start": (_flip(0), "its checksum is not the one in config.json"),
-    "a flipped bit in the middle": (_flip(0.5), "its checksum is not the one in config.json"),
-    "a flipped bit at the end": (_flip(1), "its checksum is not the one in config.json"),
+    "half the tensors": (_cut(TENSORS, 0.5), "safetensors: not a safetensors file"),
+    "no bytes": (_cut(TENSORS, 0), "safetensors: not a safetensors file"),
+    "a flipped bit at the start": (_flip(0), "safetensors: not a safetensors file"),
+    "a flipped bit in the middle": (_flip(0.5), "the checksum of .* is not the one in manifest.json: truncated, alt"),
+    "a flipped bit at the end": (_flip(1), "the checksum of .* is not the one in manifest.json"),
+    "no checksums": (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json: no manifest"),
+    "half the checksums": (_cut(MANIFEST, 0.5), "manifest.json: no manifest"),
+    "an edited config": (
+        lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace('"bits": 4', '"bits": 3')),
+        "config.json: its checksum is not the one in manifest.json: truncated, altered",
+    ),
+    "an edited graph": (
+        lambda f: (f / GRAPH).write_text((f / GRAPH).read_text().replace('"single"', ' "single"')),
+        "graph.json: its checksum is not the one in config.json: truncated, altered",
+    ),
     "half the config": (_cut(CONFIG, 0.5), "config.json: not JSON .* it is truncated or foreign"),
     "an empty config": (_cut(CONFIG, 0), "config.json: not JSON"),
     "a binary config": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe\x00"), "config.json: not JSON"),
@@ -504,7 +517,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         _edit(lambda c: c[KEY].update(format_version=99)),
         r"format_version 99, this dmq_ao reads 1; it was written by \{.*'dmq_ao': .* install that version",
     ),
-    "no checksum": (_edit(lambda c: c[KEY].pop("sha256")), "its checksum is not the one in config.json"),
+    "no checksum": (_edit(lambda c: c[KEY].pop("sha256")), r"missing keys \['sha256'\]"),
     "no layers": (_edit(lambda c: c[KEY].pop("layers")), "layers"),
     "no recipe": (_edit(lambda c: c[KEY].pop("recipe")), "recipe"),
     "a recipe of the future": (
@@ -513,7 +526,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no example": (_edit(lambda c: c[KEY].pop("example")), "example"),
     "a dtype that is none": (_edit(lambda c: c[KEY]["example"]["x"].update(dtype="float77")), "float77"),
-    "layers that are none": (_edit(lambda c: c[KEY].update(layers=[])), "damaged or was edited"),
+    "layers that are none": (_edit(lambda c: c[KEY].update(layers=[])), "layers: expected an object, got list"),
     "a layer of other bits": (_edit(lambda c: c[KEY]["layers"]["conv"].update(bits=5)), "2304 codes of 5 bits take"),
     "a layer of another shape": (
         _edit(lambda c: c[KEY]["layers"]["conv"].update(shape=[16, 16, 3, 4])),
@@ -559,7 +572,7 @@ def test_a_file_is_no_folder(quantized: dmq_ao.QuantizedDenoiser, tmp_path: Path
 def test_other_files_of_the_folder_stay(quantized: dmq_ao.QuantizedDenoiser, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
     dmq_ao.save(quantized, tmp_path)
-    assert sorted(contents(tmp_path)) == ["README.md", CONFIG, TENSORS, GRAPH]
+    assert sorted(contents(tmp_path)) == ["README.md", CONFIG, TENSORS, GRAPH, MANIFEST]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -583,7 +596,7 @@ def test_a_failed_save_leaves_what_was_there(
         raise error
 
     if where == "save_file":
-        monkeypatch.setattr(serialization, "save_file", half)
+        monkeypatch.setattr(model_folder, "save_file", half)
     else:
         monkeypatch.setattr(os if where == "replace" else json, {"json": "dumps"}.get(where, where), fail)
     (folder.parent / "new").mkdir()
@@ -612,22 +625,32 @@ def test_a_kill_between_the_two_files_is_noticed(
     with pytest.raises(KeyboardInterrupt):
         dmq_ao.save(other, folder)
     monkeypatch.undo()
-    assert sorted(contents(folder)) == [CONFIG, TENSORS, GRAPH]
-    with pytest.raises(InvalidFile, match="its checksum is not the one in config.json"):
+    assert sorted(contents(folder)) == [CONFIG, TENSORS, GRAPH, MANIFEST]
+    with pytest.raises(InvalidFile, match="safetensors: tensors missing .* by manifest.json; copy all files"):
         dmq_ao.load(folder, model=model)
+
+
+def test_a_folder_without_a_manifest_is_known_by_the_checksums_in_its_config(
+    quantized: dmq_ao.QuantizedDenoiser, folder: Path
+) -> None:
+    (folder / MANIFEST).unlink()
+    assert torch.equal(dmq_ao.load(folder, backend="reference")(*inputs()), quantized(*inputs()))
+    _flip(0.9)(folder)
+    with pytest.raises(InvalidFile, match="its checksum is not the one in config.json"):
+        dmq_ao.load(folder)
 
 
 # --- the graph in the folder -------------------------------------------------
 
 
 def _graph(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    """Rewrite the graph, and the checksum with it."""
+    """Rewrite the graph, and the checksums with it."""
 
     def damage(folder: Path) -> None:
         parts = json.loads((folder / GRAPH).read_text())
         change(parts)
         (folder / GRAPH).write_text(json.dumps(parts))
-        _edit(lambda c: c[KEY].update(graph_sha256=serialization._sha256(folder / GRAPH)))(folder)
+        reseal(folder)
 
     return damage
 
@@ -694,7 +717,7 @@ def test_codes_are_read_when_asked_for(quantized: dmq_ao.QuantizedDenoiser, fold
 
 
 def test_stored_parts_compare(quantized: dmq_ao.QuantizedDenoiser, folder: Path) -> None:
-    stored = serialization.read(folder)
+    stored = model_folder.read(folder)
     for name, layer in quantized.records.items():
         assert_same(stored.records[name], layer, name)
     assert stored.example == quantized.signature.example

@@ -1,0 +1,245 @@
+"""Whether what a file says of a layer can be a layer: every number one that its meaning allows, all of them together.
+
+The integer kernels and the q/dq graph read the same records, and agree on records that mean something. On others
+(a negative scale, a zero point that is no code) each would compute something else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dmq_ao.config import MAX_BITS, MAX_INPUT_BITS, Ranges
+from dmq_ao.graph import TABLE
+from dmq_ao.layer import zero_point_dtype
+from dmq_ao.segments import segment_bytes
+from dmq_ao.serialization.layers import FIELDS, StoredInput, StoredLayer
+
+_AXES = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "linear": 2, TABLE: 2}
+_MAX_SIZE = 2**40
+_MAX_AXES = 16
+# Of a float32 scale: normal numbers, whose products with codes stay finite.
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, 1e30
+
+
+class Meaningless(ValueError):
+    """A value that nothing means; the message names the tensor or field, what it must be, and what it is."""
+
+
+def check_layer(name: str, layer: StoredLayer) -> None:
+    """Refuse fields of a layer that contradict each other, before a tensor is read.
+
+    Args:
+        name: of the layer.
+        layer: what the file says of it.
+
+    Raises:
+        Meaningless: for what cannot be.
+    """
+    if layer.kind not in _AXES:
+        _refuse(f"{name}: kind", f"one of {sorted(_AXES)}", repr(layer.kind))
+    sizes = layer.shape
+    if len(sizes) != _AXES[layer.kind] or any(size < 1 for size in sizes) or math.prod(sizes) > _MAX_SIZE:
+        _refuse(f"{name}: shape", f"{_AXES[layer.kind]} sizes of 1 or more for a {layer.kind}", list(sizes))
+    if not 1 <= layer.bits <= MAX_BITS:
+        _refuse(f"{name}: bits", f"1 to {MAX_BITS}", layer.bits)
+    if layer.float8 and not (layer.bits == MAX_BITS and layer.symmetric and layer.segments is None):
+        _refuse(f"{name}: float8", "symmetric codes of 8 bits", f"symmetric={layer.symmetric}, bits={layer.bits}")
+    _check_segments(name, layer)
+    if layer.input is not None:
+        _check_input(name, layer, layer.input)
+
+
+def _check_segments(name: str, layer: StoredLayer) -> None:
+    if layer.segments is None:
+        return
+    if not layer.segments or any(len(pair) != 2 for pair in layer.segments):
+        _refuse(f"{name}: segments", "pairs of a width and a number of channels", layer.segments)
+    widths, counts = zip(*layer.segments, strict=True)
+    ascending = list(widths) == sorted(set(widths)) and 1 <= widths[0]
+    if not ascending or widths[-1] != layer.bits or min(counts) < 1 or sum(counts) != layer.shape[0]:
+        _refuse(
+            f"{name}: segments",
+            f"ascending widths up to {layer.bits}, the numbers of channels adding up to {layer.shape[0]}",
+            [list(pair) for pair in layer.segments],
+        )
+
+
+def _check_input(name: str, layer: StoredLayer, stored: StoredInput) -> None:
+    if layer.kind == TABLE:
+        _refuse(f"{name}: input", "null, for tables take indices", stored)
+    if not 1 <= stored.bits <= MAX_INPUT_BITS:
+        _refuse(f"{name}: input bits", f"1 to {MAX_INPUT_BITS}", stored.bits)
+    last = _MAX_AXES if layer.kind == "linear" else 1
+    if not 1 <= stored.ch_axis <= last:
+        _refuse(f"{name}: input ch_axis", "the channel axis of the input, not its batch", stored.ch_axis)
+    if stored.float8 and (stored.bits != MAX_BITS or stored.ranges is Ranges.DYNAMIC):
+        _refuse(f"{name}: input float8", "8 bits, and ranges that are not dynamic", stored)
+
+
+def expected_fields(layer: StoredLayer) -> tuple[set[str], set[str]]:
+    """Fields of ``FIELDS`` that a layer must have in the file of tensors, and those that it may have."""
+    must = {"weight", "weight_scale"}
+    must |= set() if layer.symmetric else {"weight_zero_point"}
+    must |= set() if layer.segments is None else {"weight_bits"}
+    may = {"corrected_bias"}
+    if layer.input is not None:
+        may |= {"input_channel_scale"} | (set() if layer.input.float8 else {"input_exponents"})
+        must |= set() if layer.input.ranges is Ranges.DYNAMIC else {"input_scale", "input_zero_point"}
+        must |= {"input_timesteps"} if layer.input.ranges is Ranges.PER_STEP else set()
+    return must, may
+
+
+def check_fields(name: str, layer: StoredLayer, present: set[str]) -> None:
+    """Refuse a layer with tensors that it must not have, or without those that it must.
+
+    Raises:
+        Meaningless: naming the tensors.
+    """
+    must, may = expected_fields(layer)
+    missing, extra = sorted(must - present), sorted(present - must - may)
+    if missing or extra:
+        keys = [[f"{name}.{field}" for field in fields] for fields in (missing, extra)]
+        raise Meaningless(f"tensors missing {keys[0]}, unexpected {keys[1]}")
+
+
+def check_codes(name: str, layer: StoredLayer, shape: list[int], dtype: str) -> None:
+    """Refuse packed codes of another size than the layer's.
+
+    Args:
+        name: of the layer.
+        layer: what the file says of it.
+        shape: of the packed codes.
+        dtype: as safetensors names it.
+
+    Raises:
+        Meaningless: naming the tensor.
+    """
+    expected = sum(segment_bytes(layer.widths, math.prod(layer.shape[1:])))
+    if shape != [expected] or dtype != "U8":
+        widths = " and ".join(str(bits) for bits, _ in layer.widths)
+        raise Meaningless(
+            f"{name}.weight: {math.prod(layer.shape)} codes of {widths} bits take {expected} uint8, got {shape} {dtype}"
+        )
+
+
+def check_tensors(name: str, layer: StoredLayer, tensors: Mapping[str, Tensor], max_exponent: int) -> None:
+    """Refuse tensors of a layer, all but its codes, that cannot be its own.
+
+    Args:
+        name: of the layer.
+        layer: that passed ``check_layer``.
+        tensors: by field, as ``check_fields`` wants them.
+        max_exponent: of power-of-two scaling.
+
+    Raises:
+        Meaningless: naming the tensor.
+    """
+    out, inputs = layer.shape[0], math.prod(layer.shape[1:])
+    scale = tensors["weight_scale"]
+    groups = scale.shape[1] if scale.dim() == 2 else 0
+    if scale.dtype != torch.float32 or tuple(scale.shape) != (out, groups) or groups < 1 or inputs % groups:
+        _refuse(f"{name}.weight_scale", f"[{out}, groups] float32, groups dividing {inputs}", _layout(scale))
+    _check_scale(f"{name}.weight_scale", scale)
+    if layer.segments is not None:
+        _check_widths(f"{name}.weight_bits", layer, tensors["weight_bits"])
+    if not layer.symmetric:
+        _check_zero_points(f"{name}.weight_zero_point", layer, tensors, [out, groups])
+    if "corrected_bias" in tensors:
+        bias = tensors["corrected_bias"]
+        if bias.dtype != torch.float32 or list(bias.shape) != [out] or not bool(bias.isfinite().all()):
+            _refuse(f"{name}.corrected_bias", f"[{out}] finite float32", _layout(bias))
+    if layer.input is not None:
+        _check_input_tensors(name, layer, layer.input, tensors, max_exponent)
+
+
+def _check_widths(key: str, layer: StoredLayer, widths: Tensor) -> None:
+    if widths.dtype != torch.uint8 or list(widths.shape) != [layer.shape[0]]:
+        _refuse(key, f"[{layer.shape[0]}] uint8", _layout(widths))
+    values, counts = widths.unique(return_counts=True)
+    if list(zip(values.tolist(), counts.tolist(), strict=True)) != layer.widths:
+        _refuse(key, f"channels of each width as in the config, {layer.widths}", "others")
+
+
+def _check_zero_points(key: str, layer: StoredLayer, tensors: Mapping[str, Tensor], shape: list[int]) -> None:
+    zero_point = tensors["weight_zero_point"]
+    if zero_point.dtype != torch.uint8 or list(zero_point.shape) != shape:
+        _refuse(key, f"{shape} uint8", _layout(zero_point))
+    bits = tensors["weight_bits"] if layer.segments is not None else torch.tensor([layer.bits], dtype=torch.uint8)
+    # In 16 bits, for 2**8 is none of uint8. One-bit codes stand on both sides of their zero point.
+    limit = torch.bitwise_left_shift(torch.ones((), dtype=torch.int16), bits.to(torch.int16))[:, None] - 1
+    if bool((zero_point > limit).any()) or bool(((bits == 1)[:, None] & (zero_point != 1)).any()):
+        _refuse(key, f"codes of {' and '.join(str(width) for width, _ in layer.widths)} bits", "others")
+
+
+def _check_input_tensors(
+    name: str, layer: StoredLayer, stored: StoredInput, tensors: Mapping[str, Tensor], max_exponent: int
+) -> None:
+    rows = 0
+    if stored.ranges is not Ranges.DYNAMIC:
+        scale, zero_point = tensors["input_scale"], tensors["input_zero_point"]
+        rows = len(scale) if scale.dim() == 1 else 0
+        if scale.dtype != torch.float32 or rows < 1 or stored.ranges is Ranges.STATIC and rows != 1:
+            rows_word = "rows" if stored.ranges is Ranges.PER_STEP else "1"
+            _refuse(f"{name}.input_scale", f"[{rows_word}] float32", _layout(scale))
+        _check_scale(f"{name}.input_scale", scale)
+        dtype = zero_point_dtype(stored.bits)
+        if zero_point.dtype != dtype or list(zero_point.shape) != [rows]:
+            _refuse(f"{name}.input_zero_point", f"[{rows}] {dtype}", _layout(zero_point))
+        low, high = (int(end) for end in zero_point.aminmax())
+        if low < 0 or high > (0 if stored.float8 else 2**stored.bits - 1):
+            wanted = "0, for float8 has none" if stored.float8 else f"codes of {stored.bits} bits"
+            _refuse(f"{name}.input_zero_point", wanted, f"{low} to {high}")
+    if stored.ranges is Ranges.PER_STEP:
+        _check_timesteps(f"{name}.input_timesteps", tensors["input_timesteps"], rows)
+    channels = layer.shape[1]
+    if "input_channel_scale" in tensors:
+        factors = tensors["input_channel_scale"]
+        if factors.dtype != torch.float32 or not _are_channels(layer, list(factors.shape)):
+            _refuse(f"{name}.input_channel_scale", f"[{channels}] float32", _layout(factors))
+        _check_scale(f"{name}.input_channel_scale", factors)
+    if "input_exponents" in tensors:
+        exponents = tensors["input_exponents"]
+        shape = list(exponents.shape)
+        per_step = stored.ranges is Ranges.PER_STEP and len(shape) == 2 and shape[0] == rows
+        if exponents.dtype != torch.int8 or not _are_channels(layer, shape[1:] if per_step else shape):
+            _refuse(f"{name}.input_exponents", f"[{channels}] int8, or [{rows}, {channels}]", _layout(exponents))
+        low, high = (int(end) for end in exponents.aminmax())
+        if low < 0 or high > max_exponent:
+            _refuse(f"{name}.input_exponents", f"0 to {max_exponent}", f"{low} to {high}")
+
+
+def _are_channels(layer: StoredLayer, shape: list[int]) -> bool:
+    """Whether a shape is [channels]; a grouped convolution has as many as its groups times what its weight says."""
+    if len(shape) != 1:
+        return False
+    return shape[0] == layer.shape[1] or layer.kind != "linear" and shape[0] > 0 and shape[0] % layer.shape[1] == 0
+
+
+def _check_timesteps(key: str, timesteps: Tensor, rows: int) -> None:
+    if timesteps.dtype != torch.float32 or list(timesteps.shape) != [rows]:
+        _refuse(key, f"[{rows}] float32", _layout(timesteps))
+    if not bool(timesteps.isfinite().all()) or not bool((timesteps[1:] < timesteps[:-1]).all()):
+        _refuse(key, "finite, each below the one before", timesteps.tolist())
+
+
+def _check_scale(key: str, scale: Tensor) -> None:
+    low, high = (float(end) for end in scale.aminmax())  # NaN if any is
+    if not (low >= _SMALLEST and high <= _LARGEST):
+        _refuse(key, "positive, finite and no denormal number", f"{low:g} to {high:g}")
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
+
+
+def _refuse(what: str, wanted: str, got: object) -> None:
+    raise Meaningless(f"{what} must be {wanted}; got {got}")
+
+
+def fields_of(name: str, names: frozenset[str]) -> set[str]:
+    """Fields that the tensors ``names`` of a file hold of a layer."""
+    return {field for field in FIELDS if f"{name}.{field}" in names}

@@ -1,0 +1,158 @@
+"""The operators that a stored graph may name: pure functions of their arguments, and nothing else.
+
+None reads or writes files, draws, changes an argument, or gives out memory that it did not fill. Views are among them,
+but not those that take strides. ``ALLOWED`` is what a file may say and what ``graph`` writes; a denoiser that computes
+anything else is saved without its graph, and loaded with ``model=``.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+# Elementwise, reductions, products, shapes, selection, padding, resampling, convolutions, norms, attention.
+_ATEN = """
+abs.default acos.default acosh.default add.Scalar add.Tensor addcdiv.default addcmul.default alias.default all.default
+all.dim amax.default amin.default any.default any.dim argmax.default argmin.default arange.default arange.start
+arange.start_step asin.default asinh.default atan.default atan2.default atanh.default bitwise_and.Scalar
+bitwise_and.Tensor bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor
+bitwise_right_shift.Tensor_Scalar bitwise_xor.Tensor ceil.default celu.default clamp.Tensor clamp.default
+clamp_max.default clamp_min.default clip.default clone.default complex.default contiguous.default conj.default
+copysign.Tensor cos.default cosh.default cumprod.default cumsum.default deg2rad.default detach.default div.Scalar
+div.Scalar_mode div.Tensor div.Tensor_mode divide.Tensor elu.default eq.Scalar eq.Tensor erf.default exp.default
+exp2.default expm1.default floor.default floor_divide.default fmod.Scalar frac.default full.default full_like.default
+ge.Scalar ge.Tensor gelu.default glu.default gt.Scalar gt.Tensor hardsigmoid.default hardswish.default
+hardtanh.default imag.default isfinite.default isinf.default isnan.default le.Scalar le.Tensor leaky_relu.default
+lerp.Scalar lerp.Tensor lift_fresh_copy.default linspace.default log.default log10.default log1p.default log2.default
+log_sigmoid.default log_softmax.int logical_and.default logical_not.default logical_or.default logical_xor.default
+logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor max.default max.dim maximum.default
+mean.default mean.dim min.default min.dim minimum.default mish.default mul.Scalar mul.Tensor multiply.Tensor
+nan_to_num.default ne.Scalar ne.Tensor neg.default norm.Scalar norm.ScalarOpt_dim linalg_vector_norm.default
+new_full.default new_ones.default new_zeros.default ones.default ones_like.default polar.default pow.Scalar
+pow.Tensor_Scalar pow.Tensor_Tensor prod.default prod.dim_int prelu.default rad2deg.default real.default
+reciprocal.default relu.default relu6.default remainder.Scalar remainder.Tensor round.default round.decimals
+rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default selu.default sgn.default sigmoid.default sign.default
+silu.default sin.default sinc.default sinh.default softmax.int softplus.default sqrt.default
+square.default std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList tan.default tanh.default
+tril.default triu.default true_divide.Tensor trunc.default var.correction var.dim var_mean.correction where.Scalar
+where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
+addbmm.default addmm.default baddbmm.default bmm.default dot.default einsum.default linalg_cross.default
+linear.default matmul.default mm.default mv.default outer.default tensordot.default
+atleast_1d.default atleast_2d.default broadcast_tensors.default broadcast_to.default cat.default chunk.default
+column_stack.default concat.default concatenate.default constant_pad_nd.default diagonal.default dsplit.int
+expand.default expand_as.default flatten.using_ints flip.default gather.default hsplit.int hstack.default
+index_select.default meshgrid.default meshgrid.indexing moveaxis.int movedim.int movedim.intlist narrow.default
+numpy_T.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default ravel.default
+repeat.default repeat_interleave.self_int reshape.default reshape_as.default roll.default rot90.default select.int
+select_scatter.default slice.Tensor slice_scatter.default split.Tensor split.sizes split_with_sizes.default
+squeeze.default squeeze.dim squeeze.dims stack.default swapaxes.default swapdims.default t.default take_along_dim.default
+tile.default transpose.int unbind.int unflatten.int unfold.default unsqueeze.default view.default view.dtype
+view_as.default view_as_complex.default view_as_real.default vstack.default
+_assert_tensor_metadata.default _to_copy.default sym_size.int sym_numel.default to.device to.dtype to.dtype_layout
+to.other type_as.default
+embedding.default one_hot.default
+adaptive_avg_pool1d.default adaptive_avg_pool2d.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+channel_shuffle.default max_pool2d.default pad.default reflection_pad1d.default reflection_pad2d.default
+replication_pad1d.default replication_pad2d.default replication_pad3d.default upsample_bicubic2d.default
+upsample_bicubic2d.vec upsample_bilinear2d.default upsample_bilinear2d.vec upsample_linear1d.vec
+upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.vec
+upsample_trilinear3d.vec grid_sampler.default affine_grid_generator.default im2col.default col2im.default
+conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding conv_transpose1d.default
+conv_transpose2d.input conv_transpose3d.input
+batch_norm.default dropout.default feature_dropout.default group_norm.default layer_norm.default instance_norm.default
+rms_norm.default cosine_similarity.default pairwise_distance.default
+scaled_dot_product_attention.default
+fft_fft2.default fft_fftn.default fft_fftshift.default fft_ifft2.default fft_ifftn.default fft_ifftshift.default
+fft_irfft2.default fft_rfft2.default
+"""
+_OURS = "dequantize dequantize_weight dynamic_qparams look_up quantize quantize_float8 row"
+_WORDS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "getitem"]
+_WORDS += ["eq", "ne", "lt", "le", "gt", "ge"]
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    **{f"operator.{word}": getattr(operator, word) for word in _WORDS},
+    **{f"math.{word}": getattr(math, word) for word in ("ceil", "floor", "trunc")},
+    **{f"torch.{word}": getattr(torch, word) for word in ("sym_float", "sym_int", "sym_max", "sym_min", "sym_not")},
+}
+"""Arithmetic of sizes, by name."""
+ATEN = frozenset(f"aten.{word}" for word in _ATEN.split())
+OURS = frozenset(f"dmq_ao.{word}.default" for word in _OURS.split())
+ALLOWED = ATEN | OURS | frozenset(FUNCTIONS)
+"""Names that a file may hold."""
+REWRITTEN = frozenset(word.replace(".", "_.") for word in _ATEN.split()) | {"copy_.default", "empty_like.default"}
+REWRITTEN = frozenset(f"aten.{word}" for word in REWRITTEN)
+"""In files of earlier versions: ``passes.out_of_place`` takes them out, and where it does not, nothing is loaded."""
+# What an operator must be told, by position and name, so that it draws nothing and changes no statistics.
+_REQUIRED: Mapping[str, tuple[int, str, Any]] = {
+    "aten.dropout.default": (2, "train", False),
+    "aten.feature_dropout.default": (2, "train", False),
+    "aten.batch_norm.default": (5, "training", False),
+    "aten.instance_norm.default": (3, "running_mean", None),
+    "aten.scaled_dot_product_attention.default": (4, "dropout_p", 0.0),
+}
+_NAMES = {function: name for name, function in FUNCTIONS.items()}
+
+
+class NotReadable(ValueError):
+    """A stored graph needs an operator that this PyTorch does not have; the message names it."""
+
+
+class Forbidden(ValueError):
+    """A stored graph names an operator that no stored graph may hold; the message names it."""
+
+
+def name_of(target: Any) -> str | None:
+    """How a file names an operator; None when it has no name for it."""
+    name = str(target) if isinstance(target, torch._ops.OpOverload) else _NAMES.get(target)
+    return name if name in ALLOWED else None
+
+
+def named(name: Any) -> Callable[..., Any]:
+    """The operator that a file names.
+
+    Raises:
+        Forbidden: for a name that is not in ``ALLOWED`` or ``REWRITTEN``.
+        NotReadable: for one that is, where this PyTorch has no such operator.
+    """
+    if not isinstance(name, str) or name not in ALLOWED | REWRITTEN:
+        raise Forbidden(f"the operator {name!r} is not one that a stored graph may hold")
+    if name in FUNCTIONS:
+        return FUNCTIONS[name]
+    namespace, packet, overload = name.split(".")
+    target = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
+    if not isinstance(target, torch._ops.OpOverload):
+        raise NotReadable(f"torch {torch.__version__} has no operator {name!r}")
+    return target
+
+
+def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that an operator does not have, and those that would let it draw or remember.
+
+    Args:
+        name: of the operator.
+        target: the operator.
+        args: positional arguments.
+        kwargs: the others.
+
+    Raises:
+        TypeError: for a keyword that is not in the operator's schema, or that is given twice.
+        ValueError: for an operator that would draw, or change what it keeps.
+    """
+    schema = getattr(target, "_schema", None)
+    if name in OURS and (kwargs or len(args) != len(schema.arguments)):  # type: ignore[union-attr]
+        raise TypeError(f"{name} takes all its arguments by position")
+    if kwargs:
+        known = () if schema is None else [argument.name for argument in schema.arguments]
+        later = set(known[len(args) :])
+        unknown = sorted(set(kwargs) - later)
+        if unknown:
+            raise TypeError(f"{name} takes no further arguments {unknown}; it has {list(known)}")
+    if name in _REQUIRED:
+        place, argument, wanted = _REQUIRED[name]
+        value = args[place] if len(args) > place else kwargs.get(argument, wanted)
+        if value is not wanted and value != wanted or type(value) is not type(wanted):
+            raise ValueError(f"{name} with {argument}={value!r}; a stored graph has {wanted!r} there")

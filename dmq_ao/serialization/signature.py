@@ -1,0 +1,145 @@
+"""How a call maps onto a stored graph, as JSON and back. The class of the answer comes from a registry."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dmq_ao import size_rules
+from dmq_ao.as_json import typed
+from dmq_ao.graph import Signature
+from dmq_ao.serialization.folder import Stored
+from dmq_ao.serialization.operators import Forbidden, NotReadable
+
+_DIFFUSERS = "diffusers.models."
+_MAX_RULES, _LONGEST_RULE = 10_000, 20_000
+
+
+@dataclass(frozen=True)
+class _Stored:
+    parameters: tuple[str, ...]
+    names: tuple[str, ...]
+    timestep_per_row: bool
+    batch: str
+    return_type: tuple[str, ...] | None
+    returns_tuple: bool
+    rules: tuple[str, ...]
+
+
+def to_json(signature: Signature) -> dict[str, Any]:
+    """What of a signature the rest of the folder does not say."""
+    kind = signature.return_type
+    return {
+        "parameters": list(signature.parameters),
+        "names": list(signature.names),
+        "timestep_per_row": signature.timestep_per_row,
+        "batch": signature.batch,
+        "return_type": None if kind is None else [kind.__module__, kind.__qualname__],
+        "returns_tuple": signature.returns_tuple,
+        "rules": list(signature.rules),
+    }
+
+
+def from_json(data: Any, stored: Stored, model: nn.Module | None) -> Signature:
+    """The inverse of ``to_json``.
+
+    Args:
+        data: JSON of a file.
+        stored: the rest of the folder.
+        model: given by the caller, whose own classes may be answered with; None for diffusers' alone.
+
+    Raises:
+        NotReadable: for an answer's class that diffusers has not, or not any more.
+        ValueError, TypeError: for what fits nothing; ``Forbidden`` for a class that no file may name.
+    """
+    parts = typed(_Stored, data, "signature")
+    shapes = {name: shape for name, (shape, _) in stored.example.items()}
+    if len(parts.names) != len(shapes) or set(parts.names) != set(shapes):
+        raise ValueError(f"signature.names: expected {sorted(shapes)}, got {list(parts.names)}")
+    if parts.batch not in shapes or not shapes[parts.batch]:
+        raise ValueError(f"signature.batch: {parts.batch!r} is none of {sorted(shapes)}, or has no axis")
+    if parts.timestep_per_row and (stored.timestep_arg is None or len(shapes[stored.timestep_arg]) > 1):
+        raise ValueError("signature.timestep_per_row: there is no timestep, or it has more than one axis")
+    if not all(name.isidentifier() for name in parts.parameters):
+        raise ValueError(f"signature.parameters: expected names of Python, got {list(parts.parameters)}")
+    _check_rules(parts.rules, shapes)
+    return Signature(
+        parameters=parts.parameters,
+        names=parts.names,
+        constants=stored.constants,
+        timestep=stored.timestep_arg,
+        timestep_per_row=parts.timestep_per_row,
+        batch=parts.batch,
+        return_type=None if parts.return_type is None else _return_type(parts.return_type, model),
+        returns_tuple=parts.returns_tuple,
+        example=stored.example,
+        rules=parts.rules,
+    )
+
+
+def check_answer(signature: Signature, count: int) -> None:
+    """Refuse a graph that gives more, or fewer, tensors than the class of the answer takes.
+
+    Raises:
+        ValueError: naming the class.
+    """
+    if signature.return_type is None:
+        return
+    fields = dataclasses.fields(signature.return_type)
+    needed = [one for one in fields if one.default is one.default_factory is dataclasses.MISSING]
+    if not len(needed) <= count <= len(fields):
+        raise ValueError(
+            f"signature.return_type: {signature.return_type.__name__} takes {len(fields)} values, got {count}"
+        )
+
+
+def _check_rules(rules: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    if len(rules) > _MAX_RULES or any(len(rule) > _LONGEST_RULE for rule in rules):
+        raise ValueError(f"signature.rules: at most {_MAX_RULES} of {_LONGEST_RULE} characters")
+    rule = size_rules.broken(rules, shapes)
+    if rule is not None:
+        raise ValueError(f"signature.rules: {rule!r} does not hold for the example inputs themselves, {dict(shapes)}")
+
+
+def _return_type(path: tuple[str, ...], model: nn.Module | None) -> type:
+    """The dataclass that the denoiser answers with: of diffusers' models, or of the modules of ``model``."""
+    if len(path) != 2 or not all(part.isidentifier() for name in path for part in name.split(".")):
+        raise ValueError(f"signature.return_type: expected a module and a class, got {list(path)}")
+    module, name = path
+    if module.startswith(_DIFFUSERS):
+        try:
+            kind = getattr(importlib.import_module(module), name, None)
+        except ImportError:
+            kind = None
+        if kind is None:
+            raise NotReadable(f"this diffusers has no {module}.{name}, the class of the answer")
+    else:
+        kind = _own_class(module, name, model)
+    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind) or kind.__module__ != module:
+        raise Forbidden(f"signature.return_type: {module}.{name} is no dataclass that a denoiser answers with")
+    return kind
+
+
+def _own_class(module: str, name: str, model: nn.Module | None) -> Any:
+    """A class by its name as the code of ``model`` knows it: a file must not choose among all that is imported."""
+    if model is None:
+        raise Forbidden(
+            f"signature.return_type: {module}.{name} is not of diffusers; a class of your own is taken from the code of"
+            " the float module: give it, load(folder, model=...)"
+        )
+    for part in model.modules():
+        namespace = vars(sys.modules[type(part).__module__])
+        kind = next((one for one in namespace.values() if _is_called(one, module, name)), None)
+        if kind is not None:
+            return kind
+    return None
+
+
+def _is_called(value: Any, module: str, name: str) -> bool:
+    return isinstance(value, type) and (value.__module__, value.__qualname__) == (module, name)
