@@ -92,6 +92,20 @@ def inspect_text(report: Mapping[str, Any], everything: bool) -> str:
     return f"{layers_text(shown)}{more}\n\n{totals_text(report)}"
 
 
+def verify_text(report: Mapping[str, Any]) -> str:
+    """What was checked, in two or three lines."""
+    checksums = (
+        f"{report['tensors']} tensors by checksum" if report["tensors"] else "no manifest, one checksum for all"
+    )
+    graph = f"{report['operators']} operators" if report["operators"] else "no graph"
+    return "\n".join(
+        [
+            f"{report['denoiser']}: whole ({checksums}; {report['layers']} layers, {graph}, {report['bytes']:,} bytes)",
+            f"signed by {report['signed_by']}" if report["signed_by"] else "not compared with a signature",
+        ]
+    )
+
+
 def plan_text(plan: Mapping[str, Any]) -> str:
     """A bit plan, one line a layer, and its means."""
     rows = [["layer", "mean bits", "channels"]]

@@ -391,6 +391,33 @@ def benchmark(
     emit(report, lambda: cli_output.benchmark_text(report), form)
 
 
+@app.command(
+    epilog=_examples(
+        "dmq-ao verify OUT                                            # damage, and whether a file is what it says",
+        "dmq-ao verify OUT --public-key publisher.pem                 # and who signed it: OUT/model.sig",
+        "dmq-ao verify OUT --identity me@example.org --issuer https://accounts.google.com",
+    )
+)
+def verify(
+    quantized: Quantized,
+    signature: Annotated[Path | None, typer.Option(help="Of the folder; model.sig in it if not given.")] = None,
+    public_key: Annotated[Path | None, typer.Option(help="PEM file of the signer's key.")] = None,
+    identity: Annotated[str | None, typer.Option(help="Of the signer by Sigstore, instead of a key.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="Of that identity (OpenID Connect).")] = None,
+    form: FormatOption = Format.HUMAN,
+    debug: Debug = False,
+) -> None:
+    """Check a quantized folder: every checksum, record and operator, and who signed it.
+
+    Nothing of it is run. Signatures are those of OpenSSF model signing: pip install 'dmq_ao[sign]'.
+    """
+    from dmq_ao import cli_output
+    from dmq_ao.verify import verify as verified
+
+    report = verified(quantized, signature=signature, public_key=public_key, identity=identity, issuer=issuer)
+    emit(report, lambda: cli_output.verify_text(report), form)
+
+
 @app.command(epilog=_examples("dmq-ao doctor", "dmq-ao doctor --format json"))
 def doctor(form: FormatOption = Format.HUMAN, debug: Debug = False) -> None:
     """Check this installation and this machine.

@@ -132,7 +132,9 @@ def is_quantized(folder: Path) -> bool:
     try:
         data = as_json.read(config)
     except ValueError as error:
-        raise InvalidFile(f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again") from error
+        raise InvalidFile(
+            f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again"
+        ) from error
     return isinstance(data, dict) and KEY in data
 
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from dmq_ao import graph, numerics
 from dmq_ao.annotate import TUNED, attention_observers, float_bias, observers, tables
 from dmq_ao.config import Distillation
+from dmq_ao.layer import with_positive_scale
 from dmq_ao.learn import fitted
 from dmq_ao.learn_blocks import scaled_weight
 from dmq_ao.low_rank import LowRankCodes
@@ -174,9 +175,9 @@ class Student(Interpreter):
                 if name in self.low_rank:
                     record = self.low_rank[name].merged(parameters[f"{name}|up"], parameters[f"{name}|down"])
                 bias = parameters.get(f"{name}|bias")
-                weight.restore(
-                    replace(record, scale=parameter.detach().clone()), None if bias is None else bias.detach().clone()
-                )
+                # A channel of next to no weight may learn its way below zero.
+                settled = with_positive_scale(replace(record, scale=parameter.detach().clone()))
+                weight.restore(settled, None if bias is None else bias.detach().clone())
         self.prepared.meta[TUNED] = tuned
 
 

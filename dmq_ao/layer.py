@@ -171,6 +171,33 @@ class WeightRecord:
         return values.reshape(self.codes.shape)
 
 
+def with_positive_scale(record: WeightRecord) -> WeightRecord:
+    """The same values by scales above zero: where one is negative, codes and zero points are mirrored.
+
+    ``(q - z) * s = ((m - q) - (m - z)) * -s`` with the largest code m; symmetric codes change sign, and the one without
+    a counterpart, ``-2**(bits - 1)``, becomes its neighbour.
+    """
+    smallest = torch.finfo(torch.float32).tiny
+    if bool((record.scale >= smallest).all()):
+        return record
+    negative = record.scale < 0
+    codes = record.codes.reshape(*record.scale.shape, -1)
+    if record.symmetric:
+        high = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1, 1)
+        mirrored = -codes if record.float8 else (-codes.int()).minimum(2 ** (high - 1) - 1)
+        mirrored_zero = record.zero_point
+    else:
+        bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1).int()
+        largest = torch.where(bits == 1, 2, 2**bits - 1)  # one-bit codes are 0 and 2
+        mirrored, mirrored_zero = largest[..., None] - codes.int(), largest - record.zero_point
+    return replace(
+        record,
+        codes=torch.where(negative[..., None], mirrored.to(codes.dtype), codes).reshape(record.shape),
+        scale=record.scale.abs().clamp_min(smallest),
+        zero_point=torch.where(negative, mirrored_zero, record.zero_point).to(record.zero_point.dtype),
+    )
+
+
 class PackedWeight(WeightRecord):
     """The same record in half the memory: two codes a byte, for weights of at most ``PACKED_BITS`` bits.
 

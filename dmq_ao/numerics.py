@@ -50,7 +50,8 @@ def choose_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tup
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     scale = ((high - low) / (quant_max - quant_min)).clamp_min(EPS)
     zero_point = (quant_min - torch.round(low / scale)).clamp(quant_min, quant_max)
-    return scale, zero_point.to(torch.int32)
+    # A range that is NaN has a scale of NaN, which says so; its zero point must still be a code.
+    return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tensor, quant_max: int | Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from dmq_ao.serialization import agreement, signature, trial
 from dmq_ao.serialization import folder as model_folder
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization.folder import DAMAGE, GRAPH, Stored
+from dmq_ao.serialization.manifest import read as read_manifest
 from dmq_ao.serialization.operators import Forbidden, NotReadable
 from dmq_ao.serialization.records import StoredRecords
 from dmq_ao.serialization.skeleton import float_model, identity, skeleton
@@ -123,6 +124,35 @@ def load(
         # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
         denoiser = copy.deepcopy(denoiser)
     return _exported_again(stored, denoiser, folder, backend, how, device)
+
+
+def check(folder: str | Path) -> dict[str, int]:
+    """Do all that ``load`` does before it lowers, and read every tensor.
+
+    Returns:
+        How much was checked: ``tensors`` by their own checksums (0 for folders without a manifest), ``layers``,
+        ``operators`` of the graph (0 without one), ``bytes`` of all files.
+
+    Raises:
+        InvalidFile: for anything that ``load`` would refuse without being given the model.
+    """
+    stored = model_folder.read(folder)
+    operators = 0
+    if stored.graph is not None:
+        try:
+            operators = len(_read_graph(stored, stored.graph, None, folder).gm.graph.nodes)
+        except (NotReadable, Forbidden) as error:
+            raise InvalidFile(f"{Path(folder) / GRAPH}: {error}") from error
+    skeleton(stored, None, folder)
+    for name in stored.records:
+        stored.records[name]
+    manifest = read_manifest(Path(folder))
+    return {
+        "tensors": 0 if manifest is None else len(manifest.tensors),
+        "layers": len(stored.records),
+        "operators": operators,
+        "bytes": sum(file.stat().st_size for file in Path(folder).iterdir() if file.is_file()),
+    }
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -245,7 +275,9 @@ class _Tensors:
         # Two are made to measure: a divisor lies along its axis, a bias has the dtype of its layer.
         turned, cast = field == "channel_scale", field == "corrected_bias"
         if not turned and list(tensor.shape) != shape or not cast and tensor.dtype != dtype:
-            raise ValueError(f"{field} of {name} is {list(tensor.shape)} {tensor.dtype}, the graph says {shape} {dtype}")
+            raise ValueError(
+                f"{field} of {name} is {list(tensor.shape)} {tensor.dtype}, the graph says {shape} {dtype}"
+            )
         return tensor.reshape(shape).to(dtype)
 
     def mark(self, gm: GraphModule) -> None:
@@ -286,7 +318,9 @@ def _exported_again(
     for name, weight in weights.items():
         record, shape = stored.records[name], float_weight(prepared, nodes[name]).shape
         if record.weight.shape != shape:
-            raise InvalidFile(f"{folder}: {name} is {tuple(record.weight.shape)} in the file, {tuple(shape)} in the model")
+            raise InvalidFile(
+                f"{folder}: {name} is {tuple(record.weight.shape)} in the file, {tuple(shape)} in the model"
+            )
         weight.restore(record.weight, record.bias)
     for name, (_, activation) in observers(prepared).items():
         restored = outline(stored.records, name).activation

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.config import Recipe
+from dmq_ao.config import ChannelScaling, Recipe
 from dmq_ao.serialization import manifest
 from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS
 
@@ -125,6 +125,10 @@ def small(recipe: Recipe, steps: int = 20) -> Recipe:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def scaled(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, scaling=ChannelScaling(steps=2), bias_correction=True)
 
 
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -26,7 +26,7 @@ FLOORS = (
     "quantize compile",
     "saving prompts",
     "diffusers_adapter",
-    "measure",
+    "measure verify",
     "peer_benchmark",
     "demo benchmark compare gallery ptq",
     "terminal cli_output",

@@ -201,5 +201,3 @@ def _source(value: Any) -> tuple[str, str] | None:
 
 def _is_item(value: Any, place: int) -> bool:
     return isinstance(value, Node) and value.target is operator.getitem and value.args[1] == place
-
-

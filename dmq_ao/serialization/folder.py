@@ -293,7 +293,9 @@ def _check_float_tensors(
     missing, extra = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or extra or not set(expected) <= set(parameters):
         unknown = sorted(set(expected) - set(parameters))
-        raise ValueError(f"tensors missing {missing}, unexpected {extra}" + (f", unknown {unknown}" if unknown else ""))
+        raise ValueError(
+            f"tensors missing {missing}, unexpected {extra}" + (f", unknown {unknown}" if unknown else "")
+        )
     for name, shape in parameters.items():
         if any(size < 0 for size in shape) or name in tensors and tuple(tensors[name].shape) != shape:
             got = tuple(tensors[name].shape) if name in tensors else "nothing"

@@ -26,7 +26,8 @@ from dmq_ao import graph
 from dmq_ao.serialization import operators
 from dmq_ao.values import VAL, Value
 
-MAX_NODES = 100_000
+MAX_NODES = 40_000
+MAX_LIST = 10_000
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEYS = {
     "placeholder": {"name", "op", "val", "layer"},
@@ -220,6 +221,8 @@ def _argument(value: Any) -> Any:
 
 def _read(value: Any, nodes: Mapping[str, Node]) -> Any:
     if isinstance(value, list):
+        if len(value) > MAX_LIST:
+            raise ValueError(f"an argument of {len(value)} items, at most {MAX_LIST}")
         return [_read(item, nodes) for item in value]
     if not isinstance(value, dict):
         return value
@@ -230,9 +233,9 @@ def _read(value: Any, nodes: Mapping[str, Node]) -> Any:
         case "float" if inner in ("inf", "-inf", "nan"):
             return float(inner)
         case "tuple":
-            return tuple(_read(item, nodes) for item in inner)
+            return tuple(_read(inner, nodes))
         case "slice":
-            return slice(*(_read(item, nodes) for item in inner))
+            return slice(*_read(inner, nodes))
         case "device":
             return torch.device(inner)
     return _literal(word, inner)

@@ -59,7 +59,7 @@ def _check_segments(name: str, layer: StoredLayer) -> None:
     if not layer.segments or any(len(pair) != 2 for pair in layer.segments):
         _refuse(f"{name}: segments", "pairs of a width and a number of channels", layer.segments)
     widths, counts = zip(*layer.segments, strict=True)
-    ascending = list(widths) == sorted(set(widths)) and 1 <= widths[0]
+    ascending = list(widths) == sorted(set(widths)) and widths[0] >= 1
     if not ascending or widths[-1] != layer.bits or min(counts) < 1 or sum(counts) != layer.shape[0]:
         _refuse(
             f"{name}: segments",
@@ -126,7 +126,9 @@ def check_codes(name: str, layer: StoredLayer, shape: list[int], dtype: str) -> 
         )
 
 
-def check_tensors(name: str, layer: StoredLayer, tensors: Mapping[str, Tensor], max_exponent: int) -> None:
+def check_tensors(
+    name: str, layer: StoredLayer, tensors: Mapping[str, Tensor], max_exponent: int, *, signed: bool = False
+) -> None:
     """Refuse tensors of a layer, all but its codes, that cannot be its own.
 
     Args:
@@ -134,6 +136,7 @@ def check_tensors(name: str, layer: StoredLayer, tensors: Mapping[str, Tensor], 
         layer: that passed ``check_layer``.
         tensors: by field, as ``check_fields`` wants them.
         max_exponent: of power-of-two scaling.
+        signed: allow weight scales below zero, which distillation left in files before there were manifests.
 
     Raises:
         Meaningless: naming the tensor.
@@ -143,7 +146,7 @@ def check_tensors(name: str, layer: StoredLayer, tensors: Mapping[str, Tensor], 
     groups = scale.shape[1] if scale.dim() == 2 else 0
     if scale.dtype != torch.float32 or tuple(scale.shape) != (out, groups) or groups < 1 or inputs % groups:
         _refuse(f"{name}.weight_scale", f"[{out}, groups] float32, groups dividing {inputs}", _layout(scale))
-    _check_scale(f"{name}.weight_scale", scale)
+    _check_scale(f"{name}.weight_scale", scale.abs() if signed else scale)
     if layer.segments is not None:
         _check_widths(f"{name}.weight_bits", layer, tensors["weight_bits"])
     if not layer.symmetric:

@@ -7,8 +7,10 @@ anything else is saved without its graph, and loaded with ``model=``.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,6 +96,13 @@ _REQUIRED: Mapping[str, tuple[int, str, Any]] = {
     "aten.instance_norm.default": (3, "running_mean", None),
     "aten.scaled_dot_product_attention.default": (4, "dropout_p", 0.0),
 }
+# Words that operators take: modes of padding, resampling, rounding, GELU and transforms; and equations of einsum.
+_MODES = frozenset(
+    ["none", "tanh", "floor", "trunc", "constant", "reflect", "replicate", "circular", "same", "valid", "zeros", "border", "reflection", "bilinear", "nearest", "bicubic", "ij", "xy", "ortho", "forward", "backward"]
+)
+_LITERALS = {"ScalarType": torch.dtype, "Device": torch.device, "Layout": torch.layout}
+_LITERALS |= {"MemoryFormat": torch.memory_format}
+_EQUATION = re.compile(r"[A-Za-z., ]{1,100}(->[A-Za-z. ]{0,100})?")
 _NAMES = {function: name for name, function in FUNCTIONS.items()}
 
 
@@ -130,7 +139,7 @@ def named(name: Any) -> Callable[..., Any]:
 
 
 def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that an operator does not have, and those that would let it draw or remember.
+    """Refuse arguments that an operator does not have, those that would let it draw or remember, and texts.
 
     Args:
         name: of the operator.
@@ -140,7 +149,7 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
 
     Raises:
         TypeError: for a keyword that is not in the operator's schema, or that is given twice.
-        ValueError: for an operator that would draw, or change what it keeps.
+        ValueError: for an operator that would draw, or change what it keeps, and for words that are no mode.
     """
     schema = getattr(target, "_schema", None)
     if name in OURS and (kwargs or len(args) != len(schema.arguments)):  # type: ignore[union-attr]
@@ -151,8 +160,35 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
         unknown = sorted(set(kwargs) - later)
         if unknown:
             raise TypeError(f"{name} takes no further arguments {unknown}; it has {list(known)}")
+    for value in (*args, *kwargs.values()):
+        _check_word(name, value)
+    for place, (argument, literal) in _literals(target).items():
+        value = args[place] if len(args) > place else kwargs.get(argument)
+        if value is not None and not isinstance(value, literal):  # torch would take a number for it
+            raise TypeError(f"{name} takes a {literal.__name__} as {argument}, got {value!r}")
     if name in _REQUIRED:
         place, argument, wanted = _REQUIRED[name]
         value = args[place] if len(args) > place else kwargs.get(argument, wanted)
         if value is not wanted and value != wanted or type(value) is not type(wanted):
             raise ValueError(f"{name} with {argument}={value!r}; a stored graph has {wanted!r} there")
+
+
+@functools.cache
+def _literals(target: Callable[..., Any]) -> dict[int, tuple[str, type]]:
+    """The arguments of an operator that are neither tensors nor numbers: places with names and types."""
+    places = {}
+    schema = getattr(target, "_schema", None)
+    for place, argument in enumerate([] if schema is None else schema.arguments):
+        word = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
+        if word in _LITERALS:
+            places[place] = (argument.name, _LITERALS[word])
+    return places
+
+
+def _check_word(name: str, value: Any) -> None:
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            _check_word(name, one)
+    elif isinstance(value, str) and value not in _MODES:
+        if name != "aten.einsum.default" or not _EQUATION.fullmatch(value):
+            raise ValueError(f"{name} knows no {value[:80]!r}")

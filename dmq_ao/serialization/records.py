@@ -24,7 +24,12 @@ class StoredRecords(Mapping[str, LayerRecord]):
     """
 
     def __init__(
-        self, file: Path, layers: Mapping[str, StoredLayer], checksum: str, manifest: Manifest | None, max_exponent: int
+        self,
+        file: Path,
+        layers: Mapping[str, StoredLayer],
+        checksum: str,
+        manifest: Manifest | None,
+        max_exponent: int,
     ) -> None:
         """Read all but the codes, and check all of it.
 
@@ -56,7 +61,7 @@ class StoredRecords(Mapping[str, LayerRecord]):
         packed = opened.get_slice(f"{name}.weight")
         meaning.check_codes(name, layer, packed.get_shape(), packed.get_dtype())
         tensors = {one: self._tensor(opened, f"{name}.{one}") for one in fields - {"weight"}}
-        meaning.check_tensors(name, layer, tensors, max_exponent)
+        meaning.check_tensors(name, layer, tensors, max_exponent, signed=self._manifest is None)
         return layer_outline(name, layer, {f"{name}.{one}": tensor for one, tensor in tensors.items()})
 
     def _tensor(self, opened: Any, key: str) -> Tensor:

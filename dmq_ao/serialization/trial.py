@@ -6,6 +6,7 @@ claims of its values is compared with that, for kernels are chosen by it.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,14 @@ MAX_POWER = 4
 _META = torch.device("meta")
 _aten = torch.ops.aten
 _SPLITS = {_aten.split.Tensor, _aten.chunk.default, _aten.unbind.int, _aten.hsplit.int, _aten.dsplit.int}
+_SPLITS |= {_aten.split.sizes, _aten.split_with_sizes.default}
+# Of one dtype, which the meta device does not look at.
+_PRODUCTS = {
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default, _aten.matmul.default),
+    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding, _aten.bmm.default, _aten.mm.default),
+    *(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input),
+    *(_aten.addmm.default, _aten.addbmm.default, _aten.baddbmm.default, _aten.mv.default, _aten.dot.default),
+}
 # Added by convert, after which nobody describes values; all others must say theirs.
 _UNDESCRIBED = {_aten.index_select.default, _aten.div.Tensor, operator.getitem}
 
@@ -102,6 +111,10 @@ class _Trial:
                 raise ValueError("it changes its argument, which a stored graph does not")
             if target in _SPLITS:
                 _check_pieces(target, args, kwargs)
+            if _takes_device(target):  # else it would make what it makes for real
+                kwargs = {**kwargs, "device": _META}
+            if target in _PRODUCTS:
+                _check_dtypes([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
         else:
             _check_arithmetic(target, args)
         return target(*args, **kwargs)
@@ -121,6 +134,8 @@ class _Trial:
         elif isinstance(value, Tensor):
             size = value.numel()
             self.left -= size
+            if not value.is_meta:
+                raise ValueError("it makes values where none are wanted")
             if size > self.limit or self.left < 0 or max(value.shape, default=0) > self.limit:
                 raise ValueError(f"a result of shape {list(value.shape)} is too large for this model and its example")
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -155,6 +170,11 @@ def _described(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, (tuple, list)) else repr(value)
 
 
+@functools.cache
+def _takes_device(target: torch._ops.OpOverload) -> bool:
+    return any(argument.name == "device" and argument.kwarg_only for argument in target._schema.arguments)
+
+
 def _check_pieces(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Splitting makes a tensor a piece, each of which takes time: their number is looked at first."""
     given = {argument.name: value for argument, value in zip(target._schema.arguments, args, strict=False)}  # type: ignore[attr-defined]
@@ -162,10 +182,17 @@ def _check_pieces(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     size = max(given["self"].shape, default=0)
     if target is _aten.split.Tensor:
         size = math.ceil(size / given["split_size"]) if given["split_size"] > 0 else 0
+    elif "split_sizes" in given or "split_size" in given:
+        size = len(given.get("split_sizes", given.get("split_size")))
     elif target is not _aten.unbind.int:
         size = min(size, given.get("chunks", given.get("sections", 0)))
     if size > MAX_PIECES:
         raise ValueError(f"{size} pieces, at most {MAX_PIECES}")
+
+
+def _check_dtypes(factors: Sequence[Tensor]) -> None:
+    if len({factor.dtype for factor in factors}) > 1:
+        raise TypeError(f"factors of one dtype, got {[str(factor.dtype) for factor in factors]}")
 
 
 def _check_arithmetic(target: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -182,5 +209,3 @@ def _check_arithmetic(target: Callable[..., Any], args: tuple[Any, ...]) -> None
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-

@@ -25,6 +25,7 @@ from plain import (
     record,
     relative,
     reseal,
+    scaled,
     seeded,
     without_graph,
 )
@@ -33,9 +34,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dmq_ao
+from dmq_ao.config import Granularity, InvalidFile, Override, Ranges, Recipe, TensorConfig
 from dmq_ao.serialization import folder as model_folder
-from dmq_ao.serialization import manifest
-from dmq_ao.config import ChannelScaling, Granularity, InvalidFile, Override, Ranges, Recipe, TensorConfig
 from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS
 from dmq_ao.serialization.manifest import MANIFEST
 
@@ -52,10 +52,6 @@ MIXED = dataclasses.replace(
         ),
     ),
 )
-
-
-def scaled(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, scaling=ChannelScaling(steps=2), bias_correction=True)
 
 
 RECIPES = {
