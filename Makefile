@@ -8,16 +8,19 @@ TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint typecheck clean
+.PHONY: help demo test test-fuzz lint typecheck clean
 
 help:  ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(STAMP)  ## quantize the bundled denoiser, compare and measure it; report in demo_report/
 	.venv/bin/dmq-ao demo -o demo_report
 
 test: $(STAMP)  ## the fast tests: CPU, offline
 	$(PY) -m pytest -q
+
+test-fuzz: $(STAMP)  ## ten thousand edited files, and what becomes of them; ten minutes
+	$(PY) tests/fuzz_files.py --cases 10000
 
 lint: $(STAMP) typecheck  ## ruff (rules and format), then mypy
 	$(PY) -m ruff check .

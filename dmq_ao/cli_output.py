@@ -100,7 +100,8 @@ def verify_text(report: Mapping[str, Any]) -> str:
     graph = f"{report['operators']} operators" if report["operators"] else "no graph"
     return "\n".join(
         [
-            f"{report['denoiser']}: whole ({checksums}; {report['layers']} layers, {graph}, {report['bytes']:,} bytes)",
+            f"{report['denoiser']}: whole, {report['bytes']:,} bytes",
+            f"{checksums}; {report['layers']} layers, {graph}",
             f"signed by {report['signed_by']}" if report["signed_by"] else "not compared with a signature",
         ]
     )

@@ -86,8 +86,8 @@ def load_pipeline(
         pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
     except Exception as error:  # diffusers' own, of any type: they are about the folder's files
         raise InvalidFile(
-            f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete, was"
-            " edited, or is of another version of diffusers"
+            f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
+            " was edited, or is of another version of diffusers"
         ) from error
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)

@@ -174,8 +174,8 @@ class WeightRecord:
 def with_positive_scale(record: WeightRecord) -> WeightRecord:
     """The same values by scales above zero: where one is negative, codes and zero points are mirrored.
 
-    ``(q - z) * s = ((m - q) - (m - z)) * -s`` with the largest code m; symmetric codes change sign, and the one without
-    a counterpart, ``-2**(bits - 1)``, becomes its neighbour.
+    ``(q - z) * s = ((m - q) - (m - z)) * -s`` with the largest code m; symmetric codes change sign, and the one
+    without a counterpart, ``-2**(bits - 1)``, becomes its neighbour.
     """
     smallest = torch.finfo(torch.float32).tiny
     if bool((record.scale >= smallest).all()):
@@ -183,13 +183,14 @@ def with_positive_scale(record: WeightRecord) -> WeightRecord:
     negative = record.scale < 0
     codes = record.codes.reshape(*record.scale.shape, -1)
     if record.symmetric:
-        high = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1, 1)
-        mirrored = -codes if record.float8 else (-codes.int()).minimum(2 ** (high - 1) - 1)
+        bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1, 1).int()
+        largest = (2 ** (bits - 1) - 1).clamp_min(1)  # one-bit codes are -1 and 1
+        mirrored = -codes if record.float8 else (-codes.int()).minimum(largest)
         mirrored_zero = record.zero_point
     else:
         bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1).int()
-        largest = torch.where(bits == 1, 2, 2**bits - 1)  # one-bit codes are 0 and 2
-        mirrored, mirrored_zero = largest[..., None] - codes.int(), largest - record.zero_point
+        top = torch.where(bits == 1, 2, 2**bits - 1)  # one-bit codes are 0 and 2
+        mirrored, mirrored_zero = top[..., None] - codes.int(), top - record.zero_point
     return replace(
         record,
         codes=torch.where(negative[..., None], mirrored.to(codes.dtype), codes).reshape(record.shape),

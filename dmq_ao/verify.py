@@ -23,8 +23,8 @@ def verify(
 ) -> dict[str, Any]:
     """Read all of a quantized folder, every tensor of it, as ``dmq_ao.load`` would; build and run nothing.
 
-    Checksums find damage, and not an editor who made them anew. A signature (OpenSSF model signing, the extra ``sign``)
-    says who wrote the folder, all files of it.
+    Checksums find damage, and not an editor who made them anew. A signature (OpenSSF model signing, the extra
+    ``sign``) says who wrote the folder, all files of it.
 
     Args:
         folder: of a quantized pipeline, or what ``dmq_ao.save`` wrote.
@@ -67,9 +67,10 @@ def _check_signature(folder: Path, signature: Path, signer: Mapping[str, Any]) -
         raise InvalidFile(
             f"{signature} is missing; sign the folder with `model_signing sign key`, or verify without a signer"
         )
-    config = verifying.Config()
+    config: Any = verifying.Config()  # type: ignore[no-untyped-call]
     try:
-        config.set_hashing_config(hashing.Config().set_ignored_paths(paths=[signature]))
+        hashes: Any = hashing.Config()  # type: ignore[no-untyped-call]
+        config.set_hashing_config(hashes.set_ignored_paths(paths=[signature]))
         if "public_key" in signer:
             config.use_elliptic_key_verifier(public_key=signer["public_key"])
         else:

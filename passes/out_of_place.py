@@ -27,34 +27,46 @@ def out_of_place(gm: GraphModule) -> None:
         twin = _twin(node.target) if node.op == "call_function" else None
         if twin is not None and _is_fresh(node.all_input_nodes[0]) and len(node.all_input_nodes[0].users) == 1:
             node.target = twin
-        elif node.target is aten.copy_.default and not node.users:
-            _write_back(gm, node)
+        elif (twin is not None or node.target is aten.copy_.default) and not node.users:
+            _write_back(gm, node, None if node.target is aten.copy_.default else twin)
     for node in gm.graph.nodes:
         if node.target is aten.empty_like.default:
             node.target = aten.zeros_like.default
     gm.recompile()
 
 
-def _write_back(gm: GraphModule, copy: Node) -> None:
-    """``copy_`` into a part of a result, as a new result that later readers take; left alone where others see both."""
-    part, value = copy.args[:2]
+def _write_back(gm: GraphModule, change: Node, twin: torch._ops.OpOverload | None) -> None:
+    """A change of a part of a result, as a new result that later readers take; left alone where others see both.
+
+    Args:
+        gm: the graph.
+        change: an in-place operator on the part.
+        twin: that computes what the part is changed to; None for ``copy_``, which is told.
+    """
+    part = change.args[0]
     assert isinstance(part, Node)
     parts = []
     while part.target in _WRITTEN_BACK and len(part.users) == 1:
         parts.append(part)
         part = part.all_input_nodes[0]
-    if not parts or not _is_fresh(part) or _shape(parts[0]) != _shape(value) or _has_other_views(part, parts, copy):
+    if not parts or not _is_fresh(part) or _has_other_views(part, parts, change):
         return
-    with gm.graph.inserting_before(copy):
+    if twin is None and _shape(parts[0]) != _shape(change.args[1]):
+        return
+    with gm.graph.inserting_before(change):
+        value = change.args[1] if twin is None else gm.graph.call_function(twin, change.args, change.kwargs)
+        if twin is not None:
+            value.meta = dict(parts[0].meta)  # type: ignore[union-attr]
         for view in parts:
             whole, *place = view.args
             assert isinstance(whole, Node)
             value = gm.graph.call_function(_WRITTEN_BACK[view.target], (whole, value, *place))  # type: ignore[index]
             value.meta = dict(whole.meta)
     assert isinstance(value, Node)
-    part.replace_all_uses_with(value, delete_user_cb=lambda user: copy < user)
-    for node in (copy, *parts):
-        gm.graph.erase_node(node)
+    part.replace_all_uses_with(value, delete_user_cb=lambda user: change < user)
+    for node in (change, *parts):
+        if not node.users:  # a part of a part is still read
+            gm.graph.erase_node(node)
 
 
 def _shape(value: Any) -> Any:
@@ -63,10 +75,10 @@ def _shape(value: Any) -> Any:
     return object() if known is None else known.shape
 
 
-def _has_other_views(whole: Node, parts: list[Node], copy: Node) -> bool:
-    """Whether what was made from ``whole`` before ``copy``, and may share its memory, is read after it."""
-    views = [user for user in whole.users if user not in parts and user < copy and not _makes_new(user)]
-    return any(copy < reader or not _makes_new(reader) for view in views for reader in view.users)
+def _has_other_views(whole: Node, parts: list[Node], change: Node) -> bool:
+    """Whether what was made from ``whole`` before ``change``, and may share its memory, is read after it."""
+    views = [user for user in whole.users if user not in parts and user < change and not _makes_new(user)]
+    return any(change < reader or not _makes_new(reader) for view in views for reader in view.users)
 
 
 def mutates(node: Node) -> bool:

@@ -1,6 +1,6 @@
 """Thousands of edited files, and what becomes of each: python tests/fuzz_files.py --cases 10000
 
-A case edits one place of a folder that ``dmq_ao.save`` wrote (of a bit plan, a calibration set, a state), loads it, and
+A case edits one place of a folder that ``dmq_ao.save`` wrote (of a bit plan, of a calibration set), loads it, and
 calls what was loaded. Allowed are: a typed error of ours; or what was loaded, the same on every backend. Reported as
 faults: any other error, more than two seconds, a file opened for writing or outside, a process, text of the file in
 source that is compiled, backends that disagree, and another answer although no checksum was made anew.
@@ -9,7 +9,6 @@ source that is compiled, backends that disagree, and another answer although no 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -33,7 +32,7 @@ from plain import Plain, flow, plain_samples, relative, repeated_samples, scaled
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.bit_plan import BitPlan
+from dmq_ao.bit_plan import BitPlan, InputBits, LayerBits
 from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import InvalidFile, Ranges, Recipe
 from dmq_ao.recipes import minmax
@@ -150,7 +149,7 @@ def subjects(folder: Path) -> list[Subject]:
     return made
 
 
-def _folder_case(subject: Subject, copied: Path, rng: random.Random) -> tuple[str, Callable[[], str]]:
+def folder_case(subject: Subject, copied: Path, rng: random.Random) -> tuple[str, Callable[[], str]]:
     shutil.copytree(subject.folder, copied)
     sealed = rng.random() < 0.85
     what = edit_folder(copied, rng, sealed=sealed)
@@ -170,7 +169,7 @@ def _folder_case(subject: Subject, copied: Path, rng: random.Random) -> tuple[st
     return what, load
 
 
-def _plan_case(plan: Path, copied: Path, rng: random.Random) -> tuple[str, Callable[[], str]]:
+def plan_case(plan: Path, copied: Path, rng: random.Random) -> tuple[str, Callable[[], str]]:
     shutil.copy(plan, copied)
     what = edit_json_file(copied, rng)
 
@@ -182,7 +181,7 @@ def _plan_case(plan: Path, copied: Path, rng: random.Random) -> tuple[str, Calla
     return what, load
 
 
-def _samples_case(samples: Path, copied: Path, rng: random.Random) -> tuple[str, Callable[[], str]]:
+def samples_case(samples: Path, copied: Path, rng: random.Random) -> tuple[str, Callable[[], str]]:
     shutil.copy(samples, copied)
     what = edit_safetensors(copied, _HEADER, rng)
 
@@ -195,20 +194,21 @@ def _samples_case(samples: Path, copied: Path, rng: random.Random) -> tuple[str,
     return what, load
 
 
+def small_files(folder: Path) -> tuple[Path, Path]:
+    """A bit plan and a calibration set."""
+    plan, samples = folder / "plan.json", folder / "samples.safetensors"
+    plain_samples(seeded(Plain)).save(samples)
+    BitPlan({"a": LayerBits(4, (4, 3, 2))}, inputs={"a": InputBits(9, 8)}).save(plan)
+    return plan, samples
+
+
 def run(start: int, count: int, folder: Path) -> tuple[Counter[str], list[str]]:
     """Cases ``start`` to ``start + count``: outcomes, and faults in words."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     watch = Watch(str(folder))
     made = subjects(folder)
-    plain_samples(seeded(Plain)).save(folder / "samples.safetensors")
-    plan = {
-        "format": "dmq_ao.bit_plan",
-        "version": 1,
-        "scorer": "by hand",
-        "inputs": {"a": {"products": 9, "bits": 8}},
-    }
-    (folder / "plan.json").write_text(json.dumps(plan | {"layers": {"a": {"weights": 4, "bits": [4, 3, 2]}}}))
+    plan, samples = small_files(folder)
     sys.addaudithook(watch)
     os.chdir(folder)
     counts: Counter[str] = Counter()
@@ -218,12 +218,12 @@ def run(start: int, count: int, folder: Path) -> tuple[Counter[str], list[str]]:
         copied = folder / f"case{number}"
         draw = rng.random()
         if draw < 0.1:
-            what, load = _plan_case(folder / "plan.json", copied, rng)
+            what, load = plan_case(plan, copied, rng)
         elif draw < 0.2:
-            what, load = _samples_case(folder / "samples.safetensors", copied, rng)
+            what, load = samples_case(samples, copied, rng)
         else:
-            what, load = _folder_case(rng.choice(made), copied, rng)
-        outcome = _outcome(load, watch)
+            what, load = folder_case(rng.choice(made), copied, rng)
+        outcome = outcome_of(load, watch)
         outcome = "FAULT: " + "; ".join(watch.seen) if watch.seen else outcome
         watch.seen.clear()
         counts[outcome.partition(" {")[0]] += 1
@@ -234,7 +234,7 @@ def run(start: int, count: int, folder: Path) -> tuple[Counter[str], list[str]]:
     return counts, faults
 
 
-def _outcome(load: Callable[[], str], watch: Watch) -> str:
+def outcome_of(load: Callable[[], str], watch: Watch) -> str:
     started, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     watch.active = True
     try:

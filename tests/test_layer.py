@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmq_ao.config import Ranges
+from dmq_ao.config import Granularity, Ranges, TensorConfig
 from dmq_ao.layer import (
     ActivationRecord,
     Kernel,
@@ -20,8 +20,11 @@ from dmq_ao.layer import (
     packed_record,
     shift_fits_int8,
     shifted_codes,
+    with_positive_scale,
 )
-from dmq_ao.numerics import code_range
+from dmq_ao.numerics import code_range, from_unsigned, to_unsigned
+from dmq_ao.observers.minmax import MinMax
+from dmq_ao.observers.weight import quantize_weight
 
 
 def weight_record(shape: tuple[int, ...], bits: int, symmetric: bool, generator: torch.Generator) -> WeightRecord:
@@ -132,3 +135,38 @@ def test_channel_step(exponents: list[int] | None, step: list[float] | None) -> 
 def test_a_kernel_says_whether_it_multiplies_integers() -> None:
     assert Kernel("onednn int8 linear").is_integer
     assert not Kernel("float on dequantized values", "weight-only").is_integer
+
+
+@given(
+    bits=st.lists(st.integers(1, 8), min_size=4, max_size=4),
+    symmetric=st.booleans(),
+    groups=st.sampled_from([1, 3]),
+    scales=st.lists(st.sampled_from([-2.0, -1e-3, 0.0, -1e-45, 1e-3, 3.0]), min_size=12, max_size=12),
+    seed=st.integers(0, 2**31),
+)
+def test_a_scale_above_zero_gives_the_same_values(
+    bits: list[int], symmetric: bool, groups: int, scales: list[float], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4, 6, generator=generator)
+    config = TensorConfig(8, Granularity.PER_GROUP, 6 // groups, symmetric=symmetric)
+    record = quantize_weight(weight, config, MinMax, torch.tensor(bits, dtype=torch.uint8))
+    record = dataclasses.replace(record, scale=torch.tensor(scales)[: 4 * groups].reshape(4, groups))
+    positive = with_positive_scale(record)
+    assert bool((positive.scale > 0).all())
+    assert torch.allclose(positive.dequantize(), record.dequantize(), rtol=0, atol=1e-35)
+    for row, width in enumerate(bits):  # codes stay codes of their width
+        stored = to_unsigned(positive.codes[row], width, symmetric)
+        assert 0 <= int(stored.min()) <= int(stored.max()) < 2**width
+        assert torch.equal(from_unsigned(stored.to(torch.uint8), width, symmetric), positive.codes[row])
+
+
+def test_a_code_without_a_counterpart_becomes_its_neighbour() -> None:
+    codes = torch.tensor([[-8, 7, 0]], dtype=torch.int8)
+    record = WeightRecord(4, True, codes, torch.tensor([[-1.0]]), torch.zeros(1, 1, dtype=torch.int32))
+    assert with_positive_scale(record).codes.tolist() == [[7, -7, 0]]
+
+
+def test_a_record_of_positive_scales_is_left_alone() -> None:
+    record = WeightRecord(4, True, torch.ones(1, 3).char(), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32))
+    assert with_positive_scale(record) is record

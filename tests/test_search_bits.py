@@ -319,7 +319,7 @@ def test_a_truncated_segment_is_named(model: nn.Module, samples: dmq_ao.Calibrat
     )
     reseal(tmp_path)
     with pytest.raises(
-        InvalidFile, match="segments must be ascending widths up to 8, the numbers of channels adding up"
+        InvalidFile, match="segments must be ascending widths up to 7, the numbers of channels adding up"
     ):
         dmq_ao.load(tmp_path, model=model, backend="reference")
 

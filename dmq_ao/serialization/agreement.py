@@ -19,7 +19,11 @@ from dmq_ao.config import Ranges
 from dmq_ao.layer import ActivationRecord, LayerPlan, LayerRecord
 
 _aten = torch.ops.aten
-_KINDS = {_aten.conv1d.default: "conv1d", _aten.conv2d.default: "conv2d", _aten.conv3d.default: "conv3d"}
+_KINDS: dict[Any, str] = {
+    _aten.conv1d.default: "conv1d",
+    _aten.conv2d.default: "conv2d",
+    _aten.conv3d.default: "conv3d",
+}
 _KINDS |= {graph.LINEAR: "linear", graph.LOOKUP: graph.TABLE}
 _WEIGHT = ("codes", "weight_scale", "weight_zero_point")
 
@@ -80,7 +84,7 @@ class _Check:
             raise Disagreement(f"the plan knows no layers {unknown}")
 
     def _check_layer(self, name: str, record: LayerRecord, node: Node) -> None:
-        if _KINDS.get(node.target) != record.kind:  # type: ignore[arg-type]
+        if _KINDS.get(node.target) != record.kind:
             raise Disagreement(f"{name} is {node.target} in the graph, its record that of a {record.kind}")
         weight = node.args[0 if record.kind == graph.TABLE else 1]
         if not isinstance(weight, Node) or weight.target is not ops.dequantize_weight:
@@ -119,9 +123,11 @@ class _Check:
     def _check_numbers(self, name: str, record: ActivationRecord, scale: Any, zero_point: Any, x: Any) -> None:
         if record.ranges is Ranges.DYNAMIC:
             pairs = [(number, place) for place, number in enumerate((scale, zero_point))]
-            both = {number.args[0] for number, place in pairs if _is_item(number, place)}
-            source = next(iter(both), None)
-            if len(both) != 1 or source.target is not ops.dynamic_qparams or source.args[1:] != (record.bits,):
+            sources = [number.args[0] if _is_item(number, place) else None for number, place in pairs]
+            source = sources[0]
+            if not isinstance(source, Node) or source is not sources[1] or source.target is not ops.dynamic_qparams:
+                raise Disagreement(f"{name}: its input has no dynamic range in the graph")
+            if source.args[1:] != (record.bits,):
                 raise Disagreement(f"{name}: its input has no dynamic range of {record.bits} bits in the graph")
             self._check_divided(name, record, source.args[0], x)
             return
@@ -200,4 +206,4 @@ def _source(value: Any) -> tuple[str, str] | None:
 
 
 def _is_item(value: Any, place: int) -> bool:
-    return isinstance(value, Node) and value.target is operator.getitem and value.args[1] == place
+    return isinstance(value, Node) and value.target is operator.getitem and bool(value.args[1] == place)

@@ -1,7 +1,7 @@
-"""A quantized denoiser as a folder: ``config.json``, packed integers in safetensors, ``graph.json``, ``manifest.json``.
+"""A quantized denoiser as a folder: config.json, packed integers in safetensors, graph.json, manifest.json.
 
-The tensors are those of the layers (see ``layers``), constants of the stored graph as ``graph.<name>``, and what stayed
-in float under its own name.
+The tensors are those of the layers (see ``layers``), constants of the stored graph as ``graph.<name>``, and what
+stayed in float under its own name.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class Manifest:
         missing, extra = sorted(set(self.tensors) - names), sorted(names - set(self.tensors))
         if missing or extra:
             raise InvalidFile(
-                f"{file}: tensors missing {missing}, unexpected {extra} by {MANIFEST}; copy all files of the folder again"
+                f"{file}: tensors missing {missing}, unexpected {extra} by {MANIFEST}; copy all files of the folder"
+                " again"
             )
 
     def check_tensor(self, file: Path, name: str, tensor: Tensor) -> None:

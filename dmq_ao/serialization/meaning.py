@@ -122,7 +122,8 @@ def check_codes(name: str, layer: StoredLayer, shape: list[int], dtype: str) -> 
     if shape != [expected] or dtype != "U8":
         widths = " and ".join(str(bits) for bits, _ in layer.widths)
         raise Meaningless(
-            f"{name}.weight: {math.prod(layer.shape)} codes of {widths} bits take {expected} uint8, got {shape} {dtype}"
+            f"{name}.weight: {math.prod(layer.shape)} codes of {widths} bits take {expected} uint8, got {shape}"
+            f" {dtype}"
         )
 
 

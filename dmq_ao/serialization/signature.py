@@ -130,8 +130,8 @@ def _own_class(module: str, name: str, model: nn.Module | None) -> Any:
     """A class by its name as the code of ``model`` knows it: a file must not choose among all that is imported."""
     if model is None:
         raise Forbidden(
-            f"signature.return_type: {module}.{name} is not of diffusers; a class of your own is taken from the code of"
-            " the float module: give it, load(folder, model=...)"
+            f"signature.return_type: {module}.{name} is not of diffusers; a class of your own is taken from the code"
+            " of the float module: give it, load(folder, model=...)"
         )
     for part in model.modules():
         namespace = vars(sys.modules[type(part).__module__])

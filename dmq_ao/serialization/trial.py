@@ -183,7 +183,7 @@ def _check_pieces(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     if target is _aten.split.Tensor:
         size = math.ceil(size / given["split_size"]) if given["split_size"] > 0 else 0
     elif "split_sizes" in given or "split_size" in given:
-        size = len(given.get("split_sizes", given.get("split_size")))
+        size = len(given["split_sizes"] if "split_sizes" in given else given["split_size"])
     elif target is not _aten.unbind.int:
         size = min(size, given.get("chunks", given.get("sections", 0)))
     if size > MAX_PIECES:

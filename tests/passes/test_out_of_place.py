@@ -52,3 +52,81 @@ def test_what_others_see_stays_in_place() -> None:
     left = [node.target for node in gm.graph.nodes if mutates(node)]
     assert left == [aten.mul_.Tensor]
     assert torch.equal(gm(x), Seen()(x))
+
+
+class Filled(nn.Module):
+    """Rotary embeddings of Wan: memory that is made and then filled, every other place at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        y[..., 0::2] = x[..., 1::2] * 2
+        y[..., 1::2] = x[..., 0::2].neg()
+        return y * 2
+
+
+class FilledDeep(nn.Module):
+    """A part of a part, and one place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        before = y + 1
+        y[1:, ::2] = x[1:, ::2].double()
+        y[0, 1:3] = x[1, 1:3]
+        return y + before
+
+
+class Watched(nn.Module):
+    """Who took a view before sees the change as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        view = y[1:].view(-1)
+        y[1:] = x[1:] * 5
+        return view + y[1:].view(-1)
+
+
+class WatchedFill(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        view = y[1:]
+        y[1:] = 0
+        return view + y[1:]
+
+
+class Masked(nn.Module):
+    """A part that is filled, and one that is changed by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y[:1] = 0
+        y[1:].mul_(3)
+        return y + 1
+
+
+class Broadcast(nn.Module):
+    """One value for many places."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        y[:, 1:2] = x[:1, :1]
+        return y
+
+
+def test_what_is_filled_part_by_part_is_a_result_of_its_own() -> None:
+    x = torch.randn(3, 4)
+    for module in (Filled(), FilledDeep(), Broadcast(), Masked()):
+        gm = captured(module, x)
+        assert any(mutates(node) for node in gm.graph.nodes)
+        out_of_place(gm)
+        assert not any(mutates(node) for node in gm.graph.nodes)
+        assert torch.equal(gm(x), module(x))
+    assert aten.empty_like.default not in {node.target for node in gm.graph.nodes}
+
+
+def test_what_others_see_is_filled_in_place() -> None:
+    x = torch.randn(3, 4)
+    for module in (Watched(), WatchedFill()):
+        gm = captured(module, x)
+        out_of_place(gm)
+        assert any(mutates(node) for node in gm.graph.nodes)
+        assert torch.equal(gm(x), module(x))
