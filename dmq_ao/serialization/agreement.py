@@ -123,7 +123,7 @@ class _Check:
     def _check_numbers(self, name: str, record: ActivationRecord, scale: Any, zero_point: Any, x: Any) -> None:
         if record.ranges is Ranges.DYNAMIC:
             pairs = [(number, place) for place, number in enumerate((scale, zero_point))]
-            sources = [number.args[0] if _is_item(number, place) else None for number, place in pairs]
+            sources: list[Any] = [number.args[0] if _is_item(number, place) else None for number, place in pairs]
             source = sources[0]
             if not isinstance(source, Node) or source is not sources[1] or source.target is not ops.dynamic_qparams:
                 raise Disagreement(f"{name}: its input has no dynamic range in the graph")

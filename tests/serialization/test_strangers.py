@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao.config import InvalidFile, Ranges
+from dmq_ao.diffusers_adapter import load_pipeline
 from dmq_ao.recipes import minmax
 from dmq_ao.serialization import signature
 from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS
@@ -507,6 +508,30 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_diffusers_builds_within_the_size_of_the_file(dit_folder: Path, changes: dict[str, Any], match: str) -> None:
     edit_config(dit_folder, lambda config: config.update(changes))
     refused(dit_folder, match)
+
+
+# --- pipelines ----------------------------------------------------------------
+
+INDEXES: dict[str, Any] = {
+    "a pipeline of its own code": {"_class_name": ["evil", "Evil"], "_diffusers_version": "0.42.1"},
+    "a part of its own code": {"_class_name": "DDIMPipeline", "unet": ["evil", "Evil"]},
+    "a part of any class": {"_class_name": "DDIMPipeline", "unet": ["subprocess", "Popen"]},
+    "a pipeline that is none": {"_class_name": "utils"},
+    "a list": [],
+    "no parts": {"_class_name": "DDIMPipeline"},
+}
+
+
+@pytest.mark.parametrize("index", INDEXES.values(), ids=INDEXES)
+def test_a_pipeline_runs_no_code_that_lies_in_it(index: Any, tmp_path: Path) -> None:
+    (tmp_path / "pipe" / "unet").mkdir(parents=True)
+    (tmp_path / "pipe" / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "pipe" / "unet" / "config.json").write_text("{}")
+    for place in ("pipe", "pipe/unet"):
+        (tmp_path / place / "evil.py").write_text(f"{CODE}\nclass Evil:\n    pass\n")
+    with pytest.raises(InvalidFile, match="does not load this pipeline") as caught:
+        load_pipeline(tmp_path / "pipe")
+    assert str(tmp_path / "pipe") in str(caught.value)
 
 
 # --- what was honest before --------------------------------------------------
