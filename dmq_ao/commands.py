@@ -170,7 +170,7 @@ def quantize(
         if select is not None:
             chosen = replace(chosen, select=replace(chosen.select, method=select))
         if mean_bits is not None:
-            chosen = replace(chosen, allocation=BitAllocation(mean_bits=mean_bits))
+            chosen = replace(chosen, allocation=replace(chosen.allocation or BitAllocation(), mean_bits=mean_bits))
     if out is None and not dry_run:
         raise typer.BadParameter("where to write; only --dry-run does without", param_hint="--output")
     from dmq_ao import cli_output, ptq

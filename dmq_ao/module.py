@@ -199,20 +199,23 @@ class QuantizedDenoiser(nn.Module):
             ValueError: for shapes that the exported graph does not take, or a fractional timestep where it takes
                 whole ones.
         """
-        tensors = self._tensors(args, kwargs)
+        signature = self.signature
+        # Positionals too: ``forward(sample, timestep, None, ..., False)`` is how some pipelines call.
+        arguments = dict(zip(signature.parameters, args, strict=False)) | kwargs
+        as_class = signature.return_type is not None and arguments.pop("return_dict", True)
+        tensors = self._tensors(arguments)
         if not torch.compiler.is_compiling():  # there, each rule would be one more guard to check in every call
             self._check_sizes(tensors)
         result = self.graph_module(*tensors)
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
-        return_type = self.signature.return_type
-        if return_type is not None and kwargs.get("return_dict", True):
-            return return_type(*values)
-        return values if self.signature.returns_tuple else result
+        if as_class and signature.return_type is not None:
+            return signature.return_type(*values)
+        return values if signature.returns_tuple else result
 
-    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    def _tensors(self, arguments: Mapping[str, Any]) -> list[Any]:
+        """The graph's tensors, from arguments of the denoiser by name."""
         signature = self.signature
-        given = dict(zip(signature.parameters, args, strict=False)) | kwargs
-        flat = {name: value for name, value in flatten_inputs(given).items() if value is not None}
+        flat = {name: value for name, value in flatten_inputs(arguments).items() if value is not None}
         flat.pop("return_dict", None)
         tensors: list[Any] = []
         for name in signature.names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from command_line import document, failure, run
 
 from dmq_ao import benchmark, cli_output, commands, demo, doctor, ptq, recipes
 from dmq_ao.backends import ALL_BACKENDS
-from dmq_ao.config import InvalidFile
+from dmq_ao.config import BitAllocation, InvalidFile, Recipe
 from dmq_ao.diffusers_adapter import demo_folder
 from dmq_ao.evaluation import peers
 from dmq_ao.evaluation.peers import PEERS, Peer
@@ -52,6 +53,21 @@ def test_quantize_writes_a_pipeline_with_its_report(made: tuple[Path, dict[str, 
     written = json.loads((out / "report.json").read_text())
     assert written["layers"] == report["layers"]
     assert written["calibration"]["votes"]
+
+
+def test_mean_bits_change_the_mean_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Recipe] = []
+
+    def stop(pipeline: object, recipe: Recipe, **given: object) -> None:
+        chosen.append(recipe)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(ptq, "prepare_pipeline", stop)
+    for name in ("mpq_dm", "default", "minmax"):
+        failure(2, "quantize", "demo", "--dry-run", "--recipe", name, "--bits", "w4a8", "--mean-bits", "2.5")
+        own = recipes.ALL_RECIPES[name]("w4a8").allocation or BitAllocation()
+        assert chosen[-1].allocation == dataclasses.replace(own, mean_bits=2.5)
+    assert chosen[0].allocation != chosen[1].allocation  # mpq_dm shares out at any gain
 
 
 def test_dry_run_predicts_bits_and_writes_nothing(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

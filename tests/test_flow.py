@@ -124,6 +124,10 @@ def test_every_way_of_calling_gives_the_same(quantized: Quantized, backend: str)
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], expected)
     assert torch.equal(denoiser(**example, return_dict=True).sample, expected)
+    place = denoiser.signature.parameters.index("return_dict")
+    before = [example.get(name) for name in denoiser.signature.parameters[:place]]
+    assert type(denoiser(*before, False)) is tuple
+    assert type(denoiser(*before, True)) is type(denoiser(**example))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
