@@ -121,6 +121,12 @@ const float* numbers_of(const optional<Tensor>& tensor, Tensor& kept) {
   return kept.data_ptr<float>();
 }
 
+// One number for all of `count`, or one for each: what is read by index must be there.
+void check_count(const char* what, const Tensor& numbers, int64_t count, bool or_one = false) {
+  TORCH_CHECK_VALUE(numbers.numel() == count || (or_one && numbers.numel() == 1), what, " takes ", count, " numbers",
+                    or_one ? ", or one" : "", ", got ", numbers.sizes());
+}
+
 // Where the pixels of one sample lie among padded codes.
 struct Frame {
   int64_t height, width, above, beside;
@@ -207,7 +213,12 @@ void run(const T* x, int64_t batch, int64_t channels, const Frame& frame, const 
 }
 
 // 1 / (scale * channel_scale), [1 or B, C], of a scale [1 or B] and a channel_scale of none, [C] or [B, C].
-std::vector<float> reciprocals(const Tensor& scale, const optional<Tensor>& channel_scale, int64_t channels) {
+std::vector<float> reciprocals(const Tensor& scale, const optional<Tensor>& channel_scale, int64_t channels,
+                               int64_t batch) {
+  check_count("a scale", scale, batch, true);
+  if (channel_scale.has_value()) {
+    check_count("a channel_scale", *channel_scale, channel_scale->dim() == 2 ? batch * channels : channels);
+  }
   Tensor kept[2];
   const float* scales = numbers_of(scale, kept[0]);
   const float* factors = numbers_of(channel_scale, kept[1]);
@@ -242,9 +253,14 @@ Tensor group_norm_quantize(const Tensor& given, const optional<Tensor>& shift, i
   Tensor kept[3];
   optional<Tensor> shifts;
   if (shift.has_value()) shifts = shift->expand({batch, channels});
+  TORCH_CHECK_VALUE(groups > 0 && channels % groups == 0, "group_norm_quantize takes groups that divide ", channels,
+                    " channels, got ", groups);
+  if (weight.has_value()) check_count("a norm's weight", *weight, channels);
+  if (bias.has_value()) check_count("a norm's bias", *bias, channels);
+  check_count("a zero point", zero_point, batch, true);
   const Norm norm{groups, eps, numbers_of(weight, kept[0]), numbers_of(bias, kept[1]), numbers_of(shifts, kept[2]),
                   silu};
-  const std::vector<float> steps = reciprocals(scale, channel_scale, channels);
+  const std::vector<float> steps = reciprocals(scale, channel_scale, channels, batch);
   const Tensor zeros = zero_point.to(at::kInt).contiguous();
   const int32_t* zero = zeros.data_ptr<int32_t>();
   const Codes out{steps.data(), static_cast<int64_t>(steps.size()) == channels ? 0 : channels,
@@ -322,7 +338,8 @@ Tensor gelu_quantize(const Tensor& given, const optional<Tensor>& factor, bool t
   const int64_t channels = given.size(-1), batch = given.size(0);
   const int64_t rows = given.numel() / std::max<int64_t>(1, channels), per_sample = rows / std::max<int64_t>(1, batch);
   Tensor codes = at::empty(given.sizes(), given.options().dtype(at::kByte));
-  const std::vector<float> steps = reciprocals(scale, channel_scale, channels);
+  check_count("a zero point", zero_point, batch, true);
+  const std::vector<float> steps = reciprocals(scale, channel_scale, channels, batch);
   const int64_t stride = static_cast<int64_t>(steps.size()) == channels ? 0 : channels;
   const Tensor zeros = zero_point.to(at::kInt).contiguous();
   const int32_t* zero = zeros.data_ptr<int32_t>();
@@ -424,7 +441,9 @@ float softmax_row(const float* scores, int64_t n, float scale, float before, flo
 // q [B, H, N, D], k and v [B, H, M, D], D even. PyTorch's own goes through float32 gemms on CPUs without AMX.
 Tensor attention(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {
   const auto dense = [](const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); };
-  const Tensor q = dense(query), k = dense(key), v = dense(value);
+  // As PyTorch's own: one batch or head of keys serves all queries.
+  const auto for_all = [&](const Tensor& x) { return x.expand({query.size(0), query.size(1), -1, -1}); };
+  const Tensor q = dense(query), k = dense(for_all(key)), v = dense(for_all(value));
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2), d = q.size(3), m = k.size(2);
   TORCH_CHECK_VALUE(scale > 0, "attention takes a scale above zero, got ", scale);
   TORCH_CHECK_VALUE(d % 2 == 0 && k.size(3) == d && v.size(3) == d && v.size(2) == m && m > 0,
@@ -520,7 +539,8 @@ void few_rows(const float* x, const float* weight, const float* bias, int64_t in
 // first copy into blocks.
 Tensor float_linear(const Tensor& x, const Tensor& weight, const optional<Tensor>& bias) {
   const int64_t rows = x.size(0), inputs = x.size(1), outputs = weight.size(0);
-  const bool plain = x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.is_contiguous();
+  const bool plain = x.scalar_type() == at::kFloat && weight.scalar_type() == at::kFloat && weight.is_contiguous() &&
+                     (!bias.has_value() || bias->numel() == outputs);
   if (!plain || rows > kFewRows) return at::linear(x, weight, bias);
   TORCH_CHECK_VALUE(weight.size(1) == inputs, "float_linear takes x [B, K] and weight [N, K], got ", x.sizes(), " and ",
                     weight.sizes());
@@ -553,6 +573,8 @@ Tensor by_rows(const Tensor& codes, const Tensor& scale, const Tensor& zero_poin
   const float* s = scales.data_ptr<float>();
   const int32_t* z = zeros.data_ptr<int32_t>();
   const int64_t count = scales.numel();
+  check_count("a scale", scales, codes.size(0), true);
+  check_count("a zero point", zeros, count);
   bool same = true;
   for (int64_t i = 1; i < count; ++i) same = same && s[i] == s[0] && z[i] == z[0];
   if (same) return kernel(codes, s[0], z[0]);
@@ -563,6 +585,7 @@ Tensor by_rows(const Tensor& codes, const Tensor& scale, const Tensor& zero_poin
 
 // What is left of the bias once the zero point is off every code: oneDNN's own way costs up to half the time.
 Tensor offset(double shift, const Tensor& weight_sum, const optional<Tensor>& bias) {
+  if (bias.has_value()) check_count("a bias", *bias, weight_sum.numel());
   Tensor result = at::empty_like(weight_sum);
   Tensor kept;
   const float* added = numbers_of(bias, kept);
@@ -663,6 +686,10 @@ Tensor two_byte_linear(const Tensor& high, const Tensor& low, const Tensor& scal
   const Tensor scales = scale.to(at::kFloat).contiguous();
   const Tensor high_zeros = zero_high.to(at::kInt).contiguous(), low_zeros = zero_low.to(at::kInt).contiguous();
   const int64_t rows = high.size(0), outputs = products.size(1), single = scales.numel() == 1;
+  check_count("a scale", scales, rows, true);
+  check_count("a zero point", high_zeros, scales.numel());
+  check_count("a zero point", low_zeros, scales.numel());
+  if (bias.has_value()) check_count("a bias", *bias, outputs);
   Tensor kept, result = at::empty({rows, outputs}, products.options());
   const float *both = products.data_ptr<float>(), *sums = weight_sum.data_ptr<float>(), *added = numbers_of(bias, kept);
   const float by = static_cast<float>(ratio);

@@ -27,12 +27,24 @@ def read(file: Path, max_bytes: int = MAX_BYTES) -> Any:
         ValueError: for what ``parse`` refuses, and for anything but a regular file.
         OSError: when it is not there, or cannot be read.
     """
+    return parse(read_bytes(file, max_bytes))
+
+
+def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """What a regular file holds, up to so many bytes.
+
+    Raises:
+        ValueError: for a larger file, and for anything but a regular one.
+        OSError: when it is not there, or cannot be read.
+    """
     size = file.stat().st_size
     if not file.is_file():
         raise ValueError("it is no regular file")
-    if size > max_bytes:
-        raise ValueError(f"{size} bytes, at most {max_bytes} are read")
-    return parse(file.read_bytes())
+    with file.open("rb") as opened:
+        data = opened.read(max_bytes + 1) if size <= max_bytes else b""
+    if size > max_bytes or len(data) > max_bytes:
+        raise ValueError(f"{max(size, len(data))} bytes, at most {max_bytes} are read")
+    return data
 
 
 def parse(text: str | bytes) -> Any:

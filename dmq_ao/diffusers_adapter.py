@@ -33,6 +33,7 @@ from dmq_ao.serialization.folder import CONFIG, KEY
 DEMO = "demo"
 INDEX = "model_index.json"
 REPORT = "report.json"
+_LIBRARIES = ("diffusers", "transformers")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -77,6 +78,7 @@ def load_pipeline(
         raise InvalidFile(
             f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
+    _check_parts(folder / INDEX)
     found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
     quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in found}
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
@@ -92,6 +94,28 @@ def load_pipeline(
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
     return _quiet(pipeline.to(device))
+
+
+def _check_parts(index: Path) -> None:
+    """Refuse parts of other libraries: some versions of diffusers import whatever the index of a pipeline names.
+
+    Raises:
+        InvalidFile: naming the part.
+    """
+    import diffusers
+
+    try:
+        parts = dict(as_json.read(index))
+    except (TypeError, ValueError) as error:
+        raise InvalidFile(f"{index}: no index of a pipeline ({error}); copy it again") from error
+    for name, part in parts.items():
+        if isinstance(part, list) and len(part) == 2 and not name.startswith("_"):
+            library = str(part[0])
+            own = library.isidentifier() and hasattr(diffusers.pipelines, library)
+            if part[0] is not None and library not in _LIBRARIES and not own:
+                raise InvalidFile(
+                    f"{index}: {name} is of {library!r}; parts of {_LIBRARIES} and of diffusers' pipelines are loaded"
+                )
 
 
 def load_denoiser(

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch.fx import GraphModule
 
 from dmq_ao import size_rules
 from dmq_ao.arguments import flatten_inputs
-from dmq_ao.config import Recipe
+from dmq_ao.config import InvalidFile, Recipe
 from dmq_ao.graph import Signature
 from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, outline
 from dmq_ao.serialization.graph import StoredGraph
+from dmq_ao.serialization.trial import Program, refuse_growth
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -71,6 +73,7 @@ class QuantizedDenoiser(nn.Module):
         self.__dict__["skeleton"] = skeleton
         self.__dict__["float_tensors"] = dict(float_tensors)
         self.stored_graph = stored_graph
+        self._guard: tuple[Program, str] | None = None
         self.requires_grad_(False)
 
     def __getattr__(self, name: str) -> Any:
@@ -81,6 +84,10 @@ class QuantizedDenoiser(nn.Module):
             if name == "skeleton":
                 raise
             return getattr(self.__dict__["skeleton"], name)
+
+    def guard(self, program: Program, folder: str | Path) -> None:
+        """Try inputs of new sizes before they are run, and name the folder in errors: the graph is of a file."""
+        self._guard = program, str(folder)
 
     def layer_reports(self) -> list[dict[str, Any]]:
         """One row a layer: kept or quantized, bits, kernel, output SQNR in dB on calibration samples, and why."""
@@ -198,6 +205,7 @@ class QuantizedDenoiser(nn.Module):
                 exported graph and differs.
             ValueError: for shapes that the exported graph does not take, or a fractional timestep where it takes
                 whole ones.
+            InvalidFile: for values or sizes that the graph of a file fails on.
         """
         signature = self.signature
         # Positionals too: ``forward(sample, timestep, None, ..., False)`` is how some pipelines call.
@@ -206,11 +214,26 @@ class QuantizedDenoiser(nn.Module):
         tensors = self._tensors(arguments)
         if not torch.compiler.is_compiling():  # there, each rule would be one more guard to check in every call
             self._check_sizes(tensors)
-        result = self.graph_module(*tensors)
+        result = self._run(tensors)
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if as_class and signature.return_type is not None:
             return signature.return_type(*values)
         return values if signature.returns_tuple else result
+
+    def _run(self, tensors: list[Any]) -> Any:
+        """The graph's answer; of a graph that came from a file, errors say so."""
+        if self._guard is None or torch.compiler.is_compiling():
+            return self.graph_module(*tensors)
+        program, folder = self._guard
+        refuse_growth(program, tensors, folder)
+        try:
+            return self.graph_module(*tensors)
+        except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
+            shapes = {name: tuple(x.shape) for name, x in zip(self.signature.names, tensors, strict=True)}
+            raise InvalidFile(
+                f"the graph of {folder} fails on inputs {shapes}: {type(error).__name__}: {error}. Either a value is"
+                " outside of what the model knows, such as a class or a position, or the file was edited"
+            ) from error
 
     def _tensors(self, arguments: Mapping[str, Any]) -> list[Any]:
         """The graph's tensors, from arguments of the denoiser by name."""

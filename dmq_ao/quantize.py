@@ -160,7 +160,7 @@ def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> Store
         return None
     stored = stored_graph.stored(gm, float_tensors)
     try:
-        trial.run(gm, trial.example_inputs(call.example[name] for name in call.names))
+        trial.Program(gm, trial.example_inputs(call.example[name] for name in call.names))
     except ValueError:
         return None
     return stored

@@ -29,7 +29,7 @@ from dmq_ao.quantize import convert, lower, prepare
 from dmq_ao.serialization import agreement, signature, trial
 from dmq_ao.serialization import folder as model_folder
 from dmq_ao.serialization import graph as stored_graph
-from dmq_ao.serialization.folder import DAMAGE, GRAPH, Stored
+from dmq_ao.serialization.folder import GRAPH, Stored
 from dmq_ao.serialization.manifest import read as read_manifest
 from dmq_ao.serialization.operators import Forbidden, NotReadable
 from dmq_ao.serialization.records import StoredRecords
@@ -177,6 +177,7 @@ class _Graph:
         call: its signature.
         plan: of its layers.
         tensors: where those of the graph come from.
+        program: the graph as it was tried.
     """
 
     gm: GraphModule
@@ -184,6 +185,7 @@ class _Graph:
     call: Signature
     plan: Mapping[str, LayerPlan]
     tensors: _Tensors
+    program: trial.Program
 
 
 def _read_graph(stored: Stored, text: str, model: nn.Module | None, folder: str | Path) -> _Graph:
@@ -202,11 +204,12 @@ def _read_graph(stored: Stored, text: str, model: nn.Module | None, folder: str 
         tensors.mark(gm)
         out_of_place(gm)  # files of earlier versions hold what was computed in place
         shapes = [call.example[name] for name in call.names]
-        answer = trial.run(gm, trial.example_inputs(shapes))
+        program = trial.Program(gm, trial.example_inputs(shapes))
+        answer = program.answer
         signature.check_answer(call, len(answer) if isinstance(answer, (tuple, list)) else 1)
         timestep = dict(zip(call.names, gm.graph.find_nodes(op="placeholder"), strict=True)).get(call.timestep or "")
         agreement.check(gm, tensors.outlines, plan, timestep)
-        return _Graph(gm, json.dumps(parts["graph"]), call, plan, tensors)
+        return _Graph(gm, json.dumps(parts["graph"]), call, plan, tensors, program)
 
 
 def _from_graph(
@@ -222,22 +225,24 @@ def _from_graph(
     chosen = choose(backend, device, parts.plan, **how)
     if how["latency_aware"]:
         parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs
-    quantized = lower(
-        parts.gm,
-        chosen,
-        **how,
-        stored_graph=stored_graph.StoredGraph(parts.text, stored.graph_constants),
-        signature=parts.call,
-        skeleton=whole,
-        recipe=stored.recipe,
-        plan=parts.plan,
-        records=stored.records,
-        float_tensors=stored.float_tensors,
-        sqnr_db=stored.sqnr_db,
-        merged=stored.merged,
-    )
-    parts.tensors.fill_codes(quantized.graph_module)
-    place_on(quantized.graph_module, device)
+    with _damage_is_named(folder):
+        quantized = lower(
+            parts.gm,
+            chosen,
+            **how,
+            stored_graph=stored_graph.StoredGraph(parts.text, stored.graph_constants),
+            signature=parts.call,
+            skeleton=whole,
+            recipe=stored.recipe,
+            plan=parts.plan,
+            records=stored.records,
+            float_tensors=stored.float_tensors,
+            sqnr_db=stored.sqnr_db,
+            merged=stored.merged,
+        )
+        parts.tensors.fill_codes(quantized.graph_module)
+        place_on(quantized.graph_module, device)
+    quantized.guard(parts.program, folder)
     return quantized
 
 
@@ -247,7 +252,7 @@ def _damage_is_named(folder: str | Path) -> Iterator[None]:
         yield
     except (InvalidFile, NotReadable, Forbidden):
         raise
-    except (*DAMAGE, RecursionError) as error:
+    except Exception as error:  # of any type: all that is read here is the file's
         raise InvalidFile(f"{Path(folder) / GRAPH}: {error!r}; it is damaged or was edited, save again") from error
 
 

@@ -7,6 +7,7 @@ the form ``shape['sample'][2] % 2 == 0``; inequalities, which only tell apart wa
 from __future__ import annotations
 
 import ast
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -59,9 +60,14 @@ def holds(rule: str, shapes: Shapes) -> bool:
         ValueError: for text that is no equation of sizes, or names a tensor or axis that is not there.
     """
     try:
-        return bool(_value(ast.parse(rule, mode="eval").body, shapes))
-    except (SyntaxError, KeyError, IndexError, ZeroDivisionError) as error:
+        return bool(_value(_parsed(rule), shapes))
+    except (SyntaxError, KeyError, IndexError, ZeroDivisionError, RecursionError, MemoryError) as error:
         raise ValueError(f"not an equation of sizes: {rule!r} ({error!r})") from error
+
+
+@functools.lru_cache(maxsize=4096)  # the same rules are checked in every call
+def _parsed(rule: str) -> ast.expr:
+    return ast.parse(rule, mode="eval").body
 
 
 def _is_equation(rule: str, example: Shapes) -> bool:

@@ -15,11 +15,13 @@ def hoist_tables(gm: GraphModule) -> None:
     Before:  index_select(table_l, 0, row)  per layer l     After:  select(index_select(stack(tables), 1, row), 0, l)
     """
     for rows in [node for node in gm.graph.nodes if node.target == ops.row]:
-        for dtype in (torch.float32, torch.int32):
-            reads = [user for user in rows.users if user.target == graph.aten.index_select.default]
-            chosen = [read for read in reads if _table(gm, read).dtype == dtype]
-            if not chosen:
-                continue
+        families: dict[tuple[torch.dtype, torch.Size], list[Node]] = {}
+        for read in rows.users:
+            if read.target == graph.aten.index_select.default and read.args[1:] == (0, rows):
+                table = _table(gm, read)
+                if table.dtype in (torch.float32, torch.int32):
+                    families.setdefault((table.dtype, table.shape), []).append(read)
+        for chosen in families.values():
             with gm.graph.inserting_after(rows):
                 tables = torch.stack([_table(gm, read) for read in chosen])
                 stacked = graph.add_tensor(gm, "tables", tables)

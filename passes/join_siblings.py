@@ -34,7 +34,8 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
     families: dict[tuple[object, ...], list[str]] = {}
     for name, node in nodes.items():
         record = records[name]
-        if node.target == graph.LINEAR and record.weight.scale.shape[1] == 1 and not _is_flattened(node):
+        plain = record.weight.scale.shape[1] == 1 and _has_stored_bias(node)
+        if node.target == graph.LINEAR and plain and not _is_flattened(node):
             voted = record.activation is not None and record.activation.exponents is not None
             # Wider codes may not be shifted; where nothing is, the width does not matter.
             weight = record.weight
@@ -67,6 +68,11 @@ def join_projections(gm: GraphModule) -> None:
             _join_floats(gm, nodes)
     gm.graph.eliminate_dead_code()
     gm.recompile()
+
+
+def _has_stored_bias(node: Node) -> bool:
+    bias = node.args[2] if len(node.args) > 2 else None
+    return bias is None or isinstance(bias, Node) and bias.op == "get_attr"
 
 
 def _is_projection(node: Node) -> bool:

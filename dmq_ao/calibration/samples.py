@@ -236,13 +236,13 @@ def _check_types(samples: CalibrationSet) -> None:
     for name, shared in samples.shared.items():
         if not isinstance(shared, SHARED_TYPES):
             raise TypeError(f"shared {name} must be a tensor, int, float, bool, str or None, got {describe(shared)}")
-    if samples.timestep.dtype not in (torch.float32, torch.int64):
+    if samples.timestep.dtype not in (torch.float32, torch.int64) or samples.timestep.dim() != 1:
         raise TypeError(f"timestep must be [rows] float32 or int64, got {describe(samples.timestep)}")
     if samples.step.dtype is not torch.int64 or samples.step.dim() != 1:
         raise TypeError(f"step must be [rows] int64, got {describe(samples.step)}")
     if samples.visited is not None and (samples.visited.dtype, samples.visited.dim()) != (samples.timestep.dtype, 1):
         raise TypeError(f"visited must be [steps] of the timestep's dtype, got {describe(samples.visited)}")
-    if samples.trajectory is not None and samples.trajectory.dtype is not torch.int64:
+    if samples.trajectory is not None and (samples.trajectory.dtype, samples.trajectory.dim()) != (torch.int64, 1):
         raise TypeError(f"trajectory must be [rows] int64, got {describe(samples.trajectory)}")
 
 

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph, ops
 from dmq_ao.config import Ranges
 from dmq_ao.layer import ActivationRecord, LayerPlan, LayerRecord
+from dmq_ao.values import VAL, Value
 
 _aten = torch.ops.aten
 _KINDS: dict[Any, str] = {
@@ -65,8 +66,7 @@ class _Check:
             planned = self.plan.get(name)
             if planned is None or planned.weight is None or planned.kind != record.kind:
                 raise Disagreement(f"{name} is quantized as {record.kind}, which the plan does not say")
-            if (planned.weight.symmetric, planned.weight.float8) != (record.weight.symmetric, record.weight.float8):
-                raise Disagreement(f"{name}: plan and record differ in whether its codes are symmetric, or float8")
+            _check_plan(name, planned, record)
         nodes = graph.layer_nodes(self.gm)
         for name, record in self.outlines.items():
             if name not in nodes:
@@ -89,14 +89,34 @@ class _Check:
         weight = node.args[0 if record.kind == graph.TABLE else 1]
         if not isinstance(weight, Node) or weight.target is not ops.dequantize_weight:
             raise Disagreement(f"{name}: its operator does not read its codes")
-        if node.kwargs:
-            raise Disagreement(f"{name}: its operator takes its arguments by position")
+        if node.kwargs or any(not _is_plain(value) for value in node.args[3:]):
+            raise Disagreement(f"{name}: its operator takes its arguments by position, and its geometry in numbers")
+        self._check_axes(name, record, node)
         for argument, field in zip(weight.args[:3], _WEIGHT, strict=True):
             self._check_source(argument, name, field)
         if record.bias is not None:
             self._check_source(node.args[2] if len(node.args) > 2 else None, name, "corrected_bias")
         if record.activation is not None:
             self._check_input(name, record.activation, node.args[0])
+
+    def _check_axes(self, name: str, record: LayerRecord, node: Node) -> None:
+        """The channel axis is the last of a linear's input, and the second of a convolution's with all its axes."""
+        value = node.meta.get(VAL)
+        if not isinstance(value, Value) or not value.dtype.is_floating_point:
+            raise Disagreement(f"{name}: the graph describes no floating value of it")
+        weight = node.args[0 if record.kind == graph.TABLE else 1]
+        assert isinstance(weight, Node)
+        if weight.args[3] != value.dtype:
+            raise Disagreement(f"{name}: its weight is {weight.args[3]}, its output {value.dtype}")
+        if record.activation is None:
+            return
+        rank = value.dim()
+        is_conv = record.kind != "linear"
+        if record.activation.ch_axis != (1 if is_conv else rank - 1) or is_conv and rank != len(record.weight.shape):
+            raise Disagreement(f"{name}: its channels are not on axis {record.activation.ch_axis} of {rank}")
+        real = node.args[0]
+        if isinstance(real, Node) and real.target is ops.dequantize and real.args[5] != value.dtype:
+            raise Disagreement(f"{name}: its input is {real.args[5]}, its output {value.dtype}")
 
     def _check_input(self, name: str, record: ActivationRecord, real: Any) -> None:
         """``dequantize(quantize(x, ...), ...)``, both by the numbers of this input."""
@@ -199,6 +219,26 @@ class _Check:
             owner = nodes.get(source[0]) if source else None
             if owner is None or set(node.users) - {owner}:
                 raise Disagreement(f"codes of {source and source[0]} are read by another layer")
+
+
+def _check_plan(name: str, planned: LayerPlan, record: LayerRecord) -> None:
+    """What backends decide by the plan, before they see a record, must be so."""
+    assert planned.weight is not None
+    weight, activation = record.weight, record.activation
+    if (planned.weight.symmetric, planned.weight.float8) != (weight.symmetric, weight.float8):
+        raise Disagreement(f"{name}: plan and record differ in whether its codes are symmetric, or float8")
+    if not weight.symmetric and weight.bits > 7 >= planned.weight.bits:
+        raise Disagreement(f"{name}: its codes have {weight.bits} bits, the plan says {planned.weight.bits}")
+    if (planned.activation is None) != (activation is None):
+        raise Disagreement(f"{name}: plan and record differ in whether its input is quantized")
+    exponents = None if activation is None else activation.exponents
+    votes = planned.power_of_two
+    if exponents is not None and (votes is None or votes.per_step != (exponents.dim() == 2)):
+        raise Disagreement(f"{name}: it has exponents that the plan does not have")
+
+
+def _is_plain(value: Any) -> bool:
+    return all(type(one) is int for one in (value if isinstance(value, (tuple, list)) else [value]))
 
 
 def _source(value: Any) -> tuple[str, str] | None:

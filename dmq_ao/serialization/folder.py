@@ -6,6 +6,7 @@ stayed in float under its own name.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -38,8 +39,6 @@ GRAPH = "graph.json"
 KEY = "quantization_config"
 _CONSTANT = "graph."
 _LONGEST_NAME = 1000
-# What reading a file that means nothing may end in.
-DAMAGE = (KeyError, ValueError, TypeError, AttributeError, IndexError, RuntimeError, OverflowError, OSError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,47 +154,52 @@ def read(folder: str | Path) -> Stored:
             was expected and what to do.
     """
     folder = Path(folder)
-    whole = _read_config(folder / CONFIG)
+    whole, data = _read_config(folder / CONFIG)
     checksums = manifest.read(folder)
     if checksums is not None:
-        checksums.check_file(folder / CONFIG)
+        checksums.check_file(folder / CONFIG, data)
     try:
         config = as_json.typed(_Config, whole[KEY], KEY)
-        _check_files(folder, config, checksums)
+        graph = _read_files(folder, config, checksums)
         layers = stored_layers(config.layers)
         records = StoredRecords(folder / TENSORS, layers, config.sha256, checksums, max_exponent(config.recipe))
-        graph = None if config.graph_sha256 is None else (folder / GRAPH).read_text()
         return _from_parts(whole, config, records, graph)
     except InvalidFile:
         raise
     except SafetensorError as error:
         raise InvalidFile(f"{folder / TENSORS}: not a safetensors file ({error}); copy or save it again") from error
-    except (*DAMAGE, RecursionError) as error:
+    except Exception as error:  # of any type: all that is read here is the file's
         raise InvalidFile(f"{folder}: {error}; the folder is damaged or was edited, save it again") from error
 
 
-def _check_files(folder: Path, config: _Config, checksums: manifest.Manifest | None) -> None:
-    """All files there, and those that they were; tensors by themselves where there is a manifest."""
+def _read_files(folder: Path, config: _Config, checksums: manifest.Manifest | None) -> str | None:
+    """All files there, and those that they were; tensors by themselves where there is a manifest. The graph's text."""
+    graph = None
     for name in (TENSORS, *([] if config.graph_sha256 is None else [GRAPH])):
         file = folder / name
         if not file.is_file():
             raise InvalidFile(
                 f"{file} is missing; {folder} must hold {CONFIG}, {TENSORS} and {GRAPH} as dmq_ao.save wrote them"
             )
-        if checksums is None or name == GRAPH:
-            expected = config.sha256 if name == TENSORS else config.graph_sha256
-            if manifest.sha256(file) != expected:
-                raise InvalidFile(
-                    f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy"
-                    " both again"
-                )
+        if name == GRAPH:
+            data = as_json.read_bytes(file)
+            changed, graph = hashlib.sha256(data).hexdigest() != config.graph_sha256, data.decode()
+        else:
+            changed = checksums is None and manifest.sha256(file) != config.sha256
+        if changed:
+            raise InvalidFile(
+                f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy both"
+                " again"
+            )
     if config.graph_sha256 is None and checksums is not None and GRAPH in checksums.files:
         raise InvalidFile(f"{folder / CONFIG} knows no {GRAPH}, and {manifest.MANIFEST} does; copy all files again")
+    return graph
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def _read_config(file: Path) -> tuple[dict[str, Any], bytes]:
     try:
-        config: Any = as_json.read(file)
+        data = as_json.read_bytes(file)
+        config: Any = as_json.parse(data)
     except FileNotFoundError:
         raise InvalidFile(f"{file} is missing; give a folder that dmq_ao.save wrote") from None
     except (OSError, ValueError) as error:
@@ -210,7 +214,7 @@ def _read_config(file: Path) -> dict[str, Any]:
             f"{file}: format_version {mine.get('format_version')}, this dmq_ao reads {FORMAT_VERSION}; it was written"
             f" by {mine.get('producer')}: install that version, or quantize again"
         )
-    return dict(config)
+    return dict(config), data
 
 
 def _config(stored: Stored, layers: Mapping[str, Any], checksums: Mapping[str, str]) -> dict[str, Any]:

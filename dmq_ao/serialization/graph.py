@@ -28,6 +28,9 @@ from dmq_ao.values import VAL, Value
 
 MAX_NODES = 40_000
 MAX_LIST = 10_000
+MAX_DEPTH = 8
+DTYPES = frozenset({"bool", "uint8", "int8", "int16", "int32", "int64", "complex64", "complex128"})
+DTYPES |= {"float16", "bfloat16", "float32", "float64", "float8_e4m3fn"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _KEYS = {
     "placeholder": {"name", "op", "val", "layer"},
@@ -174,7 +177,8 @@ def _build(built: Graph, stored: Mapping[str, Any], nodes: Mapping[str, Node], n
     if op == "placeholder":
         return built.create_node(op, f"input_{number}", (), {}, f"input_{number}")
     if op == "get_attr":  # paths inside the denoiser hold its parameters, see ``graph.set_tensor``
-        inside = graph.PREFIX if _text(stored["target"]).startswith(graph.PREFIX) else ""
+        own = _text(stored["target"]).startswith(graph.PREFIX) and "record" not in stored["from"]
+        inside = graph.PREFIX if own else ""
         return built.create_node(op, f"{inside}tensor_{number}", (), {}, f"tensor_{number}")
     name = stored["target"]
     target = operators.named(name)
@@ -219,11 +223,13 @@ def _argument(value: Any) -> Any:
     raise NotStorable(f"an argument {value!r} of type {type(value).__name__}")
 
 
-def _read(value: Any, nodes: Mapping[str, Node]) -> Any:
+def _read(value: Any, nodes: Mapping[str, Node], depth: int = 0) -> Any:
+    if depth > MAX_DEPTH:  # it would stand as deep in the source that torch.fx writes
+        raise ValueError(f"an argument nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):
         if len(value) > MAX_LIST:
             raise ValueError(f"an argument of {len(value)} items, at most {MAX_LIST}")
-        return [_read(item, nodes) for item in value]
+        return [_read(item, nodes, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     ((word, inner),) = value.items()
@@ -233,9 +239,9 @@ def _read(value: Any, nodes: Mapping[str, Node]) -> Any:
         case "float" if inner in ("inf", "-inf", "nan"):
             return float(inner)
         case "tuple":
-            return tuple(_read(inner, nodes))
+            return tuple(_read(inner, nodes, depth))
         case "slice":
-            return slice(*_read(inner, nodes))
+            return slice(*_read(inner, nodes, depth))
         case "device":
             return torch.device(inner)
     return _literal(word, inner)
@@ -243,8 +249,8 @@ def _read(value: Any, nodes: Mapping[str, Node]) -> Any:
 
 def _literal(word: str, name: Any) -> Any:
     value = getattr(torch, name, None) if isinstance(name, str) else None
-    if word not in _LITERALS or not isinstance(value, _LITERALS[word]):
-        raise ValueError(f"no {word} is called {name!r}")
+    if word not in _LITERALS or not isinstance(value, _LITERALS[word]) or word == "dtype" and name not in DTYPES:
+        raise ValueError(f"no {word} of stored graphs is called {name!r}")
     return value
 
 

@@ -36,13 +36,13 @@ class Manifest:
     files: Mapping[str, str]
     tensors: Mapping[str, str]
 
-    def check_file(self, file: Path) -> None:
-        """Refuse a JSON file that is not the one that was written.
+    def check_file(self, file: Path, data: bytes) -> None:
+        """Refuse a JSON file, of which ``data`` was read, that is not the one that was written.
 
         Raises:
             InvalidFile: naming the file.
         """
-        if sha256(file) != self.files.get(file.name):
+        if hashlib.sha256(data).hexdigest() != self.files.get(file.name):
             raise InvalidFile(
                 f"{file}: its checksum is not the one in {MANIFEST}: truncated, altered, or of another save; copy all"
                 " files of the folder again"
@@ -113,9 +113,10 @@ def digest(tensor: Tensor) -> str:
 
 
 def sha256(file: Path) -> str:
-    """SHA-256, in hex, of a file's bytes."""
-    sha = hashlib.sha256()
+    """SHA-256, in hex, of a file's bytes: as many as it says that it has, for some are read without end."""
+    sha, left = hashlib.sha256(), file.stat().st_size
     with file.open("rb") as opened:
-        while chunk := opened.read(2**20):
+        while left > 0 and (chunk := opened.read(min(left, 2**20))):
             sha.update(chunk)
+            left -= len(chunk)
     return sha.hexdigest()

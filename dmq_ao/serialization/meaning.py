@@ -21,8 +21,8 @@ from dmq_ao.serialization.layers import FIELDS, StoredInput, StoredLayer
 _AXES = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "linear": 2, TABLE: 2}
 _MAX_SIZE = 2**40
 _MAX_AXES = 16
-# Of a float32 scale: normal numbers, whose products with codes stay finite.
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, 1e30
+# Of a float32 scale: normal numbers, of which two and a code multiply to a finite one.
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, 1e15
 
 
 class Meaningless(ValueError):
@@ -145,6 +145,8 @@ def check_tensors(
     out, inputs = layer.shape[0], math.prod(layer.shape[1:])
     scale = tensors["weight_scale"]
     groups = scale.shape[1] if scale.dim() == 2 else 0
+    if layer.kind == TABLE and groups > 1:
+        _refuse(f"{name}.weight_scale", f"[{out}, 1], for rows of a table are looked up whole", _layout(scale))
     if scale.dtype != torch.float32 or tuple(scale.shape) != (out, groups) or groups < 1 or inputs % groups:
         _refuse(f"{name}.weight_scale", f"[{out}, groups] float32, groups dividing {inputs}", _layout(scale))
     _check_scale(f"{name}.weight_scale", scale.abs() if signed else scale)

@@ -1,45 +1,42 @@
-"""A stored graph run without values, on its own example: what does not fit or grows too large is known before it runs.
+"""A stored graph run without values: what does not fit or grows too large is known before it runs.
 
 On the meta device an operator checks its arguments and says what comes out, and computes nothing. What the graph
-claims of its values is compared with that, for kernels are chosen by it.
+claims of its values is compared with that, for kernels are chosen by it. A graph is tried on its own example when it
+is loaded, and on the inputs of a call when they have sizes that it was not tried on.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmq_ao import graph
+from dmq_ao.config import InvalidFile
+from dmq_ao.serialization import calls
 from dmq_ao.values import VAL, Value
 
-# Elements of all inputs together, of any one result, and of all results, beside what the model's own size allows.
 MAX_INPUT = 2**28
-MAX_RESULT = 2**28
-MAX_RESULTS = 2**34
-# The same, in elements of the inputs and the stored tensors together.
-RESULT_SHARE = 16
-RESULTS_SHARE = 4096
-MAX_PIECES = 4096
-MAX_POWER = 4
+"""Elements of all example inputs together."""
+MAX_BYTES, BYTES_SHARE = 2**30, 64
+"""Of what is in memory at once: so much, or so often the bytes of the inputs and the stored tensors in float32."""
+MAX_PRODUCTS, PRODUCTS_SHARE = 2**36, 4
+"""Multiply-adds: so many, or so often the elements of the inputs times those of the stored tensors."""
+GROWTH = 8
+"""Larger inputs may take so often what the example's did, times the square of how much larger they are."""
+_MAX_SIZE = 2**31
 _META = torch.device("meta")
 _aten = torch.ops.aten
-_SPLITS = {_aten.split.Tensor, _aten.chunk.default, _aten.unbind.int, _aten.hsplit.int, _aten.dsplit.int}
-_SPLITS |= {_aten.split.sizes, _aten.split_with_sizes.default}
-# Of one dtype, which the meta device does not look at.
-_PRODUCTS = {
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default, _aten.matmul.default),
-    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding, _aten.bmm.default, _aten.mm.default),
-    *(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input),
-    *(_aten.addmm.default, _aten.addbmm.default, _aten.baddbmm.default, _aten.mv.default, _aten.dot.default),
-}
+# Of these the results on the way are counted too.
+_COMPOSED = {_aten.einsum.default, _aten.tensordot.default}
 # Added by convert, after which nobody describes values; all others must say theirs.
 _UNDESCRIBED = {_aten.index_select.default, _aten.div.Tensor, operator.getitem}
 
@@ -60,93 +57,194 @@ def example_inputs(shapes: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[
     return inputs
 
 
-def run(gm: GraphModule, inputs: Sequence[Tensor]) -> Any:
-    """What a graph answers, without values.
+@dataclass(frozen=True)
+class _Value:
+    """The result of a step, by its number."""
 
-    Args:
-        gm: the graph.
-        inputs: from ``example_inputs``, in the graph's order.
+    number: int
 
-    Raises:
-        ValueError: naming the node, for a call that its operator refuses, a result that is too large, or a described
-            value that is another.
-    """
-    nodes = list(gm.graph.nodes)
-    if sum(node.op == "placeholder" for node in nodes) != len(inputs):
-        raise ValueError(f"the graph takes other than the {len(inputs)} tensors of its signature")
-    with torch.no_grad():
-        return _Trial(gm, inputs).run(nodes)
+
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+    described: Any
+    last_of: tuple[int, ...]
+
+
+class Program:
+    """A graph as it is when it is read, apart from what a backend makes of it: to be tried on any inputs."""
+
+    def __init__(self, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
+        """Try a graph on its example.
+
+        Args:
+            gm: a q/dq graph, its values described.
+            inputs: from ``example_inputs``, in the graph's order.
+
+        Raises:
+            ValueError: naming the node, for a call that its operator refuses, a result that is too large, or a
+                described value that is another.
+        """
+        nodes = list(gm.graph.nodes)
+        if sum(node.op == "placeholder" for node in nodes) != len(inputs):
+            raise ValueError(f"the graph takes other than the {len(inputs)} tensors of its signature")
+        numbers = {node: number for number, node in enumerate(nodes)}
+        last = {source: node for node in nodes for source in node.all_input_nodes}
+        dying: dict[Node, list[int]] = {}
+        for source, node in last.items():
+            if source.op == "call_function":
+                dying.setdefault(node, []).append(numbers[source])
+
+        def standing(value: Any) -> Any:
+            if isinstance(value, Node):
+                return _Value(numbers[value])
+            return _META if isinstance(value, torch.device) else value
+
+        self.steps = [
+            _Step(
+                f"{node.name} ({node.target})",
+                node.op,
+                node.target,
+                map_aggregate(node.args, standing),
+                dict(map_aggregate(node.kwargs, standing)),
+                node.meta.get(VAL),
+                tuple(dying.get(node, ())),
+            )
+            for node in nodes
+        ]
+        self.stored = {n: graph.attribute(gm, node).to(_META) for node, n in numbers.items() if node.op == "get_attr"}
+        stored, given = (sum(x.numel() for x in tensors) for tensors in (self.stored.values(), inputs))
+        limits = _Cost(
+            max(MAX_BYTES, BYTES_SHARE * 4 * (stored + given)), max(MAX_PRODUCTS, PRODUCTS_SHARE * stored * given)
+        )
+        self.answer, self.cost = _Trial(self, limits, described=True).run(inputs)
+        self.elements = max(1, given)
+        self.tried = {_sizes(inputs)}
+
+    def check(self, inputs: Sequence[Tensor]) -> None:
+        """Refuse inputs whose sizes let the graph grow far more than they did; nothing where they were tried before.
+
+        Raises:
+            ValueError: naming the node.
+        """
+        sizes = _sizes(inputs)
+        if sizes in self.tried:
+            return
+        growth = max(1.0, sum(x.numel() for x in inputs) / self.elements)
+        factor = GROWTH * growth**2
+        limits = _Cost(
+            max(MAX_BYTES, int(factor * self.cost.bytes)), max(MAX_PRODUCTS, int(factor * self.cost.products))
+        )
+        _Trial(self, limits, described=False).run([torch.empty(x.shape, dtype=x.dtype, device=_META) for x in inputs])
+        self.tried.add(sizes)
+
+
+def _sizes(inputs: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
+    return tuple((x.shape, x.dtype) for x in inputs)
+
+
+@dataclass
+class _Cost:
+    bytes: int
+    products: int
 
 
 class _Trial:
-    def __init__(self, gm: GraphModule, inputs: Sequence[Tensor]) -> None:
-        self.gm, self.inputs = gm, iter(inputs)
-        self.values: dict[Node, Any] = {}
-        own = sum(x.numel() for x in inputs) + sum(x.numel() for x in [*gm.parameters(), *gm.buffers()])
-        self.limit, self.left = max(MAX_RESULT, RESULT_SHARE * own), max(MAX_RESULTS, RESULTS_SHARE * own)
+    def __init__(self, program: Program, limits: _Cost, described: bool) -> None:
+        self.program, self.limits, self.described = program, limits, described
+        self.values: dict[int, Any] = dict(program.stored)
+        self.live, self.cost = 0, _Cost(0, 0)
 
-    def run(self, nodes: Sequence[Node]) -> Any:
-        for node in nodes:
-            try:
-                value = self._value(node)
-                self._account(value)
-                if VAL in node.meta or node.op == "call_function":
-                    _check_described(node, value)
-            except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
-                raise ValueError(f"node {node.name} ({node.target}): {_first_line(error)}") from error
-            self.values[node] = value
-        return self.values[nodes[-1]]
+    def run(self, inputs: Sequence[Tensor]) -> tuple[Any, _Cost]:
+        left = iter(inputs)
+        answer = None
+        with torch.no_grad():
+            for number, step in enumerate(self.program.steps):
+                try:
+                    if step.op == "placeholder":
+                        answer = next(left)
+                    elif step.op != "get_attr":
+                        answer = self._called(step)
+                    else:
+                        answer = self.values[number]
+                    if self.described:
+                        _check_described(step, answer)
+                except Exception as error:  # of any type: the operator's own
+                    raise ValueError(f"node {step.name}: {_first_line(error)}") from error
+                self.values[number] = answer
+                for gone in step.last_of:
+                    self.live -= _bytes(self.values.pop(gone))
+        return answer, self.cost
 
-    def _value(self, node: Node) -> Any:
-        if node.op == "placeholder":
-            return next(self.inputs)
-        if node.op == "get_attr":
-            return graph.attribute(self.gm, node).to(_META)
-        args, kwargs = self._given(node.args), self._given(node.kwargs)
-        if node.op == "output":
+    def _called(self, step: _Step) -> Any:
+        args, kwargs = self._given(step.args), self._given(step.kwargs)
+        if step.op == "output":
             return args[0]
-        target: Callable[..., Any] = node.target  # type: ignore[assignment]
-        if isinstance(target, torch._ops.OpOverload):
-            if target._schema.is_mutable:
-                raise ValueError("it changes its argument, which a stored graph does not")
-            if target in _SPLITS:
-                _check_pieces(target, args, kwargs)
-            if _takes_device(target):  # else it would make what it makes for real
-                kwargs = {**kwargs, "device": _META}
-            if target in _PRODUCTS:
-                _check_dtypes([value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)])
+        calls.check(step.target, args, kwargs)
+        if isinstance(step.target, torch._ops.OpOverload) and _takes_device(step.target):
+            kwargs = {**kwargs, "device": _META}  # else it would make what it makes for real
+        if step.target in _COMPOSED:
+            with _Counted(self):
+                result = step.target(*args, **kwargs)
         else:
-            _check_arithmetic(target, args)
-        return target(*args, **kwargs)
+            result = step.target(*args, **kwargs)
+        self.account(step.target, args, result)
+        return result
 
     def _given(self, arguments: Any) -> Any:
-        def given(value: Any) -> Any:
-            if isinstance(value, Node):
-                return self.values[value]
-            return _META if isinstance(value, torch.device) else value
+        return map_aggregate(
+            arguments, lambda value: self.values[value.number] if isinstance(value, _Value) else value
+        )
 
-        return map_aggregate(arguments, given)
-
-    def _account(self, value: Any) -> None:
-        if isinstance(value, (tuple, list)):
-            for one in value:
-                self._account(one)
-        elif isinstance(value, Tensor):
-            size = value.numel()
-            self.left -= size
-            if not value.is_meta:
-                raise ValueError("it makes values where none are wanted")
-            if size > self.limit or self.left < 0 or max(value.shape, default=0) > self.limit:
-                raise ValueError(f"a result of shape {list(value.shape)} is too large for this model and its example")
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+    def account(self, target: Callable[..., Any], args: tuple[Any, ...], result: Any, *, kept: bool = True) -> None:
+        """Add what a call takes, and refuse it where it is too much."""
+        if isinstance(result, (int, float)) and not -(2**63) <= result < 2**63:
             raise ValueError("a size beyond 64 bits")
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, Tensor) and (not one.is_meta or max(one.shape, default=0) > _MAX_SIZE):
+                raise ValueError(f"a result of shape {list(one.shape)} is too large for this model and its inputs")
+        size = _bytes(result)
+        self.live += size if kept else 0
+        self.cost.bytes = max(self.cost.bytes, self.live + (0 if kept else size))
+        self.cost.products += calls.multiply_adds(target, args, result)
+        if self.cost.bytes > self.limits.bytes or self.cost.products > self.limits.products:
+            what = [list(one.shape) for one in (result if isinstance(result, (tuple, list)) else [result])]
+            raise ValueError(f"results of shapes {what} are too large for this model and its inputs, or too much work")
 
 
-def _check_described(node: Node, value: Any) -> None:
-    described = node.meta.get(VAL)
+class _Counted(TorchDispatchMode):
+    """Counts the results of the operators that a composed one is made of."""
+
+    def __init__(self, trial: _Trial) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trial = trial
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.trial.account(func, args, result, kept=False)
+        return result
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(_bytes(one) for one in value) if isinstance(value, (tuple, list)) else 0
+
+
+@functools.cache
+def _takes_device(target: torch._ops.OpOverload) -> bool:
+    return any(argument.name == "device" and argument.kwarg_only for argument in target._schema.arguments)
+
+
+def _check_described(step: _Step, value: Any) -> None:
+    described = step.described
     if described is None:
-        ours = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "dmq_ao"
-        if isinstance(value, Tensor) and not ours and node.target not in _UNDESCRIBED:
+        ours = isinstance(step.target, torch._ops.OpOverload) and step.target.namespace == "dmq_ao"
+        if step.op == "call_function" and isinstance(value, Tensor) and not ours and step.target not in _UNDESCRIBED:
             raise ValueError("its value is not described")
         return
     if not _fits(described, value):
@@ -170,42 +268,18 @@ def _described(value: Any) -> str:
     return f"{len(value)} values" if isinstance(value, (tuple, list)) else repr(value)
 
 
-@functools.cache
-def _takes_device(target: torch._ops.OpOverload) -> bool:
-    return any(argument.name == "device" and argument.kwarg_only for argument in target._schema.arguments)
-
-
-def _check_pieces(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Splitting makes a tensor a piece, each of which takes time: their number is looked at first."""
-    given = {argument.name: value for argument, value in zip(target._schema.arguments, args, strict=False)}  # type: ignore[attr-defined]
-    given |= kwargs
-    size = max(given["self"].shape, default=0)
-    if target is _aten.split.Tensor:
-        size = math.ceil(size / given["split_size"]) if given["split_size"] > 0 else 0
-    elif "split_sizes" in given or "split_size" in given:
-        size = len(given["split_sizes"] if "split_sizes" in given else given["split_size"])
-    elif target is not _aten.unbind.int:
-        size = min(size, given.get("chunks", given.get("sections", 0)))
-    if size > MAX_PIECES:
-        raise ValueError(f"{size} pieces, at most {MAX_PIECES}")
-
-
-def _check_dtypes(factors: Sequence[Tensor]) -> None:
-    if len({factor.dtype for factor in factors}) > 1:
-        raise TypeError(f"factors of one dtype, got {[str(factor.dtype) for factor in factors]}")
-
-
-def _check_arithmetic(target: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Python's own operators take anything, and texts and lists as well: here sizes and results alone."""
-    if target is operator.getitem:
-        whole, place = args
-        if not isinstance(whole, (tuple, list)) or type(place) is not int:
-            raise TypeError(f"getitem takes one of several results by its number, got {place!r}")
-    elif not all(isinstance(value, (int, float, Tensor)) for value in args):
-        raise TypeError("sizes are numbers")
-    elif target is operator.pow and not (type(args[1]) is int and 0 <= args[1] <= MAX_POWER):
-        raise ValueError(f"sizes are taken to powers of 0 to {MAX_POWER}")
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refuse_growth(program: Program, inputs: Sequence[Tensor], folder: object) -> None:
+    """``Program.check``, as the error of a folder.
+
+    Raises:
+        InvalidFile: naming the folder and the node.
+    """
+    try:
+        program.check(inputs)
+    except ValueError as error:
+        shapes = [tuple(x.shape) for x in inputs]
+        raise InvalidFile(f"{folder}: the graph does not take inputs of shapes {shapes}: {error}") from error

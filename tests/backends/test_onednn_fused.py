@@ -346,3 +346,36 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_extension, "load", fail)
     with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler .* and ninja"):
         onednn_fused.load_kernels.__wrapped__()
+
+
+def test_numbers_that_are_read_by_index_must_be_there() -> None:
+    """A file may describe operators that the graph before had no kernel for: sizes are the kernel's own business."""
+    cpu, one = torch.ops.dmq_ao_cpu, torch.ones(1)
+    x, zero = torch.randn(2, 8, 4, 4), torch.zeros(1, dtype=torch.int32)
+    norm = (x, None, 2, torch.ones(8), torch.zeros(8), 1e-5, True)
+    wrong = [
+        lambda: cpu.group_norm_quantize(*norm, torch.ones(3), zero, None, 255, [0, 0]),
+        lambda: cpu.group_norm_quantize(*norm, one, torch.zeros(3, dtype=torch.int32), None, 255, [0, 0]),
+        lambda: cpu.group_norm_quantize(*norm, one, zero, one, 255, [0, 0]),
+        lambda: cpu.group_norm_quantize(*norm[:2], 3, *norm[3:], one, zero, None, 255, [0, 0]),
+        lambda: cpu.group_norm_quantize(*norm[:3], torch.ones(7), *norm[4:], one, zero, None, 255, [0, 0]),
+        lambda: cpu.gelu_quantize(torch.randn(2, 8), None, True, torch.ones(3), zero, None, 255),
+        lambda: cpu.gelu_quantize(torch.randn(2, 8), None, True, one, zero, torch.ones(7), 255),
+    ]
+    for call in wrong:
+        with pytest.raises(ValueError, match="takes"):
+            call()
+    weight = torch.randn(6, 8)
+    with pytest.raises(RuntimeError):
+        cpu.float_linear(torch.randn(2, 8), weight, torch.ones(5))
+    for bias in (one, torch.ones(6)):
+        expected = F.linear(x[:, :, 0, 0], weight, bias)
+        assert torch.allclose(cpu.float_linear(x[:, :, 0, 0], weight, bias), expected, atol=1e-6)
+
+
+@needs_bfloat16
+def test_keys_of_one_head_serve_all_queries() -> None:
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(1, 1, 7, 8), torch.randn(1, 1, 7, 8)
+    q, k, v = (one.bfloat16() for one in (q, k, v))
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert relative(torch.ops.dmq_ao_cpu.attention(q, k, v, 8**-0.5).double(), expected) < 0.01
