@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 from torch.fx import GraphModule
 
-from dmq_ao.backends import cuda_measured, onednn_measured
-from dmq_ao.backends.cuda import Cuda
-from dmq_ao.backends.onednn import OneDNN
+from dmq_ao.backends.cuda import measured as cuda_measured
+from dmq_ao.backends.cuda.backend import Cuda
+from dmq_ao.backends.onednn import measured as onednn_measured
+from dmq_ao.backends.onednn.backend import OneDNN
 from dmq_ao.backends.reference import Reference
 from dmq_ao.config import UnsupportedByBackend
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+from dmq_ao.records import Kernel, LayerPlan, LayerRecord
 
 
 class Backend(Protocol):

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, ops
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord, WeightRecord, joined, outline, shift_fits_int8
+from dmq_ao import graph
+from dmq_ao.graph.values import VAL
+from dmq_ao.numerics import ops
 from dmq_ao.passes.join_siblings import join_siblings
 from dmq_ao.passes.look_up_codes import look_up_codes
-from dmq_ao.values import VAL
+from dmq_ao.records import Kernel, LayerPlan, LayerRecord, WeightRecord, joined, outline, shift_fits_int8
 
 LOOK_UP = "look-up of codes"  # the kernel of an embedding table
 

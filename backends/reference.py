@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
-from dmq_ao.layer import Kernel, LayerPlan, LayerRecord
+from dmq_ao.records import Kernel, LayerPlan, LayerRecord
 
 
 class Reference:

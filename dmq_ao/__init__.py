@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dmq_ao import recipes
-    from dmq_ao.annotate import DiffusionQuantizer
-    from dmq_ao.bit_plan import BitPlan
-    from dmq_ao.calibrate import CalibrationReport, calibrate
-    from dmq_ao.calibration import CalibrationSet
-    from dmq_ao.calibration.record import record
-    from dmq_ao.compile import compile
+    from dmq_ao.api.calibrate import CalibrationReport, calibrate
+    from dmq_ao.api.compile import compile
+    from dmq_ao.api.quantize import convert, prepare, quantize
+    from dmq_ao.api.saving import load, save
     from dmq_ao.config import (
         Granularity,
         InvalidFile,
@@ -29,10 +27,12 @@ if TYPE_CHECKING:
         TensorConfig,
         UnsupportedByBackend,
     )
-    from dmq_ao.module import QuantizedDenoiser
-    from dmq_ao.quantize import convert, prepare, quantize
-    from dmq_ao.saving import load, save
-    from dmq_ao.search_bits import search_bits
+    from dmq_ao.denoiser import QuantizedDenoiser
+    from dmq_ao.mixed_precision.bit_plan import BitPlan
+    from dmq_ao.mixed_precision.search_bits import search_bits
+    from dmq_ao.quantizer.quantizer import DiffusionQuantizer
+    from dmq_ao.samples import CalibrationSet
+    from dmq_ao.samples.record import record
 
 __all__ = [
     "BitPlan",
@@ -64,15 +64,15 @@ __all__ = [
 ]
 _HOMES = (
     "config",
-    "annotate",
-    "bit_plan",
-    "calibrate",
-    "calibration",
-    "compile",
-    "module",
-    "quantize",
-    "saving",
-    "search_bits",
+    "quantizer.quantizer",
+    "mixed_precision.bit_plan",
+    "samples",
+    "denoiser",
+    "api.calibrate",
+    "api.compile",
+    "api.quantize",
+    "api.saving",
+    "mixed_precision.search_bits",
 )
 
 
@@ -87,11 +87,6 @@ class _Package(ModuleType):
                 setattr(self, name, value)
                 return value
         raise AttributeError(f"module 'dmq_ao' has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Leave the verbs that have a file of their name to themselves: an import would put their files there."""
-        if not (name in ("calibrate", "compile", "quantize", "search_bits") and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
     def __dir__(self) -> list[str]:
         return sorted({*self.__dict__, *__all__})

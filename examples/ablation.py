@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import recipes
-from dmq_ao.calibration import CalibrationSet
+from dmq_ao.benchmarks.measure import by_timestep, held_out_states, images_of
 from dmq_ao.config import (
     BitAllocation,
     BlockReconstruction,
@@ -54,10 +54,10 @@ from dmq_ao.config import (
     StepWeights,
     Weighting,
 )
-from dmq_ao.diffusers_adapter import load_pipeline, record_pipeline
 from dmq_ao.evaluation import image_fidelity, machine, one_step_error, peak_rss_bytes
 from dmq_ao.evaluation.pictures import image_grid
-from dmq_ao.measure import by_timestep, held_out_states, images_of
+from dmq_ao.pipelines.adapter import load_pipeline, record_pipeline
+from dmq_ao.samples import CalibrationSet
 
 UNIFORM = StepWeights(Weighting.UNIFORM)
 EVEN, TDAC = Selection(), Selection(SelectMethod.TDAC)

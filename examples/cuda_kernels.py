@@ -27,12 +27,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dmq_ao.backends import cuda, cuda_ops, cuda_tiles
-from dmq_ao.backends.cuda_tiles import Shape, Tile
-from dmq_ao.backends.cuda_weights import LANES, kernel_weight
+from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import ops as cuda_ops
+from dmq_ao.backends.cuda import tiles as cuda_tiles
+from dmq_ao.backends.cuda.tiles import Shape, Tile
+from dmq_ao.backends.cuda.weights import LANES, kernel_weight
+from dmq_ao.benchmarks.roofline import int8_peak
 from dmq_ao.evaluation import cuda_ms, latency, machine
-from dmq_ao.layer import WeightRecord
-from dmq_ao.roofline import int8_peak
+from dmq_ao.records import WeightRecord
 
 Clock = Callable[[Callable[[], object]], float]
 

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import recipes
-from dmq_ao.arguments import flatten_inputs, unflatten_inputs
-from dmq_ao.benchmark import first_rows
-from dmq_ao.cli_output import aligned
+from dmq_ao.benchmarks.benchmark import first_rows
+from dmq_ao.benchmarks.named import NAMED, named_denoiser
+from dmq_ao.cli.output import aligned
 from dmq_ao.evaluation import folder_bytes, machine, peak_rss_bytes, rss_bytes
-from dmq_ao.named import NAMED, named_denoiser
+from dmq_ao.graph.arguments import flatten_inputs, unflatten_inputs
 
 FLOAT = "float32"
 MIB = 2**20
@@ -146,7 +146,7 @@ def _import_everything() -> None:
     import torch._dynamo
     import torch.export  # noqa: F401
 
-    import dmq_ao.saving  # noqa: F401
+    import dmq_ao.api.saving  # noqa: F401
 
     for name in ("DiTTransformer2DModel", "UNet2DConditionModel", "UNet2DModel"):  # loaded by diffusers when asked for
         getattr(diffusers, name)

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import dmq_ao
-from dmq_ao.benchmark import named_denoiser
+from dmq_ao.benchmarks.benchmark import named_denoiser
+from dmq_ao.benchmarks.measure import compiled_latency
 from dmq_ao.config import BitAllocation, ChannelScaling, Override, Recipe
 from dmq_ao.evaluation import machine
-from dmq_ao.measure import compiled_latency
 
 PLAIN = "plain W4A8"
 WIDE = ("down_blocks.0.resnets.0.conv1", "down_blocks.0.resnets.0.conv2")

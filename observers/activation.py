@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from dmq_ao import graph, numerics, ops
+from dmq_ao import graph, numerics
 from dmq_ao.config import MissingStatistics, PowerOfTwo, Ranges, TensorConfig
-from dmq_ao.layer import ActivationRecord
+from dmq_ao.numerics import ops
 from dmq_ao.observers.channel_scale import round_ste
 from dmq_ao.observers.per_step import RangeEstimator, RangeTable
 from dmq_ao.observers.power_of_two import Election, Vote, VoteTable, candidate_errors
+from dmq_ao.records import ActivationRecord
 
 
 class ActivationObserver(ObserverBase):

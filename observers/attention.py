@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from dmq_ao import graph, numerics, ops
+from dmq_ao import graph, numerics
+from dmq_ao.numerics import ops
 from dmq_ao.observers.channel_scale import round_ste
 
 

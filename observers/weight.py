@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import ObserverBase
 
-from dmq_ao import graph, numerics, ops
+from dmq_ao import graph, numerics
 from dmq_ao.config import Granularity, TensorConfig
-from dmq_ao.layer import WeightRecord
+from dmq_ao.numerics import ops
 from dmq_ao.observers.per_step import RangeEstimator
+from dmq_ao.records import WeightRecord
 
 
 def quantize_weight(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, ops
+from dmq_ao import graph
+from dmq_ao.numerics import ops
 
 
 def hoist_tables(gm: GraphModule) -> None:

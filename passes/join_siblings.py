@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
-from dmq_ao.layer import LayerRecord
-from dmq_ao.values import VAL, Value
+from dmq_ao.graph.values import VAL, Value
+from dmq_ao.records import LayerRecord
 
 _VIEWS = (graph.aten.view.default, graph.aten.reshape.default)
 

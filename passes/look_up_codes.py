@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, ops
+from dmq_ao import graph
+from dmq_ao.numerics import ops
 
 
 def look_up_codes(gm: GraphModule) -> list[str]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, ops
+from dmq_ao import graph
+from dmq_ao.graph.values import VAL, Value
+from dmq_ao.numerics import ops
 from dmq_ao.passes.out_of_place import mutates, out_of_place
-from dmq_ao.values import VAL, Value
 
 aten = torch.ops.aten
 

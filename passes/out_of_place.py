@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from dmq_ao.values import VAL, value_of
+from dmq_ao.graph.values import VAL, value_of
 
 aten = torch.ops.aten
 # Views that can be written back, and the operator that does it.

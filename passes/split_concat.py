@@ -2,7 +2,8 @@
 
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, roles
+from dmq_ao import graph
+from dmq_ao.graph import roles
 
 
 def split_concat(gm: GraphModule, names: list[str]) -> GraphModule:

@@ -7,7 +7,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
-from dmq_ao.commands import app
+from dmq_ao.cli.commands import app
 
 
 def run(*arguments: object) -> Result:

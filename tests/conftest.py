@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao import graph
-from dmq_ao.arguments import bind, find_timestep, flatten_inputs
-from dmq_ao.calibration import CalibrationSet
+from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
+from dmq_ao.samples import CalibrationSet
 
 # Tensors here are tiny: handing work to a second thread costs more than it saves, and takes cores from parallel runs.
 torch.set_num_threads(1)

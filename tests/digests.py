@@ -70,7 +70,9 @@ def main() -> None:
         dmq_ao.calibrate(prepared, samples, progress=False)
         with tempfile.TemporaryDirectory() as folder:
             dmq_ao.save(dmq_ao.convert(prepared, "reference"), folder)
-            digests = [hashlib.sha256((Path(folder) / file).read_bytes()).hexdigest()[:16] for file in (TENSORS, GRAPH)]
+            digests = [
+                hashlib.sha256((Path(folder) / file).read_bytes()).hexdigest()[:16] for file in (TENSORS, GRAPH)
+            ]
         print(f"{name:18s}", *digests, flush=True)
 
 

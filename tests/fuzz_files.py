@@ -32,10 +32,10 @@ from plain import Plain, flow, plain_samples, relative, repeated_samples, scaled
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.bit_plan import BitPlan, InputBits, LayerBits
-from dmq_ao.calibration import CalibrationSet
 from dmq_ao.config import InvalidFile, Ranges, Recipe
+from dmq_ao.mixed_precision.bit_plan import BitPlan, InputBits, LayerBits
 from dmq_ao.recipes import minmax
+from dmq_ao.samples import CalibrationSet
 
 SECONDS, MEMORY = 2.0, 2**30
 _HEADER = "dmq_ao.calibration_set"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import CalibrationSet, QuantizedDenoiser, Recipe, recipes
-from dmq_ao.arguments import moved_inputs
-from dmq_ao.backends import cuda
+from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.graph.arguments import moved_inputs
 from dmq_ao.passes.place_on import place_on
 
 Tiny = tuple[nn.Module, dict[str, Tensor]]

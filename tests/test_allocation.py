@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmq_ao.allocation import error_curves, exchange, kurtosis, places, swap
 from dmq_ao.config import Granularity, TensorConfig
+from dmq_ao.mixed_precision.allocation import error_curves, exchange, kurtosis, places, swap
 from dmq_ao.observers import MSE, MinMax, quantize_weight
 
 WIDTHS = (1, 2, 3, 4)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import dmq_ao
 from dmq_ao import recipes
-from dmq_ao.annotate import PLAN
 from dmq_ao.config import MAX_INPUT_BITS, Override, Ranges, Recipe
-from dmq_ao.layer import LayerPlan
+from dmq_ao.quantizer.quantizer import PLAN
+from dmq_ao.records import LayerPlan
 
 pytest.importorskip("diffusers")
 PER_STEP = recipes.minmax("w8a8", ranges=Ranges.PER_STEP)

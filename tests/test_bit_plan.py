@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmq_ao import BitPlan
-from dmq_ao.bit_plan import InputBits, LayerBits
 from dmq_ao.config import InvalidFile
+from dmq_ao.mixed_precision.bit_plan import InputBits, LayerBits
 
 INPUTS = {"down.0": InputBits(900, 6), "up.1": InputBits(100, 8)}
 PLAN = BitPlan({"down.0": LayerBits(9, (3, 3, 4)), "up.1": LayerBits(4, (2,))}, "error_gain", INPUTS)

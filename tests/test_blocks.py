@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import graph, learn_blocks, state
-from dmq_ao.annotate import SKELETON, observers
-from dmq_ao.blocks import Block, find_blocks, run_block
+from dmq_ao import graph
+from dmq_ao.algorithms import blockwise as learn_blocks
+from dmq_ao.algorithms.blocks import Block, find_blocks, run_block
+from dmq_ao.algorithms.blockwise import BlockStudent, block_error, teacher_of
+from dmq_ao.algorithms.stream import Value
 from dmq_ao.config import (
     BlockReconstruction,
     ChannelScaling,
@@ -31,9 +33,9 @@ from dmq_ao.config import (
     TensorConfig,
 )
 from dmq_ao.graph import graph_arguments
-from dmq_ao.learn_blocks import BlockStudent, block_error, teacher_of
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver
-from dmq_ao.stream import Value
+from dmq_ao.quantizer.quantizer import SKELETON, observers
+from dmq_ao.serialization import checkpoint as state
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 minmax, eda_dm, dmq = dmq_ao.recipes.minmax, dmq_ao.recipes.eda_dm, dmq_ao.recipes.dmq
@@ -172,7 +174,7 @@ def test_a_block_alone_computes_what_the_graph_does(
 def test_rows_are_taken_out_of_batches(
     sizes: list[int], unet: Ready, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]
 ) -> None:
-    from dmq_ao.blocks import Rows
+    from dmq_ao.algorithms.blocks import Rows
 
     example = tiny_unet2d[1]
     batches = [
@@ -453,7 +455,7 @@ def test_a_finished_run_learns_nothing_again(
     recipe = RECIPES["eda_dm"]
     first, before = run(model, recipe, samples, state_dir=tmp_path)
     learned: Callable[..., Any] = lambda *given: pytest.fail("learned again")  # noqa: E731
-    monkeypatch.setattr("dmq_ao.reconstruct.learn_block", learned)
+    monkeypatch.setattr("dmq_ao.algorithms.layerwise.learn_block", learned)
     again, after = run(model, recipe, samples, state_dir=tmp_path)
     assert_same_records(first, again)
     assert after.blocks == before.blocks

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import graph, state
+from dmq_ao import graph
 from dmq_ao.config import InvalidFile, Ranges, Recipe
 from dmq_ao.graph import graph_arguments
+from dmq_ao.serialization import checkpoint as state
 
-module = importlib.import_module("dmq_ao.observe")
+module = importlib.import_module("dmq_ao.algorithms.ranges")
 RECIPE = dmq_ao.recipes.minmax("w4a8", ranges=Ranges.PER_STEP, power_of_two=True, observer="mse")
 STATE = "calibration.safetensors"
 BATCH = 5  # of 16 samples: four batches a pass, the last one short

@@ -16,13 +16,16 @@ pytest.importorskip("typer")
 
 from command_line import document, failure, run
 
-from dmq_ao import benchmark, cli_output, commands, demo, doctor, ptq, recipes
+from dmq_ao import recipes
 from dmq_ao.backends import ALL_BACKENDS
+from dmq_ao.benchmarks import benchmark, demo, peers
+from dmq_ao.benchmarks.peers import PEERS, Peer
+from dmq_ao.cli import commands, doctor
+from dmq_ao.cli import output as cli_output
 from dmq_ao.config import BitAllocation, InvalidFile, Recipe
-from dmq_ao.diffusers_adapter import demo_folder
-from dmq_ao.evaluation import peers
-from dmq_ao.evaluation.peers import PEERS, Peer
 from dmq_ao.observers import ALL_OBSERVERS
+from dmq_ao.pipelines import ptq
+from dmq_ao.pipelines.adapter import demo_folder
 
 COMMANDS = ("quantize", "sample", "compare", "inspect", "benchmark", "doctor", "demo")
 QUICK = ("--steps", "4", "--samples", "8")
@@ -150,7 +153,7 @@ def test_sample_draws_a_grid_from_a_quantized_folder(made: tuple[Path, dict[str,
 
 
 def test_a_pipeline_is_loaded_on_a_device_whole(made: tuple[Path, dict[str, Any]]) -> None:
-    from dmq_ao.diffusers_adapter import load_pipeline
+    from dmq_ao.pipelines.adapter import load_pipeline
 
     for source in (made[0], "demo"):
         pipeline = load_pipeline(source, backend="reference", device="meta")
@@ -422,9 +425,11 @@ def test_an_interrupt_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_selected_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    monkeypatch.setattr("dmq_ao.ptq.prepare_pipeline", lambda pipeline, recipe, **given: chosen.append(recipe))
-    monkeypatch.setattr("dmq_ao.ptq.forecast", lambda *given: {})
-    monkeypatch.setattr("dmq_ao.cli_output.forecast_text", lambda report: "")
+    monkeypatch.setattr(
+        "dmq_ao.pipelines.ptq.prepare_pipeline", lambda pipeline, recipe, **given: chosen.append(recipe)
+    )
+    monkeypatch.setattr(ptq, "forecast", lambda *given: {})
+    monkeypatch.setattr("dmq_ao.cli.output.forecast_text", lambda report: "")
     for option in ((), ("--select", "tdac")):
         run("quantize", "demo", "--dry-run", *option)
     assert [recipe.select.method.value for recipe in chosen] == ["uniform", "tdac"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 from interpreted import DEVICE, needs_triton
 
-from dmq_ao.backends import cuda_tiles
-from dmq_ao.backends.cuda_tiles import Tile
+from dmq_ao.backends.cuda import tiles as cuda_tiles
+from dmq_ao.backends.cuda.tiles import Tile
 
 pytestmark = needs_triton
 EXAMPLES = Path(__file__).parents[1] / "examples"

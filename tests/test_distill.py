@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import relations, state
-from dmq_ao.annotate import TUNED, observers
+from dmq_ao.algorithms import relations
+from dmq_ao.algorithms.distillation import Student
+from dmq_ao.algorithms.features import find_feature_node
+from dmq_ao.algorithms.relations import Relations, Watched
+from dmq_ao.algorithms.rounding import held_out
 from dmq_ao.config import Distillation, InvalidFile, Recipe, Reduce, Relation
-from dmq_ao.distill import Student
-from dmq_ao.feature_node import find_feature_node
 from dmq_ao.graph import graph_arguments
-from dmq_ao.learn import held_out
 from dmq_ao.objectives import relation_error
-from dmq_ao.relations import Relations, Watched
+from dmq_ao.quantizer.quantizer import TUNED, observers
+from dmq_ao.serialization import checkpoint as state
 
-module = importlib.import_module("dmq_ao.distill")
+module = importlib.import_module("dmq_ao.algorithms.distillation")
 STATE = "distillation.safetensors"
 RECIPE = dataclasses.replace(
     small(dmq_ao.recipes.default("w3a6"), steps=2), distillation=Distillation(steps=24, lr=1e-2, checks=4)

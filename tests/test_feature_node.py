@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 import dmq_ao
-from dmq_ao.feature_node import find_feature_node
+from dmq_ao.algorithms.features import find_feature_node
 from dmq_ao.graph import graph_arguments
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao import QuantizedDenoiser, Recipe, numerics, recipes
-from dmq_ao.backends import cuda, cuda_ops
+from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.config import Ranges, TensorConfig
 
 Tiny = tuple[nn.Module, dict[str, Tensor]]

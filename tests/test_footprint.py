@@ -17,7 +17,7 @@ from torch import nn
 
 import dmq_ao
 from dmq_ao import recipes
-from dmq_ao.benchmark import first_rows
+from dmq_ao.benchmarks.benchmark import first_rows
 from dmq_ao.evaluation import rss_bytes
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule
 
-from dmq_ao import graph, patch_embed
-from dmq_ao.arguments import flatten_inputs, unflatten_inputs
-from dmq_ao.roles import blocks_of, roles_of
+from dmq_ao import graph
+from dmq_ao.graph import patch_embed
+from dmq_ao.graph.arguments import flatten_inputs, unflatten_inputs
+from dmq_ao.graph.roles import blocks_of, roles_of
 
 
 class Plain(nn.Module):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from plain import Plain, plain_samples, seeded
 
-from dmq_ao.benchmark import first_rows
-from dmq_ao.peer_benchmark import Case
+from dmq_ao.benchmarks.benchmark import first_rows
+from dmq_ao.benchmarks.peer_benchmark import Case
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

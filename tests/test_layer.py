@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmq_ao.config import Granularity, Ranges, TensorConfig
-from dmq_ao.layer import (
+from dmq_ao.numerics import code_range, from_unsigned, to_unsigned
+from dmq_ao.observers.minmax import MinMax
+from dmq_ao.observers.weight import quantize_weight
+from dmq_ao.records import (
     ActivationRecord,
     Kernel,
     LayerRecord,
@@ -22,9 +25,6 @@ from dmq_ao.layer import (
     shifted_codes,
     with_positive_scale,
 )
-from dmq_ao.numerics import code_range, from_unsigned, to_unsigned
-from dmq_ao.observers.minmax import MinMax
-from dmq_ao.observers.weight import quantize_weight
 
 
 def weight_record(shape: tuple[int, ...], bits: int, symmetric: bool, generator: torch.Generator) -> WeightRecord:

@@ -12,18 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dmq_ao.config import (
-    ChannelScaling,
-    Granularity,
-    Init,
-    Reduce,
-    Rounding,
-    RoundingMethod,
-    StepWeights,
-    TensorConfig,
-    Weighting,
-)
-from dmq_ao.learn import (
+from dmq_ao.algorithms.moments import Moments
+from dmq_ao.algorithms.rounding import (
     Rows,
     ScaledInput,
     ScaleOutcome,
@@ -39,7 +29,17 @@ from dmq_ao.learn import (
     round_by_learning,
     scaled_error,
 )
-from dmq_ao.moments import Moments
+from dmq_ao.config import (
+    ChannelScaling,
+    Granularity,
+    Init,
+    Reduce,
+    Rounding,
+    RoundingMethod,
+    StepWeights,
+    TensorConfig,
+    Weighting,
+)
 from dmq_ao.numerics import choose_qparams, code_range, fake_quantize
 from dmq_ao.observers import MSE, MinMax, quantize_weight
 from dmq_ao.observers.error_feedback import damp

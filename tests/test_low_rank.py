@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dmq_ao.algorithms.low_rank import LowRankCodes
 from dmq_ao.config import Granularity, TensorConfig
-from dmq_ao.layer import WeightRecord
-from dmq_ao.low_rank import LowRankCodes
 from dmq_ao.observers import ALL_OBSERVERS, quantize_weight
+from dmq_ao.records import WeightRecord
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 WEIGHTS = st.fixed_dictionaries(

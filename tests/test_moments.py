@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from dmq_ao.algorithms.moments import Moments, outputs, rows, windows
 from dmq_ao.graph import CONVOLUTIONS, LINEAR
-from dmq_ao.moments import Geometry, Moments, geometry, outputs, rows, windows
+from dmq_ao.graph.geometry import Geometry, geometry
 
 AXES = pytest.mark.parametrize("axes", [1, 2, 3])
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dmq_ao.benchmark import first_rows
-from dmq_ao.named import NAMED, STEPS, named_denoiser, noise_samples
+from dmq_ao.benchmarks.benchmark import first_rows
+from dmq_ao.benchmarks.named import NAMED, STEPS, named_denoiser, noise_samples
 
 pytest.importorskip("diffusers")
 

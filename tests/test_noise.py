@@ -3,7 +3,7 @@
 import torch
 
 from dmq_ao.graph import Signature
-from dmq_ao.noise import noise_tensors
+from dmq_ao.graph.noise import noise_tensors
 
 SIGNATURE = Signature(
     parameters=("x", "t", "extra"),

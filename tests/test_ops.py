@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmq_ao import numerics, ops
+from dmq_ao import numerics
+from dmq_ao.numerics import ops
 
 TIMESTEPS = torch.tensor([900.0, 500.0, 100.0])
 

@@ -92,14 +92,16 @@ def test_the_wheel_holds_the_data(pyproject: dict[str, Any]) -> None:
 
 
 def test_the_wheel_holds_the_kernels(pyproject: dict[str, Any]) -> None:
-    patterns = pyproject["tool"]["setuptools"]["package-data"]["dmq_ao.backends"]
-    packed = {path for pattern in patterns for path in (ROOT / "backends").glob(pattern)}
-    assert packed == {path for path in (ROOT / "backends").iterdir() if path.suffix not in {"", ".py"}} != set()
+    data = pyproject["tool"]["setuptools"]["package-data"]
+    rooms = {name: ROOT / "backends" / name.split(".")[2] for name in data if name.startswith("dmq_ao.backends.")}
+    packed = {path for name, room in rooms.items() for pattern in data[name] for path in room.glob(pattern)}
+    kernels = (path for path in (ROOT / "backends").rglob("*") if path.suffix not in {"", ".py", ".pyc"})
+    assert packed == set(kernels) != set()
 
 
 def test_the_command_exists(pyproject: dict[str, Any]) -> None:
     module, function = pyproject["project"]["scripts"]["dmq-ao"].split(":")
-    path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    path = ROOT.joinpath(*module.split("."), "__init__.py")
     assert path.is_file()
     tree = ast.parse(path.read_text(encoding="utf-8"))
     assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

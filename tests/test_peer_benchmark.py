@@ -12,12 +12,12 @@ from torch import Tensor
 
 import dmq_ao
 from dmq_ao import recipes
-from dmq_ao.backends import onednn
-from dmq_ao.benchmark import first_rows, run_benchmark
+from dmq_ao.backends.onednn import backend as onednn
+from dmq_ao.benchmarks.benchmark import first_rows, run_benchmark
+from dmq_ao.benchmarks.named import NAMED, Named
+from dmq_ao.benchmarks.peer_benchmark import Case, Ours, Padded, side_by_side, stored_bytes
+from dmq_ao.benchmarks.peers import COMPILED_FP32, PEERS, Artifact, Peer
 from dmq_ao.evaluation import folder_bytes
-from dmq_ao.evaluation.peers import COMPILED_FP32, PEERS, Artifact, Peer
-from dmq_ao.named import NAMED, Named
-from dmq_ao.peer_benchmark import Case, Ours, Padded, side_by_side, stored_bytes
 
 
 class Renamed(Plain):

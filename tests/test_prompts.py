@@ -18,8 +18,8 @@ from command_line import document, failure, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dmq_ao import diffusers_adapter
-from dmq_ao.prompts import told
+from dmq_ao.pipelines import adapter as diffusers_adapter
+from dmq_ao.pipelines.prompts import told
 
 QUICK = ("--steps", "3", "--samples", "8")
 

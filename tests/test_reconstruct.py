@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import state
-from dmq_ao.annotate import observers
+from dmq_ao.algorithms.layerwise import units_of
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.config import (
     ChannelScaling,
@@ -42,9 +41,10 @@ from dmq_ao.config import (
     StepWeights,
 )
 from dmq_ao.graph import graph_arguments
-from dmq_ao.reconstruct import units_of
+from dmq_ao.quantizer.quantizer import observers
+from dmq_ao.serialization import checkpoint as state
 
-module = importlib.import_module("dmq_ao.reconstruct")
+module = importlib.import_module("dmq_ao.algorithms.layerwise")
 minmax, dmq, default = dmq_ao.recipes.minmax, dmq_ao.recipes.dmq, dmq_ao.recipes.default
 MODELS = ["plain", "tiny_unet2d"]
 PUBLISHED = {"dmq": small(dmq("w4a8"), 4), "default": small(default("w4a8"), 4)}

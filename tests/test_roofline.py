@@ -8,9 +8,9 @@ import pytest
 from plain import Plain, flow, plain_samples, seeded
 
 from dmq_ao import recipes
-from dmq_ao.backends import onednn
+from dmq_ao.backends.onednn import backend as onednn
+from dmq_ao.benchmarks.roofline import int8_peak, integer_macs
 from dmq_ao.config import Override
-from dmq_ao.roofline import int8_peak, integer_macs
 
 PIXELS = 8 * 8
 CONV, TOKENS, MERGE = 16 * 16 * 9, 16 * 16, 32 * 16  # Plain's quantized layers; its first and last stay in float

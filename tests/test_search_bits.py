@@ -16,10 +16,7 @@ from tqdm.auto import tqdm
 
 import dmq_ao
 from dmq_ao import BitPlan, PowerOfTwo, recipes
-from dmq_ao.annotate import observers
-from dmq_ao.backends.onednn import has_vnni
-from dmq_ao.bit_errors import output_error, output_error_of_inputs, probe_of, weight_errors
-from dmq_ao.bit_plan import InputBits, LayerBits
+from dmq_ao.backends.onednn.backend import has_vnni
 from dmq_ao.config import (
     BitAllocation,
     ChannelScaling,
@@ -32,7 +29,10 @@ from dmq_ao.config import (
     Scorer,
     TensorConfig,
 )
+from dmq_ao.mixed_precision.bit_errors import output_error, output_error_of_inputs, probe_of, weight_errors
+from dmq_ao.mixed_precision.bit_plan import InputBits, LayerBits
 from dmq_ao.objectives import relative_error
+from dmq_ao.quantizer.quantizer import observers
 from dmq_ao.serialization.folder import TENSORS
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")

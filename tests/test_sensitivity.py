@@ -14,11 +14,13 @@ from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 import dmq_ao
-from dmq_ao import graph, numerics, ops, sensitivity
-from dmq_ao.annotate import PLAN, RECIPE, observers
+from dmq_ao import graph, numerics
 from dmq_ao.config import InvalidFile, PowerOfTwo, Protection, Recipe, TensorConfig
-from dmq_ao.layer import LayerPlan
-from dmq_ao.sensitivity import Sensitivity, choose, choose_inputs, forget, protect, sensitivities
+from dmq_ao.mixed_precision import sensitivity
+from dmq_ao.mixed_precision.sensitivity import Sensitivity, choose, choose_inputs, forget, protect, sensitivities
+from dmq_ao.numerics import ops
+from dmq_ao.quantizer.quantizer import PLAN, RECIPE, observers
+from dmq_ao.records import LayerPlan
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 STATE = "sensitivity.safetensors"

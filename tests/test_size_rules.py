@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dmq_ao import graph
-from dmq_ao.size_rules import broken, holds
+from dmq_ao.graph.size_rules import broken, holds
 
 sizes = st.integers(1, 99)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmq_ao.config import InvalidFile
-from dmq_ao.state import load_state, save_state
+from dmq_ao.serialization.checkpoint import load_state, save_state
 
 META = {"step": 3, "best": 0.25, "names": ["a", "b"]}
 

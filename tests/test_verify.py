@@ -12,10 +12,10 @@ from torch import nn
 
 import dmq_ao
 from dmq_ao.config import InvalidFile
+from dmq_ao.pipelines.verify import SIGNATURE, verify
 from dmq_ao.recipes import minmax
 from dmq_ao.serialization.folder import CONFIG, TENSORS
 from dmq_ao.serialization.manifest import MANIFEST
-from dmq_ao.verify import SIGNATURE, verify
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 

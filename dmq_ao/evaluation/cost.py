@@ -195,3 +195,8 @@ def _cpu_name() -> str:
             if key.strip() == "model name" and value.strip():
                 return value.strip()
     return platform.processor() or platform.machine() or "unknown"
+
+
+def float_bytes(denoiser: torch.nn.Module) -> int:
+    """Bytes of a denoiser's tensors in float32."""
+    return sum(4 * int(tensor.numel()) for tensor in denoiser.state_dict().values())

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dmq_ao import graph, ops
+from dmq_ao import graph
 from dmq_ao.config import Ranges
-from dmq_ao.layer import ActivationRecord, LayerPlan, LayerRecord
-from dmq_ao.values import VAL, Value
+from dmq_ao.graph.values import VAL, Value
+from dmq_ao.numerics import ops
+from dmq_ao.records import ActivationRecord, LayerPlan, LayerRecord
 
 _aten = torch.ops.aten
 _KINDS: dict[Any, str] = {

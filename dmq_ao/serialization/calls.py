@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmq_ao import graph, ops
+from dmq_ao import graph
 from dmq_ao.config import MAX_INPUT_BITS
+from dmq_ao.numerics import ops
 
 MAX_PIECES = 4096
 MAX_POWER = 4

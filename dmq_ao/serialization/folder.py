@@ -23,10 +23,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmq_ao import as_json
-from dmq_ao.arguments import unflatten_inputs
-from dmq_ao.config import InvalidFile, Recipe
-from dmq_ao.layer import LayerRecord
+from dmq_ao.config import InvalidFile, Recipe, as_json
+from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.records import LayerRecord
 from dmq_ao.serialization import manifest, meaning
 from dmq_ao.serialization.graph import read_dtype
 from dmq_ao.serialization.layers import layer_configs, layer_tensors, stored_layers

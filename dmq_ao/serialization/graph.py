@@ -23,8 +23,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from dmq_ao import graph
+from dmq_ao.graph.values import VAL, Value
 from dmq_ao.serialization import operators
-from dmq_ao.values import VAL, Value
 
 MAX_NODES = 40_000
 MAX_LIST = 10_000

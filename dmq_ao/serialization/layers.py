@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from dmq_ao import numerics
-from dmq_ao.as_json import typed
 from dmq_ao.config import Ranges
-from dmq_ao.layer import ActivationRecord, LayerRecord, WeightRecord, zero_point_dtype
-from dmq_ao.segments import pack_segments, unpack_segments
+from dmq_ao.config.as_json import typed
+from dmq_ao.numerics.segments import pack_segments, unpack_segments
+from dmq_ao.records import ActivationRecord, LayerRecord, WeightRecord, zero_point_dtype
 
 # What a layer's record takes in the file of tensors, after the layer's name.
 FIELDS = (

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmq_ao import as_json
-from dmq_ao.config import InvalidFile
+from dmq_ao.config import InvalidFile, as_json
 
 MANIFEST = "manifest.json"
 _FORMAT, _VERSION = "dmq_ao.manifest", 1

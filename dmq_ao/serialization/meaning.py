@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dmq_ao.config import MAX_BITS, MAX_INPUT_BITS, Ranges
 from dmq_ao.graph import TABLE
-from dmq_ao.layer import zero_point_dtype
-from dmq_ao.segments import segment_bytes
+from dmq_ao.numerics.segments import segment_bytes
+from dmq_ao.records import zero_point_dtype
 from dmq_ao.serialization.layers import FIELDS, StoredInput, StoredLayer
 
 _AXES = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "linear": 2, TABLE: 2}

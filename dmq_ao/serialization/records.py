@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dmq_ao.config import InvalidFile
-from dmq_ao.layer import LayerRecord
+from dmq_ao.records import LayerRecord
 from dmq_ao.serialization import meaning
 from dmq_ao.serialization.layers import FIELDS, StoredLayer, layer_outline, layer_record
 from dmq_ao.serialization.manifest import Manifest, sha256
@@ -96,6 +96,11 @@ class StoredRecords(Mapping[str, LayerRecord]):
             KeyError: for an unknown layer.
         """
         return self._outlines[name]
+
+    @property
+    def checksums(self) -> int:
+        """How many tensors of the file are known by a checksum of their own."""
+        return 0 if self._manifest is None else len(self._manifest.tensors)
 
     def tensor_names(self, name: str) -> list[str]:
         """The tensors of a layer's record in the file."""

@@ -11,9 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from dmq_ao import size_rules
-from dmq_ao.as_json import typed
-from dmq_ao.graph import Signature
+from dmq_ao.config.as_json import typed
+from dmq_ao.graph import Signature, size_rules
 from dmq_ao.serialization.folder import Stored
 from dmq_ao.serialization.operators import Forbidden, NotReadable
 

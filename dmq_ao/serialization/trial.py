@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmq_ao import graph
 from dmq_ao.config import InvalidFile
+from dmq_ao.graph.values import VAL, Value
 from dmq_ao.serialization import calls
-from dmq_ao.values import VAL, Value
 
 MAX_INPUT = 2**28
 """Elements of all example inputs together."""

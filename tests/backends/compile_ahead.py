@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dmq_ao.backends import triton_kernels, triton_matmul
-from dmq_ao.backends.cuda_weights import LANES
+from dmq_ao.backends.cuda import triton_kernels, triton_matmul
+from dmq_ao.backends.cuda.weights import LANES
 
 RESULT = ("*fp16", "*fp32", "*i32", "*fp32", "*i32", "*fp16", "*fp16")
 OF_FLOATS = ("*bf16", "constexpr", "constexpr", "*fp32", "constexpr", "*bf16", "*bf16")

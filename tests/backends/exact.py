@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from dmq_ao import graph, ops
-from dmq_ao.module import QuantizedDenoiser
-from dmq_ao.numerics import along
+from dmq_ao import graph
+from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.numerics import along, ops
 
 
 class Exact(Interpreter):

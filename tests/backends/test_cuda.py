@@ -21,10 +21,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import dmq_ao
 from dmq_ao import BitPlan, CalibrationSet, QuantizedDenoiser, UnsupportedByBackend, graph
-from dmq_ao.backends import choose, cuda, cuda_ops, cuda_tiles
-from dmq_ao.backends.cuda_tiles import Shape, Tile
+from dmq_ao.backends import choose
+from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import ops as cuda_ops
+from dmq_ao.backends.cuda import tiles as cuda_tiles
+from dmq_ao.backends.cuda.tiles import Shape, Tile
 from dmq_ao.backends.products import LOOK_UP
-from dmq_ao.bit_plan import LayerBits
+from dmq_ao.mixed_precision.bit_plan import LayerBits
 from dmq_ao.recipes import minmax
 from tests.backends.exact import run_exactly
 from tests.backends.one_layer import FLOAT, LAYERS, RECIPES, Net, calibrated, distance, everywhere, example, run

@@ -12,8 +12,12 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import CalibrationSet, QuantizedDenoiser, TensorConfig
-from dmq_ao.backends import MEASURED, cuda, cuda_measured, cuda_ops, cuda_tiles
-from dmq_ao.backends.cuda_tiles import Tile
+from dmq_ao.backends import MEASURED
+from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import measured as cuda_measured
+from dmq_ao.backends.cuda import ops as cuda_ops
+from dmq_ao.backends.cuda import tiles as cuda_tiles
+from dmq_ao.backends.cuda.tiles import Tile
 from dmq_ao.recipes import minmax
 from tests.backends.one_layer import distance, everywhere, run
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmq_ao import numerics
-from dmq_ao.backends.cuda_weights import LANES, KernelWeight, kernel_weight, pack_lanes, unpack_lanes
-from dmq_ao.layer import WeightRecord, shifted_codes
+from dmq_ao.backends.cuda.weights import LANES, KernelWeight, kernel_weight, pack_lanes, unpack_lanes
+from dmq_ao.records import WeightRecord, shifted_codes
 
 
 def weight_of(shape: tuple[int, ...], bits: int | list[int], symmetric: bool) -> WeightRecord:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import dmq_ao
-from dmq_ao.backends.onednn import has_vnni
-from dmq_ao.diffusers_adapter import load_pipeline, record_pipeline
+from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.pipelines.adapter import load_pipeline, record_pipeline
 from dmq_ao.recipes import minmax
 from tests.backends.exact import run_exactly
 

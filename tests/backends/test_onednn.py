@@ -12,8 +12,9 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import CalibrationSet, PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, TensorConfig, UnsupportedByBackend
-from dmq_ao.backends import choose, onednn, products
-from dmq_ao.backends.onednn import OneDNN
+from dmq_ao.backends import choose, products
+from dmq_ao.backends.onednn import backend as onednn
+from dmq_ao.backends.onednn.backend import OneDNN
 from dmq_ao.config import Granularity
 from dmq_ao.numerics import along, sqnr
 from dmq_ao.recipes import minmax

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.backends import onednn_fused
-from dmq_ao.backends.onednn import has_vnni
-from dmq_ao.compile import fastest, multiplies_bfloat16
+from dmq_ao.api.compile import fastest, multiplies_bfloat16
+from dmq_ao.backends.onednn import fused as onednn_fused
+from dmq_ao.backends.onednn.backend import has_vnni
 from dmq_ao.config import Ranges
 from dmq_ao.numerics import along
 from dmq_ao.recipes import minmax

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao import PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, graph, ops
-from dmq_ao.backends import onednn_measured
-from dmq_ao.backends.onednn_measured import FloatProduct, Timing
+from dmq_ao import PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, graph
+from dmq_ao.backends.onednn import measured as onednn_measured
+from dmq_ao.backends.onednn.measured import FloatProduct, Timing
+from dmq_ao.numerics import ops
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
 from tests.backends.one_layer import FLOAT, calibrated, everywhere, example, run

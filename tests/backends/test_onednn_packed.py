@@ -14,12 +14,12 @@ from torch.fx import Graph, GraphModule
 
 import dmq_ao
 from dmq_ao import PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, graph
-from dmq_ao.backends import onednn_packed
-from dmq_ao.compile import fastest, multiplies_bfloat16
-from dmq_ao.layer import PackedWeight, shifted_codes
+from dmq_ao.api.compile import fastest, multiplies_bfloat16
+from dmq_ao.backends.onednn import packed as onednn_packed
 from dmq_ao.numerics import code_range
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
+from dmq_ao.records import PackedWeight, shifted_codes
 from tests.backends.one_layer import FLOAT, LAYERS, VOTES, calibrated, everywhere, example, run
 from tests.backends.test_onednn import Small, needs_vnni
 from tests.plain import contents, relative
@@ -246,7 +246,7 @@ def test_one_compilation_serves_all_shapes(bits: str, compiler: str) -> None:
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
 def test_the_plan_of_max_puts_float32_linears_on_the_int4_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmq_ao.backends.onednn_fused.load_kernels", lambda: None)
+    monkeypatch.setattr("dmq_ao.backends.onednn.fused.load_kernels", lambda: None)
     plain, packed = pair(Wide(), minmax("w4a16"))
     code = packed.graph_module.code
     fast = fastest(packed.graph_module)

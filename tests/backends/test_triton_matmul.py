@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from interpreted import DEVICE, HALVES, needs_triton
 from torch import Tensor
 
-from dmq_ao.backends import cuda_ops
-from dmq_ao.backends.cuda_tiles import Tile
-from dmq_ao.backends.cuda_weights import kernel_weight
-from dmq_ao.layer import WeightRecord, shifted_codes
+from dmq_ao.backends.cuda import ops as cuda_ops
+from dmq_ao.backends.cuda.tiles import Tile
+from dmq_ao.backends.cuda.weights import kernel_weight
 from dmq_ao.numerics import along
+from dmq_ao.records import WeightRecord, shifted_codes
 from tests.backends.test_cuda_weights import weight_of
 
 pytestmark = needs_triton
@@ -35,7 +35,7 @@ slowly = settings(max_examples=25, deadline=None)
 
 def using(tile: Tile) -> Any:
     """Have kernels take this tile: the interpreter computes whole ones, so they should be small."""
-    return mock.patch("dmq_ao.backends.cuda_tiles.choose", return_value=tile)
+    return mock.patch("dmq_ao.backends.cuda.tiles.choose", return_value=tile)
 
 
 @pytest.fixture(autouse=True)
@@ -290,7 +290,7 @@ def executed(code: str, packed: int, middle: int) -> int:
 
 @given(st.sampled_from([2, 4]), st.binary(min_size=4, max_size=4), st.binary(min_size=4, max_size=4))
 def test_machine_code_unpacks_as_the_interpreter_does(bits: int, packed: bytes, middles: bytes) -> None:
-    from dmq_ao.backends import triton_kernels
+    from dmq_ao.backends.cuda import triton_kernels
 
     codes = [getattr(triton_kernels, f"_{bits}_{place}").value for place in range(8 // bits)]
     middle = bytes(byte % 2**bits for byte in middles)

@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dmq_ao.calibration import CalibrationSet, Recorder, record, samples
-from dmq_ao.calibration.record import _even_share
 from dmq_ao.config import InvalidFile, MissingStatistics
+from dmq_ao.samples import CalibrationSet, Recorder, record
+from dmq_ao.samples import calibration_set as samples
+from dmq_ao.samples.record import _even_share
 
 
 class Denoiser(nn.Module):

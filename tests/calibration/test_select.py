@@ -15,19 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.calibration import CalibrationSet, record
-from dmq_ao.calibration.select import (
-    apportion,
-    counts_of,
-    deal,
-    normal_weights,
-    pair_sums,
-    reference_counts,
-    tdac_scores,
-)
-from dmq_ao.calibration.tap import MAX_POSITIONS, as_features, find_tap
 from dmq_ao.config import Selection, SelectMethod
-from dmq_ao.diffusers_adapter import record_pipeline, sample
+from dmq_ao.pipelines.adapter import record_pipeline, sample
+from dmq_ao.samples import CalibrationSet, record
+from dmq_ao.samples.select import apportion, counts_of, deal, normal_weights, pair_sums, reference_counts, tdac_scores
+from dmq_ao.samples.tap import MAX_POSITIONS, as_features, find_tap
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 TDAC = Selection(SelectMethod.TDAC, pilot=4)

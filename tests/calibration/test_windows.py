@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.calibration import CalibrationSet, Recorder, record
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
-from dmq_ao.diffusers_adapter import record_pipeline, sample
+from dmq_ao.pipelines.adapter import record_pipeline, sample
+from dmq_ao.samples import CalibrationSet, Recorder, record
 
 fast = settings(max_examples=60, deadline=None, derandomize=True)
 

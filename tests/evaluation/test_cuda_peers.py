@@ -7,10 +7,10 @@ import torch
 from plain import relative
 from torch import Tensor, nn
 
-from dmq_ao.evaluation.cuda_peers import COMPILED_BF16, CUDA_PEERS
-from dmq_ao.evaluation.peer_table import peer_rows
-from dmq_ao.evaluation.peers import chosen_peers
-from dmq_ao.peer_benchmark import peers_on
+from dmq_ao.benchmarks.cuda_peers import COMPILED_BF16, CUDA_PEERS
+from dmq_ao.benchmarks.peer_benchmark import peers_on
+from dmq_ao.benchmarks.peer_table import peer_rows
+from dmq_ao.benchmarks.peers import chosen_peers
 
 ON_A_CPU_TOO = {"CUDA bf16": 0.02, "CUDA bf16 compiled": 0.02, "CUDA torchao int8 weights": 0.05}
 

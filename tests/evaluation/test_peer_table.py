@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dmq_ao.evaluation.peer_table import peak_share, peer_notes, peer_rows
+from dmq_ao.benchmarks.peer_table import peak_share, peer_notes, peer_rows
 
 MIB = 2**20
 

@@ -10,10 +10,10 @@ import torch
 from plain import Plain as Denoiser
 from plain import plain_samples, relative, seeded
 
-from dmq_ao.benchmark import first_rows
-from dmq_ao.evaluation import peers
-from dmq_ao.evaluation.peers import PEERS, MissingPackage, Peer, check_installed, chosen_peers
-from dmq_ao.peer_benchmark import Case
+from dmq_ao.benchmarks import peers
+from dmq_ao.benchmarks.benchmark import first_rows
+from dmq_ao.benchmarks.peer_benchmark import Case
+from dmq_ao.benchmarks.peers import PEERS, MissingPackage, Peer, check_installed, chosen_peers
 
 TOLERANCE = {"int8": 0.15, "fp32": 1e-5, "bf16": 0.02}  # by the first of these words in the name
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dmq_ao import ops
 from dmq_ao.config import MissingStatistics, PowerOfTwo, Ranges, TensorConfig
-from dmq_ao.layer import ActivationRecord
-from dmq_ao.numerics import choose_qparams, fake_quantize
+from dmq_ao.numerics import choose_qparams, fake_quantize, ops
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, candidate_errors, elect
 from dmq_ao.observers.power_of_two import ballots
+from dmq_ao.records import ActivationRecord
 
 LAYER = "mid_block.attentions.0.to_q"
 TIMESTEPS = [900, 500, 100]

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from dmq_ao.config import Granularity, TensorConfig
-from dmq_ao.layer import WeightRecord
 from dmq_ao.observers import ALL_OBSERVERS, MSE, MinMax, RangeEstimator, WeightObserver, quantize_weight
+from dmq_ao.records import WeightRecord
 
 LAYER = "down_blocks.0.resnets.1.conv1"
 GROUPS = {Granularity.PER_TENSOR: None, Granularity.PER_CHANNEL: None, Granularity.PER_GROUP: 6}

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import dmq_ao
-from dmq_ao import graph, ops
-from dmq_ao.annotate import attention_observers
-from dmq_ao.blocks import find_blocks
+from dmq_ao import graph
+from dmq_ao.algorithms.blocks import find_blocks
+from dmq_ao.algorithms.blockwise import BlockStudent
 from dmq_ao.config import AttentionConfig, Recipe
 from dmq_ao.graph import graph_arguments
-from dmq_ao.learn_blocks import BlockStudent
+from dmq_ao.numerics import ops
 from dmq_ao.observers import AttentionObserver
 from dmq_ao.passes import decompose_attention
+from dmq_ao.quantizer.quantizer import attention_observers
 
 MODELS = ["tiny_unet2d", "tiny_unet2d_condition", "tiny_dit"]
 pytestmark = pytest.mark.usefixtures("captures_are_shared")

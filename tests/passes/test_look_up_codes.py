@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao import graph, numerics, ops, recipes
-from dmq_ao.annotate import TUNED
+from dmq_ao import graph, numerics, recipes
 from dmq_ao.config import Distillation, Override, Recipe, TensorConfig
+from dmq_ao.numerics import ops
 from dmq_ao.passes import look_up_codes
+from dmq_ao.quantizer.quantizer import TUNED
 
 EMBEDDINGS = recipes.minmax("w4a8", embeddings=True)
 

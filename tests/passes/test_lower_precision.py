@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
 
 import dmq_ao
-from dmq_ao import ops
-from dmq_ao.backends.onednn import has_vnni
+from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.numerics import ops
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
 from tests.plain import Plain, flow, plain_samples, relative, seeded

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao import graph
+from dmq_ao.graph.roles import roles_of
 from dmq_ao.passes import split_concat
-from dmq_ao.roles import roles_of
 
 aten = torch.ops.aten
 

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
+from dmq_ao.graph.values import VAL, Value, describe, value_of
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import operators
 from dmq_ao.serialization.graph import NotStorable
 from dmq_ao.serialization.operators import Forbidden, NotReadable
-from dmq_ao.values import VAL, Value, describe, value_of
 
 aten = torch.ops.aten
 

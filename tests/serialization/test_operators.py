@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao import ops  # noqa: F401  registers our operators
-from dmq_ao.arguments import flatten_inputs
+from dmq_ao.graph.arguments import flatten_inputs
+from dmq_ao.numerics import ops  # noqa: F401  registers our operators
 from dmq_ao.recipes import minmax
 from dmq_ao.serialization import operators
 

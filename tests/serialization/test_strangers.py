@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao.config import InvalidFile, Ranges
-from dmq_ao.diffusers_adapter import load_pipeline
+from dmq_ao.pipelines.adapter import load_pipeline
 from dmq_ao.recipes import minmax
 from dmq_ao.serialization import signature
 from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS

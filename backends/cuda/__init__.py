@@ -1,0 +1,1 @@
+"""Triton kernels on NVIDIA GPUs: int8 products of packed weights."""

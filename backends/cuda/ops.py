@@ -1,0 +1,133 @@
+"""The operators of a graph lowered to CUDA: ``dmq_ao::cuda_linear``, ``cuda_conv`` and ``signed_codes``.
+
+They are opaque to the compiler and need no value from the device, so a compiled graph has no breaks and can be a CUDA
+graph. Triton is imported when one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_WEIGHT = (
+    "Tensor? scale, Tensor? zero_point, Tensor[] packed, int[] widths, Tensor? order, Tensor middle, Tensor? shifts,"
+    " Tensor sums, Tensor weight_scale, Tensor? bias, Tensor? residual"
+)
+_library = torch.library.Library("dmq_ao", "FRAGMENT")
+_library.define(f"cuda_linear(Tensor codes, {_WEIGHT}, ScalarType dtype) -> Tensor")
+_library.define(f"library_linear(Tensor codes, {_WEIGHT}, ScalarType dtype) -> Tensor")
+_library.define(
+    f"cuda_conv(Tensor codes, {_WEIGHT}, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
+    " ScalarType dtype) -> Tensor"
+)
+_library.define("signed_codes(Tensor codes) -> Tensor")
+_library.define(
+    "float8_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
+    " -> Tensor"
+)
+
+
+def _signed_codes(codes: Tensor) -> Tensor:
+    return (codes.to(torch.int16) - 128).to(torch.int8)
+
+
+def _float8_linear(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    rows = scale.reshape(-1, *[1] * (codes.dim() - 2)).expand(codes.shape[:-1]).reshape(-1, 1)
+    flat = codes.reshape(-1, codes.shape[-1])
+    # The product by rows and columns of scales is there in bfloat16 only, which is finer than any float8.
+    y = torch._scaled_mm(flat, weight.t(), rows.contiguous(), weight_scale[None], out_dtype=torch.bfloat16)
+    y = y.to(dtype).reshape(*codes.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+def _linear(codes: Tensor, *given: Any, library: bool) -> Tensor:
+    from dmq_ao.backends.cuda.triton_matmul import Product, library_takes, multiply
+
+    scale, zero_point, *operands, residual, dtype = given
+    flat = codes.reshape(-1, codes.shape[-1]).contiguous()
+    added = None if residual is None else residual.reshape(len(flat), -1).contiguous()
+    product = Product._make([flat, _whole(scale), _whole(zero_point), *operands, added])
+    y = multiply(product, codes.shape[0], len(flat), None, 1, dtype, by_library=library and library_takes(product))
+    return y.reshape(*codes.shape[:-1], -1)
+
+
+def _conv(codes: Tensor, *given: Any) -> Tensor:
+    from dmq_ao.backends.cuda.triton_matmul import Product, multiply
+
+    scale, zero_point, *operands, residual, kernel_size, stride, padding, dilation, dtype = given
+    items, high, wide = len(codes), *_out_size(codes, kernel_size, stride, padding, dilation)
+    added = None if residual is None else _pixels(residual).flatten(0, 2)
+    product = Product._make([_pixels(codes), _whole(scale), _whole(zero_point), *operands, added])
+    geometry = (*kernel_size, *stride, *padding, *dilation)
+    y = multiply(product, items, items * high * wide, geometry, wide, dtype)
+    return y.reshape(items, high, wide, -1).movedim(-1, 1)
+
+
+def _whole(qparams: Tensor | None) -> Tensor | None:
+    return None if qparams is None else qparams.contiguous()
+
+
+def _pixels(images: Tensor) -> Tensor:
+    """[N, C, H, W] as contiguous [N, H, W, C]; a view where it is laid out channels last."""
+    return images.movedim(1, -1).contiguous()
+
+
+def _out_size(
+    codes: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    sizes = zip(codes.shape[2:], kernel_size, stride, padding, dilation, strict=True)
+    high, wide = ((size + 2 * pad - dil * (taps - 1) - 1) // step + 1 for size, taps, step, pad, dil in sizes)
+    return high, wide
+
+
+def _fake_linear(codes: Tensor, *given: object) -> Tensor:
+    weight_scale, dtype = given[8], given[-1]
+    assert isinstance(weight_scale, Tensor)
+    assert isinstance(dtype, torch.dtype)
+    return codes.new_empty((*codes.shape[:-1], weight_scale.shape[0]), dtype=dtype)
+
+
+def _fake_conv(codes: Tensor, *given: object) -> Tensor:
+    weight_scale, geometry, dtype = given[8], given[11:15], given[-1]
+    assert isinstance(weight_scale, Tensor)
+    assert isinstance(dtype, torch.dtype)
+    high, wide = _out_size(codes, *geometry)  # type: ignore[arg-type]
+    return codes.new_empty((codes.shape[0], high, wide, weight_scale.shape[0]), dtype=dtype).movedim(-1, 1)
+
+
+_library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
+_library.impl("float8_linear", _float8_linear, "CompositeImplicitAutograd")
+for _key in ("CUDA", "CPU"):  # the CPU: for Triton's interpreter
+    _library.impl("cuda_linear", partial(_linear, library=False), _key)
+    _library.impl("library_linear", partial(_linear, library=True), _key)
+    _library.impl("cuda_conv", _conv, _key)
+torch.library.register_fake("dmq_ao::cuda_linear", _fake_linear)
+torch.library.register_fake("dmq_ao::library_linear", _fake_linear)
+torch.library.register_fake("dmq_ao::cuda_conv", _fake_conv)
+
+signed_codes = torch.ops.dmq_ao.signed_codes.default
+"""uint8 codes less 128, as int8: what tensor cores multiply."""
+float8_linear = torch.ops.dmq_ao.float8_linear.default
+"""Real values [B, ..., out] of float8 codes [B, ..., in] times float8 codes [out, in], by ``torch._scaled_mm``.
+
+``scale`` has one entry or one per row of axis 0, ``weight_scale`` one per output.
+"""
+cuda_linear = torch.ops.dmq_ao.cuda_linear.default
+"""Real values [B, ..., out] of signed codes [B, ..., in] times a ``cuda_weights.KernelWeight``.
+
+Floats of 16 bits may stand in the place of the codes; then there is no scale, and no zero point.
+"""
+library_linear = torch.ops.dmq_ao.library_linear.default
+"""The same, with the sums of codes that take a byte made by PyTorch where it knows the sizes."""
+cuda_conv = torch.ops.dmq_ao.cuda_conv.default
+"""Real values [B, out, H, W], channels last, of a convolution of signed codes; pixels outside are real zeros."""

@@ -1,0 +1,1 @@
+"""Int8 products on CPUs: oneDNN through PyTorch, and our own fused operators."""

@@ -1,0 +1,1 @@
+"""What calibration learns, a file an algorithm."""

@@ -1,0 +1,290 @@
+"""What one block learns: all its roundings and activation steps together (EDA-DM, arXiv 2401.04585; BRECQ, QDrop).
+
+One forward pass of the quantized block gives its output and those of the layers inside; the loss is the fine-grained
+error against the float block on float inputs. A part of the samples is held out and decides, with hard codes, whether
+anything is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from dmq_ao import graph, numerics
+from dmq_ao.algorithms.blocks import Block, run_block
+from dmq_ao.algorithms.rounding import CHECK_EVERY, fitted
+from dmq_ao.config import BlockReconstruction, Ranges
+from dmq_ao.graph.geometry import geometry
+from dmq_ao.objectives import Compared, StepWeighting, fine_grained_error, rounding_regularizer, temperature
+from dmq_ao.observers import ActivationObserver
+from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
+from dmq_ao.observers.channel_scale import spread
+from dmq_ao.quantizer.quantizer import attention_observers, float_bias, float_weight, observers
+from dmq_ao.records import WeightRecord
+
+# A weight starts no closer to a rounding border than this, in steps: its nearest code is the one decided.
+_NEAREST = 0.49
+Given = Mapping[Node, Any]
+
+
+@dataclass(frozen=True)
+class BlockLearning:
+    """Held-out error of a block's output, relative, before and after, and the gradient steps taken."""
+
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class BlockData:
+    """What a block is shown.
+
+    Attributes:
+        student: values of the block's inputs in the network as quantized so far, for chosen samples [M], ascending.
+        teacher: likewise in the float network.
+        step: [N] place of each sample on the sampler's list of steps.
+        steps: length of that list.
+        held: [N] bool, samples that nothing is fitted to.
+    """
+
+    student: Callable[[Tensor], dict[Node, Any]]
+    teacher: Callable[[Tensor], dict[Node, Any]]
+    step: Tensor
+    steps: int
+    held: Tensor
+
+
+def scaled_weight(prepared: GraphModule, node: Node, activation: ActivationObserver | None) -> Tensor:
+    """A layer's float weight [out, ...] in float32, its input's learned channel scale multiplied in."""
+    weight = float_weight(prepared, node).float()
+    scale = None if activation is None else activation.record().channel_scale
+    if scale is None:
+        return weight
+    factors = spread(scale.to(weight.device), len(weight), weight[0, 0].numel(), geometry(node, weight).groups)
+    return weight * factors.reshape(weight.shape)
+
+
+class _Weight:
+    """Learned rounding of one weight, on the grid that was decided; starts at the codes that were decided."""
+
+    def __init__(self, weight: Tensor, record: WeightRecord) -> None:
+        self.record = record
+        groups = record.scale.shape[1]
+        scale, zero_point = (
+            t.repeat_interleave(weight[0].numel() // groups, 1).float() for t in (record.scale, record.zero_point)
+        )
+        codes = record.codes.flatten(1).float()
+        away = (weight.flatten(1) / scale + zero_point - codes).clamp(-_NEAREST, _NEAREST)
+        self.weight = (codes + away - zero_point) * scale
+        self.grid = (scale, zero_point, record.bits, record.symmetric)
+        self.logits = initial_logits(self.weight, scale).requires_grad_()
+
+    def soft(self) -> Tensor:
+        scale, zero_point = self.grid[:2]
+        codes = soft_codes(self.weight, self.logits, *self.grid)
+        return numerics.dequantize(codes, scale, zero_point).reshape(self.record.codes.shape)
+
+    def hard(self) -> WeightRecord:
+        codes = hard_codes(self.weight, self.logits.detach(), *self.grid)
+        return replace(self.record, codes=codes.reshape(self.record.codes.shape).to(self.record.codes.dtype))
+
+
+class BlockStudent:
+    """A quantized block whose roundings and activation steps are free.
+
+    Attributes:
+        logits: by layer, in the shape of its flattened weight.
+        log_factors: by the layer that an observer is named after, [rows]: logarithm of what its steps are times.
+    """
+
+    def __init__(self, prepared: GraphModule, block: Block, config: BlockReconstruction) -> None:
+        """Free parameters start where calibration left them. Observers of layers before the block are not touched."""
+        self.prepared, self.block, self.config = prepared, block, config
+        nodes, watchers = graph.layer_nodes(prepared), observers(prepared)
+        owners: dict[int, str] = {}
+        for name, (_, activation) in watchers.items():
+            owners.setdefault(id(activation), name)
+        self.names = {nodes[name]: name for name in block.layers}
+        self.watchers = {name: watchers[name][1] for name in block.layers}
+        self._attention = attention_observers(prepared)
+        self.bias = {}
+        self._weights = {}
+        self.log_factors: dict[str, Tensor] = {}
+        self._factor_of: dict[str, Tensor] = {}
+        for name in block.layers:
+            weight, activation = watchers[name]
+            assert weight.decided is not None
+            self.bias[name] = float_bias(prepared, nodes[name]) if weight.bias is None else weight.bias
+            self._weights[name] = _Weight(scaled_weight(prepared, nodes[name], activation), weight.decided)
+            if activation is None or activation.config.ranges is Ranges.DYNAMIC or not config.lr_activation:
+                continue
+            owner = owners[id(activation)]
+            if owner in block.layers:
+                factor = torch.zeros_like(activation.record().scale, device=self._weights[name].weight.device)
+                factor = self.log_factors.setdefault(owner, factor.requires_grad_())
+                self._factor_of[name] = factor
+        self.logits = {name: one.logits for name, one in self._weights.items()}
+
+    def run(self, given: Given, generator: torch.Generator | None = None) -> dict[Node, Tensor]:
+        """Outputs and inner outputs with soft roundings; ``generator`` draws the input elements that stay in float."""
+        return self._run(given, lambda name: self._weights[name].soft(), generator)
+
+    def predict(self, given: Given, weights: Mapping[str, WeightRecord]) -> dict[Node, Tensor]:
+        """Outputs with the codes ``weights`` and the activation steps as they stand."""
+        return self._run(given, lambda name: weights[name].dequantize(), None)
+
+    def _run(
+        self, given: Given, weight_of: Callable[[str], Tensor], generator: torch.Generator | None
+    ) -> dict[Node, Tensor]:
+        def layer(node: Node, args: list[Any], seen: Given) -> Any:
+            if node in self._attention:
+                return self._dropped(args[0], self._attention[node].simulate(args[0]), generator)
+            name = self.names[node]
+            x = self._input(name, node, args[0], seen, generator)
+            bias = self.bias[name]
+            values = weight_of(name).to(args[1])
+            return node.target(x, values, None if bias is None else bias.to(values), *args[3:])  # type: ignore[operator]
+
+        return run_block(self.prepared, self.block, given, layer, _compared(self.block))
+
+    def _input(self, name: str, node: Node, x: Tensor, seen: Given, generator: torch.Generator | None) -> Tensor:
+        activation = self.watchers[name]
+        if activation is None:
+            return x
+        timestep = _timestep(node, seen)
+        factor = self._factor_of.get(name)
+        if factor is None:
+            values = activation.straight_through(x, timestep)
+        else:
+            values = activation.adjustable(x, timestep, factor.exp())
+        return self._dropped(activation.scaled(x), values, generator)
+
+    def _dropped(self, x: Tensor, values: Tensor, generator: torch.Generator | None) -> Tensor:
+        """QDrop: a share of the elements stays in float while there is a generator to draw them."""
+        if generator is None or not self.config.drop:
+            return values
+        dropped = torch.rand(x.shape, generator=generator).to(x.device) < self.config.drop
+        return torch.where(dropped, x.to(values), values)
+
+    def hard(self) -> dict[str, WeightRecord]:
+        """The codes that the roundings stand for."""
+        return {name: one.hard() for name, one in self._weights.items()}
+
+
+def _timestep(node: Node, given: Given) -> Tensor | None:
+    """What the observer of a layer's input is given beside it."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    extra = source.args[1] if source.op == "call_module" and len(source.args) > 1 else None
+    return given[extra] if isinstance(extra, Node) else None
+
+
+def _compared(block: Block) -> list[Node]:
+    return list(dict.fromkeys(node for node, _ in (*block.outputs, *block.inner)))
+
+
+def teacher_of(prepared: GraphModule, block: Block, given: Given) -> dict[Node, Tensor]:
+    """Outputs and inner outputs of the float block; without gradient."""
+
+    def layer(node: Node, args: list[Any], seen: Given) -> Any:
+        return args[0] if node.op == "call_module" else node.target(*args)  # type: ignore[operator]
+
+    with torch.no_grad():
+        return run_block(prepared, block, given, layer, _compared(block))
+
+
+def block_error(
+    block: Block, student: Mapping[Node, Tensor], teacher: Mapping[Node, Tensor], layer_weight: float
+) -> Tensor:
+    """Fine-grained error [B] of a block."""
+    outputs, inner = (
+        [Compared(student[node].float(), teacher[node].float(), axis) for node, axis in nodes]
+        for nodes in (block.outputs, block.inner)
+    )
+    return fine_grained_error(outputs, inner, layer_weight)
+
+
+def learn_block(
+    prepared: GraphModule, block: Block, data: BlockData, config: BlockReconstruction, generator: torch.Generator
+) -> tuple[BlockLearning, dict[str, WeightRecord], dict[str, Tensor]]:
+    """Learn a block.
+
+    Args:
+        prepared: the graph; nothing of it is changed.
+        block: whose layers have been decided.
+        data: its samples.
+        config: of the learning.
+        generator: draws batches and dropped elements.
+
+    Returns:
+        What came of it; the codes by layer, and the factors [rows] of the activation steps by the layer that their
+        observer is named after: both empty where what was there is no worse on held-out samples.
+    """
+    student = BlockStudent(prepared, block, config)
+    logits, factors = list(student.logits.values()), list(student.log_factors.values())
+    groups = [{"params": logits, "lr": config.lr}]
+    if factors:
+        groups.append({"params": factors, "lr": config.lr_activation})
+    optimizer = torch.optim.Adam(groups)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
+    weighting = StepWeighting(config.step_weights, data.steps)
+    fit = fitted(data.held)
+    before = best = _held_out_error(student, data, student.hard())
+    kept: tuple[dict[str, WeightRecord], dict[str, Tensor]] = ({}, {})
+    patience, taken = config.patience, 0
+    for taken in range(1, config.steps + 1):
+        chosen = fit[torch.randperm(len(fit), generator=generator)[: config.batch_size]].sort().values
+        wanted = data.teacher(chosen)
+        teacher = teacher_of(prepared, block, wanted)
+        given = _mixed(data.student(chosen), wanted, config.mix, generator)
+        error = block_error(block, student.run(given, generator), teacher, config.layer_weight)
+        loss = (weighting(error, data.step[chosen]) * error).mean()
+        if config.regularizer and taken > config.warmup * config.steps:
+            beta = temperature(taken, config.steps, config.warmup)
+            loss = loss + config.regularizer * sum(rounding_regularizer(soft_round(one), beta) for one in logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if taken % CHECK_EVERY == 0 or taken == config.steps:
+            codes = student.hard()
+            now = _held_out_error(student, data, codes)
+            patience = config.patience if now < best else patience - 1
+            if now < best:
+                best = now
+                kept = codes, {name: one.detach().exp() for name, one in student.log_factors.items()}
+            if patience == 0:
+                break
+    return BlockLearning(before, best, taken), *kept
+
+
+def _mixed(student: Given, teacher: Given, share: float, generator: torch.Generator) -> dict[Node, Any]:
+    """The student's inputs with a ``share`` of their elements from the teacher's, wherever the two differ."""
+    mixed = dict(student)
+    for node, value in student.items():
+        other = teacher[node]
+        if not share or not isinstance(value, Tensor) or not value.is_floating_point() or torch.equal(value, other):
+            continue
+        floats = torch.rand(value.shape, generator=generator).to(value.device) < share
+        mixed[node] = torch.where(floats, other, value)
+    return mixed
+
+
+def _held_out_error(student: BlockStudent, data: BlockData, weights: Mapping[str, WeightRecord]) -> float:
+    """Mean error of the block's output relative to the teacher's; hard codes, nothing dropped or mixed."""
+    block, errors = student.block, []
+    with torch.no_grad():
+        for chosen in torch.nonzero(data.held)[:, 0].split(student.config.batch_size):
+            teacher = teacher_of(student.prepared, block, data.teacher(chosen))
+            error = block_error(block, student.predict(data.student(chosen), weights), teacher, 0.0)
+            nothing = {node: torch.zeros_like(value) for node, value in teacher.items()}
+            errors.append(error / block_error(block, nothing, teacher, 0.0).clamp_min(1e-20))
+    found = float(torch.cat(errors).mean())
+    return found if math.isfinite(found) else math.inf

@@ -1,0 +1,350 @@
+"""The last stage, over the whole denoiser: what stays in float learns to make up for the codes.
+
+Learned are the weights' scales, biases, norms, embeddings and layers kept in float: a few numbers, so a few samples
+are enough; the loss is the error of the denoiser's output, so errors that layers hand on to each other cancel. Codes
+may move too, by low-rank updates, and features count beside the output, over windows of a trajectory (MPQ-DM). None of
+it costs anything at run time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from tqdm.auto import tqdm
+
+from dmq_ao import graph, numerics
+from dmq_ao.algorithms.blockwise import scaled_weight
+from dmq_ao.algorithms.low_rank import LowRankCodes
+from dmq_ao.algorithms.relations import Relations, Watched
+from dmq_ao.algorithms.rounding import fitted
+from dmq_ao.config import Distillation
+from dmq_ao.objectives import relative_error
+from dmq_ao.quantizer.quantizer import TUNED, attention_observers, float_bias, observers, tables
+from dmq_ao.records import with_positive_scale
+from dmq_ao.serialization.checkpoint import load_state, save_state
+
+WARMUP_STEPS = 10
+SAVE_EVERY = 10
+CHECK_BATCH = 4
+# A tensor of zeros would never move by steps in proportion to its size.
+SMALLEST_SIZE = 1e-3
+
+
+@dataclass(frozen=True)
+class DistillationReport:
+    """Held-out error of the denoiser's output, relative, before and after, and the gradient steps taken."""
+
+    before: float
+    after: float
+    steps: int
+
+
+class _Dequantized(torch.autograd.Function):
+    """A weight from its codes, with a gradient for ``scale`` [out, groups] alone; keeps codes, not their floats."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor, codes: Tensor, zero_point: Tensor) -> Tensor:
+        ctx.save_for_backward(codes, zero_point)
+        grouped = codes.reshape(*scale.shape, -1)
+        return numerics.dequantize(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        codes, zero_point = ctx.saved_tensors
+        grouped = codes.reshape(*zero_point.shape, -1).float() - zero_point.unsqueeze(-1)
+        return (gradients[0].reshape(grouped.shape) * grouped).sum(-1), None, None
+
+
+class Student(Interpreter):
+    """The quantized denoiser with its float numbers as free parameters.
+
+    ``parameters`` holds ``<layer>|scale`` [out, groups], ``<layer>|bias`` [out], ``<layer>|up`` [out, rank] and
+    ``<layer>|down`` [rank, K] of codes that move, and ``float|<target>`` for tensors of the graph itself, all float32.
+    """
+
+    def __init__(self, prepared: GraphModule, rank: int = 0, seed: int = 0) -> None:
+        """Parameters start where calibration left them.
+
+        Args:
+            prepared: calibrated.
+            rank: of the updates of the weights' codes; 0 fixes them.
+            seed: of the updates' second factors.
+        """
+        super().__init__(prepared)
+        self.prepared = prepared
+        self.watchers, self.attention = observers(prepared), attention_observers(prepared)
+        nodes = graph.layer_nodes(prepared)
+        self.names = {nodes[name]: name for name in self.watchers}
+        self.tables = {graph.weight_of(nodes[name]): table for name, table in tables(prepared).items()}
+        signature = graph.signature_of(prepared)
+        self.timestep = graph.placeholders(prepared).get(signature.timestep or "")
+        # The timestep is read by every per-step range, at any place in the graph.
+        self.garbage_collect_values = False
+        self.parameters: dict[str, Tensor] = {}
+        self.low_rank: dict[str, LowRankCodes] = {}
+        generator = torch.Generator().manual_seed(seed)
+        own = set()
+        for node, name in self.names.items():
+            weight, activation = self.watchers[name]
+            assert weight.decided is not None
+            self.parameters[f"{name}|scale"] = weight.decided.scale.clone()
+            if rank:
+                self.low_rank[name] = LowRankCodes(scaled_weight(prepared, node, activation), weight.decided)
+                up, down = self.low_rank[name].factors(rank, generator)
+                self.parameters |= {f"{name}|up": up, f"{name}|down": down}
+            bias = float_bias(prepared, node) if weight.bias is None else weight.bias
+            if bias is not None:
+                self.parameters[f"{name}|bias"] = bias.float().clone()
+            own |= {arg for arg in node.all_input_nodes if arg.op == "get_attr"}
+            own |= {source for arg in node.all_input_nodes for source in arg.all_input_nodes if arg is node.args[1]}
+        for node in prepared.graph.nodes:
+            if node.op == "get_attr" and node not in own:
+                tensor = graph.attribute(prepared, node)
+                if isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point():
+                    self.parameters[f"float|{node.target}"] = tensor.detach().float().clone()
+        self.sizes = {k: max(float(p.square().mean().sqrt()), SMALLEST_SIZE) for k, p in self.parameters.items()}
+        self.sizes |= {f"{name}|up": 1.0 for name in self.low_rank}
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(True)
+
+    def run_node(self, n: Node) -> Any:
+        """One node; quantized layers and float parameters are ours."""
+        if n in self.attention:
+            return self.attention[n].simulate(self.env[n.args[0]])  # type: ignore[index]
+        if n in self.tables:
+            table: Tensor = self.env[n.args[0]]  # type: ignore[index]
+            return table + (self.tables[n].round(table).dequantize().to(table) - table).detach()
+        if n.op == "call_module":  # an observer
+            return self.env[n.args[0]]  # type: ignore[index]
+        if n.op == "get_attr" and f"float|{n.target}" in self.parameters:
+            return self.parameters[f"float|{n.target}"].to(graph.attribute(self.prepared, n).dtype)
+        if n not in self.names:
+            return super().run_node(n)
+        name = self.names[n]
+        activation = self.watchers[name][1]
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x: Tensor = args[0]
+        if activation is not None:
+            x = activation.straight_through(x, None if self.timestep is None else self.env[self.timestep])
+        values = self._weight(name)
+        bias = self.parameters.get(f"{name}|bias")
+        return n.target(  # type: ignore[operator]
+            x, values.to(x.dtype), None if bias is None else bias.to(x.dtype), *args[3:]
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        """A quantized layer's float32 weight [out, ...]."""
+        scale, record = self.parameters[f"{name}|scale"], self.watchers[name][0].decided
+        assert record is not None
+        if name in self.low_rank:
+            return self.low_rank[name].values(scale, self.parameters[f"{name}|up"], self.parameters[f"{name}|down"])
+        values: Tensor = _Dequantized.apply(scale, record.codes, record.zero_point)  # type: ignore[no-untyped-call]
+        return values
+
+    def predict(self, arguments: list[Tensor]) -> Tensor:
+        """The denoiser's first output [B, ...]."""
+        result = self.run(*arguments)
+        self.env.clear()
+        return graph.first_tensor(result)
+
+    def predict_with(self, arguments: list[Tensor], node: Node) -> tuple[Tensor, Tensor]:
+        """The denoiser's first output [B, ...] and, in float32, the value of a node on the way."""
+        result = self.run(*arguments)
+        features = self.env[node].float()
+        self.env.clear()
+        return graph.first_tensor(result), features
+
+    def settle(self, parameters: dict[str, Tensor]) -> None:
+        """Put parameters where ``convert`` finds them: records, and the graph's tuned tensors."""
+        tuned = {}
+        for key, parameter in parameters.items():
+            name, _, what = key.rpartition("|")
+            if name == "float":
+                tuned[what] = parameter.detach().to(graph.attribute_at(self.prepared, what).dtype)
+            elif what == "scale":
+                weight, _ = self.watchers[name]
+                record = weight.decided
+                assert record is not None
+                if name in self.low_rank:
+                    record = self.low_rank[name].merged(parameters[f"{name}|up"], parameters[f"{name}|down"])
+                bias = parameters.get(f"{name}|bias")
+                settled = with_positive_scale(replace(record, scale=parameter.detach().clone()))
+                weight.restore(settled, None if bias is None else bias.detach().clone())
+        self.prepared.meta[TUNED] = tuned
+
+
+def distill(
+    prepared: GraphModule,
+    batches: list[list[Tensor]],
+    config: Distillation,
+    held: Tensor,
+    *,
+    shared: set[str],
+    watched: Watched | None,
+    seed: int,
+    state_dir: Path | None,
+    digest: str,
+    bar: tqdm[Any],
+) -> DistillationReport:
+    """Learn, keep the best state by held-out samples, and settle it; the start is kept when nothing is better.
+
+    Args:
+        prepared: calibrated; its records are changed in place.
+        batches: the graph's arguments, a list a batch.
+        config: of the stage.
+        held: [N] bool, samples that nothing is fitted to.
+        shared: names of arguments that all samples share.
+        watched: windows and features, where ``config`` has a relation.
+        seed: of the order of samples, and of the low-rank updates.
+        state_dir: where the state is saved every few steps; None for nowhere.
+        digest: of everything the result depends on.
+        bar: one tick a step.
+    """
+    data = _Samples(prepared, batches, shared)
+    student = Student(prepared, config.rank, seed)
+    relations = None if watched is None else Relations(prepared, watched, batches, data.rows, held)
+    run = _Run(student, data, relations, config, held, seed)
+    bar.reset(run.total)
+    file = None if state_dir is None else state_dir / "distillation.safetensors"
+    saved = load_state(file, digest, "a state of distillation")
+    if saved is not None:
+        run.restore(*saved)
+        bar.update(run.step)
+    else:
+        run.best = run.before = run.check()
+    every = max(1, run.total // config.checks)
+    while run.step < run.total:
+        loss = run.advance()
+        if run.step % every == 0 or run.step == run.total:
+            run.keep_if_better()
+        if file is not None and (run.step % SAVE_EVERY == 0 or run.step == run.total):
+            save_state(file, digest, *run.state())
+        bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{run.best:.4f}")
+        bar.update(1)
+    student.settle(run.kept)
+    return DistillationReport(run.before, run.best, run.step)
+
+
+class _Samples:
+    """The graph's arguments and the teacher's outputs, sample by sample."""
+
+    def __init__(self, prepared: GraphModule, batches: list[list[Tensor]], shared: set[str]) -> None:
+        with torch.no_grad():
+            self.targets = torch.cat([graph.first_tensor(prepared(*arguments)).float() for arguments in batches])
+        names = graph.signature_of(prepared).names
+        self._by_sample = [name not in shared and part.dim() > 0 for name, part in zip(names, batches[0], strict=True)]
+        columns = zip(self._by_sample, zip(*batches, strict=True), strict=True)
+        self._arguments = [torch.cat(parts) if own else parts[0] for own, parts in columns]
+
+    def rows(self, chosen: Tensor) -> list[Tensor]:
+        """Arguments of the chosen samples [M]."""
+        return [x[chosen] if own else x for own, x in zip(self._by_sample, self._arguments, strict=True)]
+
+
+class _Run:
+    """Parameters, optimizer and the best state so far."""
+
+    def __init__(
+        self,
+        student: Student,
+        data: _Samples,
+        relations: Relations | None,
+        config: Distillation,
+        held: Tensor,
+        seed: int,
+    ) -> None:
+        self.student, self.data, self.relations = student, data, relations
+        self.config, self.seed = config, seed
+        self.held, self.fit = torch.nonzero(held)[:, 0], fitted(held)
+        self.total = config.steps_of(len(self.fit))
+        parameters = student.parameters
+        self.optimizer = torch.optim.Adam([{"params": [p], "lr": self._lr(name)} for name, p in parameters.items()])
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
+        self.kept = {name: p.detach().clone() for name, p in parameters.items()}
+        self.step, self.before, self.best = 0, math.inf, math.inf
+
+    def _lr(self, name: str) -> float:
+        factor = name.rpartition("|")[2] in ("up", "down")
+        return (self.config.lr_rank if factor else self.config.lr) * self.student.sizes[name]
+
+    def _rate(self) -> Callable[[int], float]:
+        total = self.total
+        return lambda step: 0.5 * (1 + math.cos(math.pi * step / total)) * min(1.0, (step + 1) / WARMUP_STEPS)
+
+    def error(self, chosen: Tensor) -> Tensor:
+        """Relative error of the chosen samples' outputs."""
+        return relative_error(self.student.predict(self.data.rows(chosen)).float(), self.data.targets[chosen])
+
+    def loss(self, chosen: Tensor) -> Tensor:
+        """What is minimised, of each chosen sample: the error, and where there are relations, theirs."""
+        relations = self.relations
+        if relations is None:
+            return self.error(chosen)
+        output, features = self.student.predict_with(self.data.rows(chosen), relations.node)
+        error = relative_error(output.float(), self.data.targets[chosen])
+        return error + relations.error(chosen, features, self._features)
+
+    def _features(self, chosen: Tensor) -> Tensor:
+        assert self.relations is not None
+        return self.student.predict_with(self.data.rows(chosen), self.relations.node)[1]
+
+    def check(self) -> float:
+        """Mean error of the held-out samples."""
+        with torch.no_grad():
+            return float(torch.cat([self.error(part) for part in self.held.split(CHECK_BATCH)]).mean())
+
+    def advance(self) -> float:
+        """One gradient step."""
+        loss = self.loss(self._batch()).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return float(loss.detach())
+
+    def _batch(self) -> Tensor:
+        """Samples of this step: every epoch is a permutation drawn from the seed and the epoch's number alone."""
+        size = min(self.config.batch_size, len(self.fit))
+        per_epoch = len(self.fit) // size
+        epoch, place = divmod(self.step, per_epoch)
+        order = torch.randperm(len(self.fit), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return self.fit[order[place * size : (place + 1) * size]]
+
+    def keep_if_better(self) -> None:
+        """Remember the parameters when held-out samples say so."""
+        error = self.check()
+        if error < self.best:
+            self.best = error
+            self.kept = {name: p.detach().clone() for name, p in self.student.parameters.items()}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Everything the rest of the run depends on, as JSON and tensors."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.student.parameters.items():
+            state = self.optimizer.state[parameter]
+            tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.kept[name]}
+            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+        return {"step": self.step, "before": self.before, "best": self.best}, tensors
+
+    def restore(self, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from a ``state``."""
+        self.before, self.best = meta["before"], meta["best"]
+        for name, parameter in self.student.parameters.items():
+            parameter.data = tensors[f"now/{name}"].to(parameter.device)
+            self.kept[name] = tensors[f"kept/{name}"].to(parameter.device)
+            self.optimizer.state[parameter] = {
+                key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("exp_avg", "exp_avg_sq", "step")
+            }
+        self.schedule.load_state_dict({**self.schedule.state_dict(), "last_epoch": meta["step"]})
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):
+            group["lr"] = rate * self._rate()(meta["step"])
+        self.step = meta["step"]

@@ -1,0 +1,1 @@
+"""The verbs: prepare, calibrate, convert, quantize, save, load, compile."""

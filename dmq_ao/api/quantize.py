@@ -1,0 +1,291 @@
+"""The verbs: prepare, calibrate, convert, and ``quantize``, which is all three in one; ``saving`` has the others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from dmq_ao import graph
+from dmq_ao.api.calibrate import SQNR, CalibrationReport, calibrate
+from dmq_ao.backends import MEASURED, Backend, choose
+from dmq_ao.config import Ranges, Recipe
+from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.graph import values
+from dmq_ao.graph.arguments import TIMESTEP_NAMES
+from dmq_ao.graph.noise import noise_tensors
+from dmq_ao.observers import ActivationObserver
+from dmq_ao.passes import out_of_place
+from dmq_ao.quantizer.quantizer import (
+    MERGED,
+    PLAN,
+    RECIPE,
+    SKELETON,
+    TUNED,
+    DiffusionQuantizer,
+    float_weight,
+    make_plan,
+    observers,
+    tables,
+)
+from dmq_ao.records import LayerRecord, PackedRecords, moved, packed_record
+from dmq_ao.samples import CalibrationSet
+from dmq_ao.serialization import graph as stored_graph
+from dmq_ao.serialization import trial
+from dmq_ao.serialization.graph import StoredGraph
+
+DENOISER_NAMES = ("unet", "transformer")
+
+
+def prepare(
+    denoiser: nn.Module,
+    recipe: Recipe,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    timestep_arg: str | None = None,
+    backend: str = "auto",
+) -> GraphModule:
+    """Export a denoiser and put an observer on every tensor that the recipe quantizes. The denoiser is not changed.
+
+    Args:
+        denoiser: any ``torch.export``-able module in eval mode.
+        recipe: what to quantize and how.
+        example_inputs: keyword arguments (or a tuple of positionals) of one call; ``samples.example()`` gives them.
+        timestep_arg: name of the timestep argument, when it is not ``timestep``, ``timesteps`` or ``t``.
+        backend: where the result is going to run: checked now, not after an hour of calibration.
+
+    Returns:
+        A graph that computes what the denoiser computes and observes.
+
+    Raises:
+        ValueError: for patterns that match nothing, unknown names, training mode, per-step ranges without a timestep.
+        UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
+    """
+    captured = graph.capture(denoiser, example_inputs, timestep_arg)
+    choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
+    keep = dict(captured.meta)
+    prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
+    prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
+    _pass_timestep(prepared)
+    return graph.allow_train_eval(prepared)
+
+
+def _pass_timestep(prepared: GraphModule) -> None:
+    """Give the timestep to every observer that keeps a row per step."""
+    timestep = graph.placeholders(prepared).get(graph.signature_of(prepared).timestep or "")
+    for node in prepared.graph.nodes:
+        if node.op != "call_module":
+            continue
+        observer = prepared.get_submodule(str(node.target))
+        if isinstance(observer, ActivationObserver) and observer.config.ranges is Ranges.PER_STEP:
+            if timestep is None:
+                raise ValueError(
+                    f"{observer.layer}: per_step ranges need the timestep, and no argument is called"
+                    f" {', '.join(TIMESTEP_NAMES)}; name it with timestep_arg=, or use static ranges"
+                )
+            node.args = (node.args[0], timestep)
+            if node < timestep:  # it watches another input, and stands between the two
+                timestep.append(node)
+    prepared.recompile()
+
+
+def convert(
+    prepared: GraphModule, backend: str = "auto", *, packed: bool = False, latency_aware: bool = False
+) -> QuantizedDenoiser:
+    """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
+
+    Args:
+        prepared: from ``prepare``, after ``calibrate``.
+        backend: ``"reference"`` (the q/dq graph), ``"onednn"`` (int8 on CPUs), ``"cuda"`` (int8 and packed weights on
+            NVIDIA GPUs, by Triton) or ``"auto"``, which takes ``"onednn"`` where it runs and else ``"reference"``.
+        packed: keep codes of at most 4 bits two a byte in memory and unpack them in every call, which takes time;
+            integer layers compute the same bits. Linears of weight-only layers then run on PyTorch's int4 kernel where
+            they are bfloat16: in a bfloat16 denoiser, or under ``dmq_ao.compile(mode="max")``.
+        latency_aware: time every integer layer here and now, uncompiled, on noise in the shapes of the example inputs
+            and on as many threads as torch has, and run it in float on dequantized values where that is faster by a
+            tenth; on a GPU, linears of 8-bit weights by PyTorch's int8 product where that is faster. The result means
+            the same, up to rounding; ``layer_reports`` gives both times of those layers. They come from a clock:
+            another run may choose others. Takes about twenty calls' time and a second lowering.
+
+    Raises:
+        TypeError: when ``prepared`` is not prepared.
+        MissingStatistics: for an input that was never observed, by layer.
+        ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, cannot keep codes packed, or
+            has no choice of kernels; for ``packed`` and ``latency_aware`` at once.
+    """
+    if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
+        raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
+    plan = prepared.meta[PLAN]
+    chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)
+    records = _records(prepared) | _table_records(prepared)
+    shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
+    meta = dict(prepared.meta)
+    with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
+        copied = copy.deepcopy(prepared, dict(shared))
+        for target, tensor in meta.get(TUNED, {}).items():
+            graph.set_tensor(copied, target, tensor)
+        quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
+    quantized.meta.update(meta)
+    values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
+    out_of_place(quantized)
+    float_tensors = _float_tensors(quantized)
+    if packed:
+        records = {name: packed_record(record) for name, record in records.items()}
+    return lower(
+        quantized,
+        chosen,
+        packed=packed,
+        latency_aware=latency_aware,
+        stored_graph=_stored_graph(quantized, float_tensors),
+        signature=graph.signature_of(prepared),
+        skeleton=meta[SKELETON],
+        recipe=meta[RECIPE],
+        plan=plan,
+        records=records,
+        float_tensors=float_tensors,
+        sqnr_db=meta.get(SQNR, {}),
+        merged=meta[MERGED],
+    )
+
+
+def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> StoredGraph | None:
+    """The q/dq graph as a file holds it; None where ``load`` would not take it, and exports the model again."""
+    call = graph.signature_of(gm)
+    if not set(call.names) <= set(call.example):  # a graph that was not captured here
+        return None
+    stored = stored_graph.stored(gm, float_tensors)
+    try:
+        trial.Program(gm, trial.example_inputs(call.example[name] for name in call.names))
+    except ValueError:
+        return None
+    return stored
+
+
+def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: bool, **known: Any) -> QuantizedDenoiser:
+    """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
+    records = known["records"]
+    if latency_aware:
+        inputs = list(noise_tensors(known["signature"]).values())
+        lowered, kernels = MEASURED[backend.name](gm, records, inputs)
+    else:
+        lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
+    graph.drop_unused(lowered)
+    graph.allow_train_eval(lowered)
+    return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
+
+
+def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
+    records = {}
+    nodes, device = graph.layer_nodes(prepared), graph.device_of(prepared)
+    for name, (weight, activation) in observers(prepared).items():
+        decided = weight.record(float_weight(prepared, nodes[name]))
+        weight.restore(decided, weight.bias)
+        if activation is not None:
+            activation.restore(activation.record())
+        kind = prepared.meta[PLAN][name].kind
+        inputs = activation.record() if activation is not None else None
+        record = LayerRecord(name, kind, decided, inputs, weight.bias)
+        records[name] = moved(record, device)  # ranges are kept on the CPU while they are observed
+    return records
+
+
+def _table_records(prepared: GraphModule) -> dict[str, LayerRecord]:
+    """Embedding tables as they were tuned, rounded to nearest."""
+    records, nodes = {}, graph.layer_nodes(prepared)
+    for name, watcher in tables(prepared).items():
+        table = float_weight(prepared, nodes[name])
+        tuned = prepared.meta.get(TUNED, {}).get(str(graph.weight_of(nodes[name]).all_input_nodes[0].target))
+        records[name] = LayerRecord(name, graph.TABLE, watcher.record(table if tuned is None else tuned), None)
+    return records
+
+
+def _with_biases(gm: GraphModule, records: Mapping[str, LayerRecord]) -> GraphModule:
+    """Give layers the biases of their records, in place."""
+    for name, node in graph.layer_nodes(gm).items():
+        bias = records[name].bias if name in records else None
+        if bias is not None:
+            with gm.graph.inserting_before(node):
+                read = graph.add_record_tensor(gm, name, "corrected_bias", bias.to(node.meta["val"].dtype))
+            node.args = (*node.args[:2], read, *node.args[3:])
+    gm.recompile()
+    return gm
+
+
+def _float_tensors(gm: GraphModule) -> dict[str, Tensor]:
+    """What the q/dq graph still reads from the original model, by original name."""
+    original = set(gm.meta[SKELETON].state_dict())
+    reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
+    return {
+        graph.parameter_name(node): graph.attribute(gm, node).detach()
+        for node in reads
+        if graph.parameter_name(node) in original and node.users
+    }
+
+
+def quantize(
+    target: Any,
+    recipe: Recipe,
+    samples: CalibrationSet,
+    *,
+    backend: str = "auto",
+    packed: bool = False,
+    latency_aware: bool = False,
+    state_dir: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    batch_size: int = 8,
+    max_memory: int | None = None,
+) -> CalibrationReport:
+    """Quantize a pipeline's denoiser in place: prepare, calibrate, convert.
+
+    Args:
+        target: a diffusers pipeline, or anything with a denoiser as ``unet`` or ``transformer``.
+        recipe: what to quantize and how.
+        samples: recorded from the same denoiser.
+        backend: as for ``convert``.
+        packed: as for ``convert``.
+        latency_aware: as for ``convert``.
+        state_dir: as for ``calibrate``, and so are the rest.
+        seed: chooses the samples on which the layers' noise is measured.
+        progress: show a progress bar.
+        batch_size: rows per forward pass.
+        max_memory: as for ``calibrate``.
+
+    Raises:
+        TypeError: when ``target`` has no denoiser.
+    """
+    name = denoiser_name(target)
+    timestep_arg = samples.timestep_arg
+    prepared = prepare(getattr(target, name), recipe, samples.example(), timestep_arg=timestep_arg, backend=backend)
+    report = calibrate(
+        prepared,
+        samples,
+        state_dir=state_dir,
+        seed=seed,
+        progress=progress,
+        batch_size=batch_size,
+        max_memory=max_memory,
+    )
+    setattr(target, name, convert(prepared, backend, packed=packed, latency_aware=latency_aware))
+    return report
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Attribute under which a pipeline keeps its denoiser.
+
+    Raises:
+        TypeError: when it has none.
+    """
+    for name in DENOISER_NAMES:
+        if isinstance(getattr(pipeline, name, None), nn.Module):
+            return name
+    raise TypeError(
+        f"{type(pipeline).__name__} has no denoiser under {' or '.join(DENOISER_NAMES)}; give a pipeline, or use"
+        " prepare, calibrate and convert on the module itself"
+    )

@@ -1,0 +1,1 @@
+"""Time and compare: ours and other tools."""

@@ -1,0 +1,101 @@
+"""Quantized pipelines against the float one they came from: same seeds, same states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmq_ao.api.quantize import denoiser_name
+from dmq_ao.benchmarks.measure import held_out_states, images_of, variant_report
+from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.evaluation import machine
+from dmq_ao.evaluation.cost import float_bytes
+from dmq_ao.evaluation.table import FLOAT
+from dmq_ao.pipelines.adapter import denoiser_folder, load_denoiser, load_pipeline
+from dmq_ao.pipelines.prompts import Prompts
+
+HELD_OUT_SEED = 1_000_000  # far from the seeds that calibration counts up from
+SHOWN = 8
+
+
+def compare(
+    model: str | Path,
+    folders: Sequence[str | Path],
+    *,
+    images: int = 16,
+    steps: int = 20,
+    seed: int = 0,
+    prompt: Prompts = None,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = print,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Measure one-step errors on held-out states, and images drawn from the same seeds.
+
+    Args:
+        model: the float pipeline, as ``load_pipeline`` takes it.
+        folders: quantized pipelines or denoisers made from it.
+        images: same-seed images.
+        steps: of the sampler.
+        seed: first seed of the images.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        backend: runs the quantized denoisers.
+        device: of all of them.
+        say: told what is going on.
+
+    Returns:
+        The report that ``dmq_ao.evaluation`` renders, and its pictures.
+
+    Raises:
+        InvalidFile: for a folder that is not there or not quantized; before anything is sampled.
+        ValueError: when there is no such device; for denoisers of different dtypes.
+        TypeError: when ``model`` is quantized itself.
+    """
+    names = _names(folders)
+    quantized = {name: load_denoiser(folder, backend=backend, device=device) for name, folder in names.items()}
+    pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized))
+    teacher = getattr(pipeline, denoiser_name(pipeline))
+    say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
+    states = held_out_states(pipeline, steps=steps, seed=seed + HELD_OUT_SEED, prompt=prompt)
+    seeds = range(seed, seed + images)
+    expected = images_of(pipeline, teacher, seeds, steps=steps, prompt=prompt)
+    pictures, variants = {FLOAT: expected[:SHOWN]}, []
+    for name, denoiser in quantized.items():
+        say(f"{name}: one-step errors and {images} images")
+        drawn = images_of(pipeline, denoiser, seeds, steps=steps, prompt=prompt)
+        folder = denoiser_folder(names[name])
+        row = variant_report(name, denoiser, teacher, states, drawn, expected, folder, float_bytes(teacher))
+        pictures[name] = drawn[:SHOWN]
+        variants.append(row)
+    report = {
+        "title": f"{model}: float against quantized",
+        "model": str(model),
+        "machine": machine(),
+        "protocol": {
+            "scheduler": f"{type(pipeline.scheduler).__name__}, {steps} steps",
+            "one-step error": f"{len(states)} states of float trajectories, seeds from {seed + HELD_OUT_SEED}",
+            "images": f"{images}, seeds from {seed}",
+            "backend": backend,
+        },
+        "float": {"file_bytes": float_bytes(teacher), "latency_ms": None},
+        "variants": variants,
+    }
+    return report, pictures
+
+
+def _common_dtype(quantized: Mapping[str, QuantizedDenoiser]) -> torch.dtype:
+    dtypes = {name: denoiser.dtype for name, denoiser in quantized.items()}
+    if len(set(dtypes.values())) > 1:
+        raise ValueError(f"the denoisers are of several dtypes, {dtypes}; compare those of each by themselves")
+    return next(iter(dtypes.values()), torch.float32)
+
+
+def _names(folders: Sequence[str | Path]) -> dict[str, str | Path]:
+    """A distinct row name for each folder: its last part where that is enough, else all of it."""
+    last = [Path(folder).resolve().name for folder in folders]
+    distinct = len({FLOAT, *last}) == len(last) + 1
+    return dict(zip(last if distinct else map(str, folders), folders, strict=True))

@@ -1,0 +1,1 @@
+"""Which bits where: what widths cost, and how they are shared out."""

@@ -1,0 +1,292 @@
+"""Search a width for every output channel: what a bit saves, against what it costs (MPQ-DM, arXiv 2412.11549, OMQ).
+
+What widths cost is measured in ``bit_errors``; here it is shared out under a budget, and put into a prepared denoiser.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.fx import GraphModule
+from tqdm.auto import tqdm
+
+from dmq_ao import graph
+from dmq_ao.config import BitAllocation, Recipe, Scope, Scorer
+from dmq_ao.mixed_precision.allocation import exchange, swap
+from dmq_ao.mixed_precision.bit_errors import (
+    WeightErrors,
+    input_errors,
+    output_error,
+    output_error_of_inputs,
+    probe_of,
+    weight_errors,
+)
+from dmq_ao.mixed_precision.bit_plan import BitPlan, InputBits, LayerBits
+from dmq_ao.mixed_precision.sensitivity import Perturbed
+from dmq_ao.observers import ActivationObserver, WeightObserver
+from dmq_ao.quantizer.quantizer import PLAN, RECIPE, float_weight, observers, tables, weight_observers
+from dmq_ao.records import LayerPlan, overhead_bits, widest_that_fits
+from dmq_ao.samples import CalibrationSet
+from dmq_ao.serialization.checkpoint import load_state, save_state
+
+Watchers = Mapping[str, tuple[WeightObserver, ActivationObserver | None]]
+# More of the weights than this in float is worth a warning.
+FLOAT_SHARE = 0.05
+
+
+def search_bits(
+    prepared: GraphModule,
+    samples: CalibrationSet,
+    *,
+    mean_bits: float | None = None,
+    max_bytes: int | None = None,
+    allocation: BitAllocation | None = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> BitPlan:
+    """A width for each output channel of every quantized layer, to look at, edit, save and pass to ``calibrate``.
+
+    Args:
+        prepared: from ``dmq_ao.prepare``.
+        samples: from ``dmq_ao.record``.
+        mean_bits: budget: mean width of the codes of the layers that share bits, which are those that the recipe does
+            not give a byte; the recipe's own width by default.
+        max_bytes: budget instead: codes, scales and all that stays in float, as a file of this model will hold them.
+        allocation: how; ``BitAllocation()``, or that of the recipe, by default.
+        batch_size: rows per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: when ``prepared`` is not prepared.
+        ValueError: for two budgets, one that cannot be met, or non-finite weights or inputs, naming the layer.
+
+    Warns:
+        UserWarning: naming the layers, when more than 5 % of the weights stay in float.
+    """
+    if not isinstance(prepared, GraphModule) or PLAN not in prepared.meta:
+        raise TypeError(f"search_bits takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
+    if mean_bits is not None and max_bytes is not None:
+        raise ValueError(f"give mean_bits or max_bytes, not both; got {mean_bits} and {max_bytes}")
+    recipe: Recipe = prepared.meta[RECIPE]
+    chosen = allocation or recipe.allocation or BitAllocation()
+    if mean_bits is not None or max_bytes is not None:
+        chosen = replace(chosen, mean_bits=mean_bits)
+    budget = None if max_bytes is None else 8 * max_bytes - other_bits(prepared, len(samples.timesteps))
+    with tqdm(total=len(observers(prepared)), disable=not progress, unit="layer", desc="bits") as bar:
+        plan = find_bits(prepared, samples, chosen, batch_size=batch_size, bar=bar, budget=budget)
+    _warn_of_float(prepared)
+    return plan
+
+
+def apply_bits(prepared: GraphModule, plan: BitPlan) -> None:
+    """Give the weights of a prepared denoiser the widths of a plan.
+
+    Raises:
+        ValueError: for a layer that is not quantized, of another size, or whose codes do not fit its kernel then.
+    """
+    watchers = observers(prepared)
+    _check_weights(prepared, plan, watchers)
+    _check_inputs(plan, watchers)
+    for name, one in plan.layers.items():
+        watchers[name][0].channel_bits = one.tensor()
+    for name, wanted in plan.inputs.items():
+        activation = watchers[name][1]
+        assert activation is not None
+        activation.config = replace(activation.config, bits=wanted.bits)
+
+
+def _check_weights(prepared: GraphModule, plan: BitPlan, watchers: Watchers) -> None:
+    nodes, layers = graph.layer_nodes(prepared), prepared.meta[PLAN]
+    for name, one in plan.layers.items():
+        if name not in watchers:
+            raise ValueError(f"the plan has bits for {name!r}, which is no quantized layer; they are {list(watchers)}")
+        weight = float_weight(prepared, nodes[name])
+        if (len(weight), weight[0].numel()) != (len(one.bits), one.weights):
+            raise ValueError(
+                f"{name} has {len(weight)} output channels of {weight[0].numel()} weights, the plan gives bits for"
+                f" {len(one.bits)} of {one.weights}; search again on this model"
+            )
+        most = widest_that_fits(layers[name], watchers[name][0].config)
+        if max(one.bits) > most:
+            raise ValueError(
+                f"{name}: the plan gives a channel {max(one.bits)} bits, and its codes, centred and shifted by the"
+                f" power-of-two factors, fit int8 with {most}; lower them, or take the layer out of power_of_two"
+            )
+
+
+def _check_inputs(plan: BitPlan, watchers: Watchers) -> None:
+    given: dict[int, tuple[str, int]] = {}
+    for name, wanted in plan.inputs.items():
+        activation = watchers[name][1] if name in watchers else None
+        if activation is None:
+            raise ValueError(f"the plan has bits for the input of {name!r}, which is not quantized")
+        other, bits = given.setdefault(id(activation), (name, wanted.bits))
+        if bits != wanted.bits:
+            raise ValueError(
+                f"{other} and {name} read the same input, and the plan gives it {bits} and {wanted.bits} bits; make"
+                " them one"
+            )
+
+
+def find_bits(
+    prepared: GraphModule,
+    samples: CalibrationSet,
+    allocation: BitAllocation,
+    *,
+    batch_size: int,
+    bar: tqdm[Any],
+    budget: int | None = None,
+    state_dir: Path | None = None,
+    digest: str = "",
+) -> BitPlan:
+    """As ``search_bits`` without its checks of arguments.
+
+    Args:
+        prepared: the graph.
+        samples: to measure inputs on.
+        allocation: how, and the mean bits.
+        batch_size: rows per forward pass.
+        bar: one tick a layer.
+        budget: bits for all codes, instead of the mean.
+        state_dir: where the plan is saved; None for nowhere.
+        digest: of everything it depends on.
+    """
+    file = None if state_dir is None else state_dir / "bits.safetensors"
+    saved = load_state(file, digest, "the bits of a calibration")
+    if saved is not None:
+        return BitPlan.from_dict(saved[0])
+    probe = probe_of(prepared, samples) if allocation.scope is Scope.MODEL else None
+    layers, fixed = weight_errors(prepared, samples, allocation, probe, batch_size, bar)
+    found, inputs = _share_out(layers, fixed, allocation, budget), dict[str, InputBits]()
+    if probe is not None:
+        own_mean = budget is None and allocation.mean_bits is None
+        if own_mean and not _weights_gain(prepared, probe, layers, found, allocation.least_gain):
+            found = {}
+        if allocation.inputs:
+            inputs = _inputs_that_gain(prepared, probe, allocation.least_gain)
+    plan = BitPlan(
+        {name: LayerBits(layers[name].cost, tuple(widths.tolist())) for name, widths in found.items()},
+        allocation.scorer.value,
+        inputs,
+    )
+    if file is not None:
+        save_state(file, digest, plan.to_dict(), {})
+    return plan
+
+
+def _share_out(
+    layers: dict[str, WeightErrors], fixed: dict[str, tuple[int, int]], allocation: BitAllocation, budget: int | None
+) -> dict[str, Tensor]:
+    """Widths [out] of each layer; ``fixed`` holds weights and width of the layers that keep theirs."""
+    if allocation.scorer is Scorer.KURTOSIS:
+        return {name: _swapped(one, allocation.groups) for name, one in layers.items()}
+    if allocation.scope is Scope.LAYER and budget is None:
+        alone = {name: _budget({name: one}, allocation) for name, one in layers.items()}
+        return {
+            name: exchange([one.curves], [one.cost], [one.candidates], alone[name])[0] for name, one in layers.items()
+        }
+    spent = sum(count * bits for count, bits in fixed.values())
+    left = _budget(layers, allocation) if budget is None else budget - spent
+    least = sum(one.cost * len(one.curves) * one.candidates[0] for one in layers.values())
+    if least > left:
+        fewer = f", or give fewer than {spent} bits to the layers that keep their own: {list(fixed)}" if fixed else ""
+        raise ValueError(
+            f"the smallest widths of the layers that share bits take {least}, and the budget leaves them {left}; ask"
+            f" for more{fewer}"
+        )
+    if not layers:
+        return {}
+    given = list(layers.values())
+    curves, options = [one.curves * one.share for one in given], [one.candidates for one in given]
+    found = exchange(curves, [one.cost for one in given], options, left)
+    return dict(zip(layers, found, strict=True))
+
+
+def _weights_gain(
+    prepared: GraphModule,
+    probe: Perturbed,
+    layers: Mapping[str, WeightErrors],
+    found: Mapping[str, Tensor],
+    least_gain: float,
+) -> bool:
+    """Whether the widths ``found`` divide the squared error of the output, all rounded at once, by ``least_gain``.
+
+    Asked of the output, since errors that the curves count one by one may cancel. Widths that the recipe could not
+    have are always worth it: there is nothing to compare with.
+    """
+    if not found or any(one.nominal not in one.candidates for one in layers.values()):
+        return True
+    even, shared = (output_error(prepared, probe, layers, widths) for widths in (None, found))
+    return least_gain * shared**2 <= even**2
+
+
+def _budget(layers: dict[str, WeightErrors], allocation: BitAllocation) -> int:
+    """Bits for the codes of layers that share them."""
+    counts = {name: one.cost * len(one.curves) for name, one in layers.items()}
+    if allocation.mean_bits is None:
+        return sum(count * layers[name].nominal for name, count in counts.items())
+    return int(allocation.mean_bits * sum(counts.values()))
+
+
+def _swapped(one: WeightErrors, groups: int) -> Tensor:
+    """Bits moved from light tails to heavy ones; none where a neighbouring width is no candidate."""
+    nominal, size = one.nominal, len(one.curves) // 10
+    may = {nominal - 1, nominal, nominal + 1} <= set(one.candidates)
+    sizes = [size * count for count in range(groups + 1)] if may else [0]
+    return swap(one.scores, one.curves, nominal, one.candidates, sizes)
+
+
+def _inputs_that_gain(prepared: GraphModule, probe: Perturbed, least_gain: float) -> dict[str, InputBits]:
+    """Bits of every input narrower than a byte, if sharing them out divides the output's squared error so much.
+
+    They go where they save most of what rounding an input alone does to the output. A bit costs one bit-operation for
+    each multiply-accumulate and bit of weight; weights aside, the multiply-accumulates are the cost.
+    """
+    inputs = input_errors(prepared, probe)
+    if not inputs:
+        return {}
+    costs = [sum(one.products.values()) for one in inputs]
+    budget = sum(one.nominal * cost for one, cost in zip(inputs, costs, strict=True))
+    found = exchange([one.curve for one in inputs], costs, [one.candidates for one in inputs], budget)
+    shared = {name: int(bits) for one, bits in zip(inputs, found, strict=True) for name in one.products}
+    even = {name: one.nominal for one in inputs for name in one.products}
+    before, after = (output_error_of_inputs(prepared, probe, widths) for widths in (even, shared))
+    if least_gain * after**2 > before**2:
+        return {}
+    return {name: InputBits(count, shared[name]) for one in inputs for name, count in one.products.items()}
+
+
+def other_bits(prepared: GraphModule, steps: int) -> int:
+    """Bits of a file besides the layers' codes: floats, tables, scales, widths, what inputs need; at most.
+
+    Args:
+        prepared: from ``dmq_ao.prepare``.
+        steps: rows of ranges per timestep.
+    """
+    recipe: Recipe = prepared.meta[RECIPE]
+    nodes, plan = graph.layer_nodes(prepared), prepared.meta[PLAN]
+    weights = {name: float_weight(prepared, nodes[name]) for name in weight_observers(prepared)}
+    stored = 8 * sum(int(tensor.nbytes) for tensor in prepared.state_dict().values())
+    stored -= 8 * sum(weight.nbytes for weight in weights.values())
+    for name, weight in weights.items():
+        stored += overhead_bits(plan[name], tuple(weight.shape), steps, recipe) + 8 * len(weight)
+    return stored + sum(weights[name].numel() * table.config.bits for name, table in tables(prepared).items())
+
+
+def _warn_of_float(prepared: GraphModule) -> None:
+    plan: dict[str, LayerPlan] = prepared.meta[PLAN]
+    kept = {item.name: item.numel for item in plan.values() if item.weight is None and item.numel}
+    share = sum(kept.values()) / max(1, sum(item.numel for item in plan.values()))
+    if share > FLOAT_SHARE:
+        names = sorted(kept, key=kept.__getitem__, reverse=True)
+        warnings.warn(
+            f"{share:.0%} of the weights stay in float, so the mean of all is far above that of the codes: "
+            + ", ".join(names),
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,26 @@
+"""Arithmetic of codes: functions of tensors."""
+
+from dmq_ao.numerics.affine import EPS as EPS
+from dmq_ao.numerics.affine import FLOAT8 as FLOAT8
+from dmq_ao.numerics.affine import FLOAT8_MAX as FLOAT8_MAX
+from dmq_ao.numerics.affine import RowLimits as RowLimits
+from dmq_ao.numerics.affine import along as along
+from dmq_ao.numerics.affine import choose_qparams as choose_qparams
+from dmq_ao.numerics.affine import code_dtype as code_dtype
+from dmq_ao.numerics.affine import code_range as code_range
+from dmq_ao.numerics.affine import dequantize as dequantize
+from dmq_ao.numerics.affine import fake_quantize as fake_quantize
+from dmq_ao.numerics.affine import float8_qparams as float8_qparams
+from dmq_ao.numerics.affine import input_peak as input_peak
+from dmq_ao.numerics.affine import quantize as quantize
+from dmq_ao.numerics.affine import quantize_float8 as quantize_float8
+from dmq_ao.numerics.affine import quantize_rows as quantize_rows
+from dmq_ao.numerics.affine import sign_qparams as sign_qparams
+from dmq_ao.numerics.affine import sqnr as sqnr
+from dmq_ao.numerics.packing import from_unsigned as from_unsigned
+from dmq_ao.numerics.packing import pack as pack
+from dmq_ao.numerics.packing import pack_rows as pack_rows
+from dmq_ao.numerics.packing import packed_bytes as packed_bytes
+from dmq_ao.numerics.packing import to_unsigned as to_unsigned
+from dmq_ao.numerics.packing import unpack as unpack
+from dmq_ao.numerics.packing import unpack_rows as unpack_rows

@@ -1,0 +1,300 @@
+"""Pipelines in and out: load one (quantized or not), record through it, sample with it, save it.
+
+A quantized pipeline on disk is the diffusers folder it came from, with the denoiser's subfolder written by
+``dmq_ao.save``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from dmq_ao.api.compile import compile
+from dmq_ao.api.quantize import DENOISER_NAMES, denoiser_name
+from dmq_ao.api.saving import load, save, usable_device
+from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
+from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.evaluation.report import json_ready
+from dmq_ao.pipelines.prompts import Prompts, told
+from dmq_ao.samples import CalibrationSet, record
+from dmq_ao.serialization.folder import CONFIG, KEY
+
+DEMO = "demo"
+INDEX = "model_index.json"
+REPORT = "report.json"
+_LIBRARIES = ("diffusers", "transformers")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def demo_folder() -> Path:
+    """Where the bundled demo pipeline lies: an unconditional DDIM pipeline on Fashion-MNIST (28x28, grey)."""
+    return Path(str(resources.files("dmq_ao") / "demo_denoiser"))
+
+
+def load_pipeline(
+    source: str | Path,
+    *,
+    backend: str = "auto",
+    packed: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load a pipeline; a denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
+
+    Args:
+        source: a diffusers pipeline folder, a Hub id, or ``"demo"``.
+        backend: for a quantized denoiser, as in ``dmq_ao.load``; and so is the next.
+        packed: see there.
+        dtype: of what is float; None for that which a quantized denoiser takes, and else float32.
+        device: of all of it.
+
+    Raises:
+        ValueError: when there is no such device.
+        InvalidFile: when a folder is no pipeline, naming what it lacks, or is not there.
+    """
+    import diffusers
+
+    device = usable_device(device)
+    if str(source) == DEMO:
+        source = demo_folder()
+    folder = Path(source)
+    if not folder.is_dir():
+        if not _HUB_ID.fullmatch(str(source)):
+            raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
+        whole = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32)
+        return _quiet(whole.to(device))
+    if not (folder / INDEX).exists():
+        raise InvalidFile(
+            f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
+        )
+    _check_parts(folder / INDEX)
+    found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
+    quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in found}
+    dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
+    # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
+    given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
+    try:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
+    except Exception as error:  # diffusers' own, of any type: they are about the folder's files
+        raise InvalidFile(
+            f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
+            " was edited, or is of another version of diffusers"
+        ) from error
+    for name, denoiser in quantized.items():
+        setattr(pipeline, name, denoiser)
+    return _quiet(pipeline.to(device))
+
+
+def _check_parts(index: Path) -> None:
+    """Refuse parts of other libraries: some versions of diffusers import whatever the index of a pipeline names.
+
+    Raises:
+        InvalidFile: naming the part.
+    """
+    import diffusers
+
+    try:
+        parts = dict(as_json.read(index))
+    except (TypeError, ValueError) as error:
+        raise InvalidFile(f"{index}: no index of a pipeline ({error}); copy it again") from error
+    for name, part in parts.items():
+        if isinstance(part, list) and len(part) == 2 and not name.startswith("_"):
+            library = str(part[0])
+            own = library.isidentifier() and hasattr(diffusers.pipelines, library)
+            if part[0] is not None and library not in _LIBRARIES and not own:
+                raise InvalidFile(
+                    f"{index}: {name} is of {library!r}; parts of {_LIBRARIES} and of diffusers' pipelines are loaded"
+                )
+
+
+def load_denoiser(
+    folder: str | Path, *, backend: str = "auto", packed: bool = False, device: torch.device | str = "cpu"
+) -> QuantizedDenoiser:
+    """Load only the quantized denoiser of a pipeline folder, or of a folder that ``dmq_ao.save`` wrote.
+
+    ``backend``, ``packed`` and ``device`` are as in ``dmq_ao.load``.
+
+    Raises:
+        InvalidFile: when there is none.
+    """
+    return load(denoiser_folder(folder), backend=backend, packed=packed, device=device)
+
+
+def denoiser_folder(folder: str | Path) -> Path:
+    """Where a pipeline folder keeps its denoiser; a folder that is no pipeline's is itself the denoiser's.
+
+    Raises:
+        InvalidFile: when ``folder`` is not there, or is a pipeline without a denoiser.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InvalidFile(f"{folder}: no such folder; give a quantized pipeline folder, or one that dmq_ao.save wrote")
+    if not (folder / INDEX).exists():
+        return folder
+    for name in DENOISER_NAMES:
+        if (folder / name).is_dir():
+            return folder / name
+    raise InvalidFile(f"{folder} is a pipeline without {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool."""
+    config = folder / CONFIG
+    if not config.exists():
+        return False
+    try:
+        data = as_json.read(config)
+    except ValueError as error:
+        raise InvalidFile(
+            f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again"
+        ) from error
+    return isinstance(data, dict) and KEY in data
+
+
+def _quiet(pipeline: Any) -> Any:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def compile_denoiser(pipeline: Any) -> None:
+    """Compile a pipeline's denoiser in place: ``torch.compile``, or ``dmq_ao.compile`` where it is quantized."""
+    name = denoiser_name(pipeline)
+    denoiser = getattr(pipeline, name)
+    quantized = isinstance(denoiser, QuantizedDenoiser)
+    setattr(pipeline, name, compile(denoiser) if quantized else torch.compile(denoiser))
+
+
+def save_pipeline(pipeline: Any, folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
+    """Write a pipeline whose denoiser is quantized; nothing is left behind when it fails.
+
+    Args:
+        pipeline: with a quantized denoiser.
+        folder: where to.
+        report: kept beside the pipeline as ``report.json``.
+
+    Raises:
+        ValueError: when ``folder`` exists and is not empty.
+        TypeError: when the denoiser is not quantized.
+    """
+    folder = Path(folder)
+    check_free(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    name = denoiser_name(pipeline)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-partial-") as temporary:
+        partial = Path(temporary) / folder.name
+        partial.mkdir()
+        denoiser = getattr(pipeline, name)
+        save(denoiser, partial / name)
+        for other, component in pipeline.components.items():
+            if other != name and hasattr(component, "save_pretrained"):
+                component.save_pretrained(partial / other)
+        index = {key: value for key, value in pipeline.config.items() if key != "_name_or_path"}
+        index |= {"_class_name": type(pipeline).__name__, name: ["diffusers", type(denoiser.skeleton).__name__]}
+        (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        if report is not None:
+            (partial / REPORT).write_text(json.dumps(json_ready(report), indent=2, allow_nan=False) + "\n")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(partial, folder)
+
+
+def check_free(folder: Path) -> None:
+    """Raise ``ValueError`` unless ``folder`` can be written: absent, or an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; give another one, or remove it first")
+
+
+def sample(
+    pipeline: Any,
+    seeds: Sequence[int],
+    *,
+    steps: int = 20,
+    prompt: Prompts = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> Tensor:
+    """Run a pipeline once per seed, each with a generator of its own, so that a seed means the same in any batch.
+
+    Returns:
+        Images [seeds, C, H, W] float32 in 0..1.
+
+    Raises:
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+        TypeError: when it draws no images, but videos or sounds.
+    """
+    images = []
+    with tqdm(total=len(seeds), disable=not progress, unit="image", desc="sample") as bar:
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            result = _run(pipeline, chunk, steps, prompt, "np")
+            if not hasattr(result, "images"):
+                raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, and no images")
+            images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
+            bar.update(len(chunk))
+    return torch.cat(images).contiguous()
+
+
+def _run(pipeline: Any, seeds: Sequence[int], steps: int, prompt: Prompts, output_type: str) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipeline(
+        **told(pipeline, seeds, prompt), generator=generators, num_inference_steps=steps, output_type=output_type
+    )
+
+
+def record_pipeline(
+    pipeline: Any,
+    *,
+    num_samples: int,
+    steps: int = 20,
+    seed: int = 0,
+    prompt: Prompts = None,
+    batch_size: int = 8,
+    trajectories: int | None = None,
+    select: str | Selection = SelectMethod.UNIFORM,
+    progress: bool = False,
+) -> CalibrationSet:
+    """Record calibration samples from a pipeline's own sampling loop.
+
+    Args:
+        pipeline: with a float denoiser.
+        num_samples: rows to keep.
+        steps: of the sampler.
+        seed: first seed of the trajectories; one a trajectory.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        batch_size: trajectories at a time.
+        trajectories: how many to run; by default enough to give every kept row a trajectory of its own at each
+            timestep, and twice that where the timesteps' shares are uneven.
+        select: how the rows are spread over the timesteps, as for ``dmq_ao.record``.
+        progress: show a progress bar.
+
+    Raises:
+        TypeError: when the denoiser is already quantized.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+    """
+    denoiser = getattr(pipeline, denoiser_name(pipeline))
+    if isinstance(denoiser, QuantizedDenoiser):
+        raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
+    told(pipeline, [seed], prompt)  # before anything is wrapped
+    method = select.method if isinstance(select, Selection) else select
+    even = max(2, -(-num_samples // steps))
+    count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)
+    with (
+        record(denoiser, num_samples=num_samples, seed=seed, select=select) as recorder,
+        tqdm(total=count, disable=not progress, unit="trajectory", desc="record") as bar,
+    ):
+        for start in range(0, count, batch_size):
+            seeds = range(seed + start, seed + min(start + batch_size, count))
+            with recorder.trajectory(part=len(seeds) / (count - start)):
+                _run(pipeline, seeds, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
+            bar.update(len(seeds))
+    return recorder.calibration_set()

@@ -1,0 +1,59 @@
+"""What a pipeline is told beside a seed: a text, a class, or how many images."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from dmq_ao.api.quantize import denoiser_name
+
+Prompts = str | Sequence[str] | None
+"""One text for all images, or several that seeds take in turn; for pipelines of classes their numbers or names."""
+
+
+def told(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]:
+    """Keyword arguments of a call that draws one image a seed.
+
+    Seed ``s`` takes prompt ``s % len(prompts)``, the same in any batch. Pipelines of classes (DiT) that are given none
+    draw class ``s % number of classes``.
+
+    Raises:
+        ValueError: when the pipeline wants a prompt and there is none, or the other way round; for a class that it
+            does not know; for a pipeline that starts from something else, an image for one.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    taken = inspect.signature(pipeline.__call__).parameters
+    name = type(pipeline).__name__
+    count = {"batch_size": len(seeds)} if "batch_size" in taken else {}
+    known = range(_classes(pipeline) if "class_labels" in taken else 0)
+    if known:
+        labels = [_label(pipeline, text, known) for text in prompts] or known
+        return {"class_labels": [labels[seed % len(labels)] for seed in seeds], **count}
+    if prompts and "prompt" not in taken:
+        raise ValueError(f"{name} takes no prompt; leave it out")
+    if prompts:
+        return {"prompt": [prompts[seed % len(prompts)] for seed in seeds]}
+    if count:
+        return count
+    if "prompt" in taken:
+        raise ValueError(f"{name} draws from a prompt; give one (prompt=, or --prompt)")
+    raise ValueError(
+        f"{name} takes {', '.join(taken)}, neither a prompt nor class_labels nor batch_size; wrap its own loop in"
+        " dmq_ao.record(denoiser), then prepare, calibrate and convert the denoiser"
+    )
+
+
+def _classes(pipeline: Any) -> int:
+    """How many classes the denoiser knows; 0 for none."""
+    config = getattr(pipeline, denoiser_name(pipeline)).config
+    return next((config[key] for key in ("num_embeds_ada_norm", "num_class_embeds") if config.get(key)), 0)
+
+
+def _label(pipeline: Any, text: str, known: range) -> int:
+    named: dict[str, int] = getattr(pipeline, "labels", None) or {}
+    label = named.get(text, int(text) if text.isdecimal() else None)
+    if label is None or label not in known:
+        names = f" or one of {len(named)} names, such as {next(iter(named))!r}" if named else ""
+        raise ValueError(f"{type(pipeline).__name__} draws classes: 0 to {known[-1]}{names}; got {text!r}")
+    return label

@@ -1,0 +1,1 @@
+"""A recipe laid over a graph."""

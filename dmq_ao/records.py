@@ -1,0 +1,431 @@
+"""What is known of one layer: the plan for it, its record in integers, the kernel that runs it.
+
+The graph, the files and the kernels all read the record::
+
+    y_o = (scale / 2**D) * w_scale_o * sum_c (q_c - z) * ((w_oc - w_z_o) << (D - e_c)) + bias_o,   D = max_c e_c
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dmq_ao import numerics
+from dmq_ao.config import MAX_BITS, PowerOfTwo, Ranges, Recipe, TensorConfig
+from dmq_ao.numerics.segments import segment_bytes
+
+# Up to here two codes share a byte.
+PACKED_BITS = 4
+Record = TypeVar("Record", bound="LayerRecord | WeightRecord | ActivationRecord")
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a recipe does with one layer.
+
+    Attributes:
+        name: of the layer.
+        kind: of the layer.
+        numel: weights.
+        weight: how the weight is quantized; None when the layer stays in float.
+        activation: how the input is quantized; None when it stays in float.
+        power_of_two: whether and how the input's channels vote.
+        why: reason for what stays in float, empty otherwise.
+    """
+
+    name: str
+    kind: str
+    numel: int
+    weight: TensorConfig | None
+    activation: TensorConfig | None
+    power_of_two: PowerOfTwo | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What multiplies one layer: its name, and the reason when it is not an integer kernel."""
+
+    name: str
+    why: str = ""
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are multiplied as integers."""
+        return "int8" in self.name
+
+
+def zero_point_dtype(bits: int) -> torch.dtype:
+    """What the zero point of an input with codes of ``bits`` bits takes on disk."""
+    return torch.uint8 if bits <= 8 else torch.int16
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationRecord:
+    """How a layer's input becomes unsigned codes.
+
+    Attributes:
+        bits: width of a code; codes are 0 to ``2**bits - 1``.
+        ch_axis: channel axis of the input.
+        ranges: static (one row), per_step (a row per timestep) or dynamic (no rows: from the sample itself).
+        scale: [rows] float32.
+        zero_point: [rows] int32, inside the code range.
+        timesteps: [rows] float32 for ``per_step``, else None.
+        exponents: [channels] int8, step ``scale * 2**-exponent``; [rows, channels] of votes per timestep; None
+            without power-of-two scaling.
+        channel_scale: [channels] float32, learned factor that the input is divided by and the weight's codes hold;
+            None without learned scaling.
+        float8: codes are float8_e4m3fn instead, and zero points are zero.
+    """
+
+    bits: int
+    ch_axis: int
+    ranges: Ranges
+    scale: Tensor
+    zero_point: Tensor
+    timesteps: Tensor | None = None
+    exponents: Tensor | None = None
+    channel_scale: Tensor | None = None
+    float8: bool = False
+
+    @property
+    def channel_step(self) -> Tensor | None:
+        """``2**-exponent`` in float32, of the shape of ``exponents``; None when every channel has the plain step."""
+        if self.exponents is None or not bool(self.exponents.any()):
+            return None
+        return torch.exp2(-self.exponents.float())
+
+    @property
+    def quantize_step(self) -> Tensor | None:
+        """Of the same shape, what the quantize step multiplies ``scale`` by: ``channel_scale * 2**-exponent``.
+
+        Dequantizing goes by ``channel_step``: the learned factor is in the weight's codes.
+        """
+        if self.channel_scale is None or self.channel_step is None:
+            return self.channel_step if self.channel_scale is None else self.channel_scale
+        return self.channel_scale * self.channel_step
+
+
+@dataclass(frozen=True, eq=False)
+class WeightRecord:
+    """A layer's weight as codes.
+
+    Attributes:
+        bits: width of a code, of the widest where they differ.
+        symmetric: signed int8 codes with zero point 0, or float8_e4m3fn ones; else uint8 codes.
+        codes: [out, ...] of the weight's own shape.
+        scale: [out, groups] float32; groups run over the flattened input axes.
+        zero_point: [out, groups] int32.
+        channel_bits: [out] uint8, the width of each output channel's codes; None where all have ``bits``.
+    """
+
+    bits: int
+    symmetric: bool
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    channel_bits: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight."""
+        return self.codes.shape
+
+    @property
+    def float8(self) -> bool:
+        """Whether codes are no integers."""
+        return self.codes.dtype == numerics.FLOAT8
+
+    @property
+    def row_bits(self) -> int | Tensor:
+        """What ``numerics.RowLimits`` takes as the widths."""
+        return self.bits if self.channel_bits is None else self.channel_bits
+
+    @property
+    def mean_bits(self) -> float:
+        """Mean width of a code."""
+        return float(self.bits) if self.channel_bits is None else float(self.channel_bits.double().mean())
+
+    @property
+    def code_bytes(self) -> int:
+        """Bytes that the codes take in a file, every width packed by itself."""
+        return sum(segment_bytes(self.segments, math.prod(self.shape[1:])))
+
+    @property
+    def segments(self) -> list[tuple[int, int]]:
+        """Widths in ascending order, each with the number of output channels that have it."""
+        if self.channel_bits is None:
+            return [(self.bits, self.shape[0])]
+        widths, counts = self.channel_bits.unique(return_counts=True)
+        return list(zip(widths.tolist(), counts.tolist(), strict=True))
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight that the codes stand for."""
+        grouped = self.codes.reshape(self.codes.shape[0], self.scale.shape[1], -1)
+        values = numerics.dequantize(grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
+        return values.reshape(self.codes.shape)
+
+
+def with_positive_scale(record: WeightRecord) -> WeightRecord:
+    """The same values by scales above zero: where one is negative, codes and zero points are mirrored.
+
+    ``(q - z) * s = ((m - q) - (m - z)) * -s`` with the largest code m; symmetric codes change sign, and the one
+    without a counterpart, ``-2**(bits - 1)``, becomes its neighbour.
+    """
+    smallest = torch.finfo(torch.float32).tiny
+    if bool((record.scale >= smallest).all()):
+        return record
+    negative = record.scale < 0
+    codes = record.codes.reshape(*record.scale.shape, -1)
+    if record.symmetric:
+        bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1, 1).int()
+        largest = (2 ** (bits - 1) - 1).clamp_min(1)  # one-bit codes are -1 and 1
+        mirrored = -codes if record.float8 else (-codes.int()).minimum(largest)
+        mirrored_zero = record.zero_point
+    else:
+        bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1).int()
+        top = torch.where(bits == 1, 2, 2**bits - 1)  # one-bit codes are 0 and 2
+        mirrored, mirrored_zero = top[..., None] - codes.int(), top - record.zero_point
+    return replace(
+        record,
+        codes=torch.where(negative[..., None], mirrored.to(codes.dtype), codes).reshape(record.shape),
+        scale=record.scale.abs().clamp_min(smallest),
+        zero_point=torch.where(negative, mirrored_zero, record.zero_point).to(record.zero_point.dtype),
+    )
+
+
+class PackedWeight(WeightRecord):
+    """The same record in half the memory: two codes a byte, for weights of at most ``PACKED_BITS`` bits.
+
+    ``codes`` are unpacked whenever they are read.
+
+    Attributes:
+        packed: [ceil(out / 2), inputs] uint8, ``numerics.pack_rows`` of the codes plus ``offset``.
+        offset: what a stored code is more than a code, so that it is not negative.
+    """
+
+    packed: Tensor
+    offset: int
+    _shape: torch.Size
+
+    def __init__(
+        self,
+        bits: int,
+        symmetric: bool,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        channel_bits: Tensor | None = None,
+    ) -> None:
+        """Pack ``codes``; the arguments are those of ``WeightRecord``, so that ``dataclasses.replace`` works.
+
+        Raises:
+            ValueError: for codes that do not fit half a byte.
+        """
+        offset = -numerics.code_range(bits, symmetric)[0]
+        packed = numerics.pack_rows(codes.flatten(1) + offset)
+        own = {"packed": packed, "offset": offset, "_shape": codes.shape}
+        same = {"bits": bits, "symmetric": symmetric, "scale": scale, "zero_point": zero_point}
+        for name, value in (own | same | {"channel_bits": channel_bits}).items():
+            object.__setattr__(self, name, value)  # the way into a frozen dataclass
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight; unpacks nothing."""
+        return self._shape
+
+    @property
+    def codes(self) -> Tensor:
+        """[out, ...] of the weight's own shape."""
+        codes = numerics.unpack_rows(self.packed, self.shape[0]) - self.offset
+        return codes.to(numerics.code_dtype(self.symmetric)).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRecord:
+    """One quantized layer.
+
+    Attributes:
+        name: original module path; parts of a split concatenation end in ``.part0``, ``.part1``.
+        kind: ``conv1d``, ``conv2d``, ``conv3d``, ``linear`` or ``embedding table``.
+        weight: codes and scales.
+        activation: None when the input stays in float, or is indices.
+        bias: [out] float32 that replaces the layer's own; None to keep that.
+    """
+
+    name: str
+    kind: str
+    weight: WeightRecord
+    activation: ActivationRecord | None
+    bias: Tensor | None = None
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits that the record takes in a file."""
+        weight, activation = self.weight, self.activation
+        bits = 8 * weight.code_bytes + 32 * weight.scale.numel()
+        bits += 0 if weight.symmetric else 8 * weight.zero_point.numel()
+        bits += 0 if weight.channel_bits is None else 8 * len(weight.channel_bits)
+        bits += 0 if self.bias is None else 32 * self.bias.numel()
+        if activation is None:
+            return bits
+        bits += (32 + 8 * zero_point_dtype(activation.bits).itemsize) * activation.scale.numel()
+        bits += 0 if activation.timesteps is None else 32 * activation.timesteps.numel()
+        bits += 0 if activation.channel_scale is None else 32 * activation.channel_scale.numel()
+        return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
+
+
+def moved(record: Record, device: torch.device) -> Record:
+    """The record, or a part of it, with all its tensors on a device."""
+    there: dict[str, Any] = {}
+    for name, value in ((field.name, getattr(record, field.name)) for field in fields(record)):
+        if isinstance(value, Tensor):
+            there[name] = value.to(device)
+        elif isinstance(value, (WeightRecord, ActivationRecord)):
+            there[name] = moved(value, device)
+    return replace(record, **there)
+
+
+def overhead_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
+    """Bits of a record besides its codes, before there is one: at most, where a scale or a vote may be refused.
+
+    Args:
+        item: the plan.
+        shape: of the weight.
+        steps: rows of ranges per timestep.
+        recipe: that it is of.
+    """
+    assert item.weight is not None
+    scales = shape[0] if item.weight.group_size is None else math.prod(shape) // item.weight.group_size
+    bits = scales * (32 if item.weight.symmetric else 40)
+    if item.activation is None:
+        return bits
+    pair = 32 + 8 * zero_point_dtype(item.activation.bits).itemsize
+    row = {Ranges.STATIC: pair, Ranges.PER_STEP: (pair + 32) * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
+    row += 0 if recipe.scaling is None else 32 * shape[1]
+    return bits + row + (0 if item.power_of_two is None else 8 * shape[1])
+
+
+def outline(records: Mapping[str, LayerRecord], name: str) -> LayerRecord:
+    """The record of a layer for looking at all but its codes: those stay in the file if the records come from one."""
+    read: Callable[[str], LayerRecord] = getattr(records, "without_codes", records.__getitem__)
+    return read(name)
+
+
+def joined(records: Sequence[LayerRecord]) -> LayerRecord:
+    """The record of layers that read the same codes as one layer, their outputs one after the other."""
+    if len(records) == 1:
+        return records[0]
+    first, weights = records[0], [record.weight for record in records]
+    widths = torch.cat([torch.as_tensor(one.row_bits, dtype=torch.uint8).expand(one.shape[0]) for one in weights])
+    weight = WeightRecord(
+        max(one.bits for one in weights),
+        first.weight.symmetric,
+        torch.cat([one.codes for one in weights]),
+        torch.cat([one.scale for one in weights]),
+        torch.cat([one.zero_point for one in weights]),
+        widths if len(widths.unique()) > 1 else None,
+    )
+    return LayerRecord("+".join(record.name for record in records), first.kind, weight, first.activation)
+
+
+def record_tensor(record: LayerRecord, field: str) -> Tensor:
+    """A tensor of a record by the name that a converted graph knows it by.
+
+    Raises:
+        ValueError: for an unknown field, or one that this record does not have.
+    """
+    weight, activation = record.weight, record.activation
+    found: Tensor | None = None
+    if field in ("codes", "weight_scale", "weight_zero_point"):
+        found = getattr(weight, field.removeprefix("weight_"))
+    elif field == "corrected_bias":
+        found = record.bias
+    elif activation is not None and field in ("input_scale", "input_zero_point"):
+        found = getattr(activation, field.removeprefix("input_"))
+    elif activation is not None and field == "dequantize_step":
+        found = activation.channel_step
+    elif activation is not None and field in ("timesteps", "channel_scale", "quantize_step"):
+        found = getattr(activation, field)
+    if found is None:
+        raise ValueError(f"the record of {record.name} has no {field!r}")
+    return found
+
+
+def packed_record(record: LayerRecord) -> LayerRecord:
+    """The record with its weight's codes two a byte; itself when they are wider than half a byte."""
+    weight = record.weight
+    if weight.bits > PACKED_BITS or isinstance(weight, PackedWeight):
+        return record
+    packed = PackedWeight(
+        weight.bits, weight.symmetric, weight.codes, weight.scale, weight.zero_point, weight.channel_bits
+    )
+    return replace(record, weight=packed)
+
+
+class PackedRecords(Mapping[str, LayerRecord]):
+    """Records whose codes are packed as they are read, for a graph that keeps them so."""
+
+    def __init__(self, records: Mapping[str, LayerRecord]) -> None:
+        self.records = records
+
+    def __getitem__(self, name: str) -> LayerRecord:
+        """The packed record of a layer."""
+        return packed_record(self.records[name])
+
+    def without_codes(self, name: str) -> LayerRecord:
+        """As ``outline`` gives it."""
+        return outline(self.records, name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Layer names."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """How many layers."""
+        return len(self.records)
+
+
+def channel_shifts(exponents: Tensor, groups: int = 1) -> Tensor:
+    """How far codes of each input channel are shifted left to have the finest step: [groups, channels / groups]."""
+    return (exponents.max() - exponents).to(torch.int32).reshape(groups, -1)
+
+
+def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 1) -> tuple[Tensor, int]:
+    """Weight codes less their zero point, shifted left so that every input channel has the layer's finest step.
+
+    Args:
+        weight: one scale per output channel.
+        exponents: [channels] of the layer's input, or None.
+        groups: of a grouped convolution, whose weight is [out, channels / groups, ...].
+
+    Returns:
+        Codes of the weight's shape, int8 where all fit and else int16, and the largest exponent D; a channel of
+        exponent e is shifted by ``D - e``.
+    """
+    codes = weight.codes
+    largest = 0 if exponents is None else int(exponents.max())
+    dtype = torch.int8 if shift_fits_int8(weight.bits, weight.symmetric, largest) else torch.int16
+    centred = codes.to(dtype, copy=True)  # the one copy: weights are the most of a model's memory
+    if not weight.symmetric:
+        centred.sub_(numerics.along(weight.zero_point[:, 0], 0, codes.dim()).to(dtype))
+    if exponents is None:
+        return centred, 0
+    shifts = channel_shifts(exponents, groups).to(dtype).repeat_interleave(codes.shape[0] // groups, 0)
+    return centred.bitwise_left_shift_(shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2))), largest
+
+
+def shift_fits_int8(bits: int, symmetric: bool, largest_exponent: int) -> bool:
+    """Whether every shifted code of this width is an int8 (composition of methods, width table)."""
+    return bits + largest_exponent <= (8 if symmetric else 7)
+
+
+def widest_that_fits(item: LayerPlan, config: TensorConfig) -> int:
+    """Most bits of a layer's codes that still fit int8 after centring and the largest shift that may be voted."""
+    shift = 0 if item.power_of_two is None else item.power_of_two.max_exponent
+    return max(bits for bits in range(1, MAX_BITS + 1) if bits == 1 or shift_fits_int8(bits, config.symmetric, shift))

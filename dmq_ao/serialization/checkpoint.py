@@ -1,0 +1,61 @@
+"""Files that an interrupted run goes on from: JSON and tensors in one file, written whole, never another run's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dmq_ao.config import InvalidFile, as_json
+
+_HEADER = "dmq_ao.state"
+
+
+def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a state; whatever stood there stays until the new one is whole.
+
+    Args:
+        file: to write.
+        digest: of everything the run depends on.
+        meta: JSON-ready.
+        tensors: by name.
+    """
+    partial = file.with_suffix(".partial")
+    header = {_HEADER: json.dumps({"digest": digest, "meta": dict(meta)})}
+    save_file({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, partial, header)
+    os.replace(partial, file)
+
+
+def load_state(file: Path | None, digest: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What ``save_state`` wrote: JSON and tensors; None when there is no file.
+
+    Args:
+        file: to read; None for a run that saves nothing.
+        digest: of the run that goes on.
+        what: the file is, for the error.
+
+    Raises:
+        InvalidFile: for a file that is damaged, or is no state.
+        ValueError: for the state of another run.
+    """
+    if file is None or not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            header = as_json.parse((opened.metadata() or {})[_HEADER])
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        found, meta = header["digest"], dict(header["meta"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InvalidFile(f"{file}: not {what} ({error}); delete it to start again") from error
+    if found != digest:
+        raise ValueError(
+            f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same; delete"
+            " the folder to start again, or give another state_dir"
+        )
+    return meta, tensors
