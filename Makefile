@@ -17,7 +17,7 @@ demo: $(STAMP)  ## quantize the bundled denoiser, compare and measure it; report
 	.venv/bin/dmq-ao demo -o demo_report
 
 test: $(STAMP)  ## the fast tests: CPU, offline
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n auto --dist worksteal --durations 15
 
 test-fuzz: $(STAMP)  ## ten thousand edited files, and what becomes of them; ten minutes
 	$(PY) tests/fuzz_files.py --cases 10000

@@ -35,13 +35,13 @@ from dmq_ao.api.compile import Mode
 from dmq_ao.backends.cuda import backend as cuda
 from dmq_ao.benchmarks.benchmark import first_rows
 from dmq_ao.benchmarks.cuda_peers import CUDA_PEERS
-from dmq_ao.benchmarks.measure import float_bytes
 from dmq_ao.benchmarks.named import NAMED, named_denoiser
 from dmq_ao.benchmarks.peer_benchmark import Case, Ours, peers_on, side_by_side
 from dmq_ao.benchmarks.peer_table import peer_notes, peer_rows
 from dmq_ao.benchmarks.peers import PEERS, check_installed, chosen_peers, narrowed
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.evaluation import machine, peak_rss_bytes
+from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.graph.arguments import flatten_inputs, moved_inputs
 from dmq_ao.samples import CalibrationSet
 

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.benchmarks.measure import by_timestep, float_bytes
+from dmq_ao.benchmarks.measure import by_timestep
 from dmq_ao.evaluation import folder_bytes, image_fidelity, machine, one_step_error, peak_rss_bytes
+from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.samples import CalibrationSet
 
 Sampler = Callable[[nn.Module, int, int], Tensor]  # denoiser, images, seed -> images in 0..1

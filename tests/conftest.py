@@ -4,12 +4,14 @@ The models are built once per run and shared: copy one (``copy.deepcopy``) befor
 """
 
 import copy
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import interpreted  # noqa: F401  before anything imports Triton
 import pytest
 import torch
+from hypothesis import settings
 from plain import Plain, plain_samples, seeded
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -20,6 +22,18 @@ from dmq_ao.samples import CalibrationSet
 
 # Tensors here are tiny: handing work to a second thread costs more than it saves, and takes cores from parallel runs.
 torch.set_num_threads(1)
+
+# No deadline: a machine that does other work as well is no failure. ``--hypothesis-profile nightly`` looks longer.
+settings.register_profile("dev", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.register_profile("nightly", deadline=None, max_examples=1000)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: "test_other_device" not in item.nodeid)
+
 
 TinyModel = tuple[nn.Module, dict[str, Tensor]]  # the denoiser in eval mode, keyword arguments for a batch of two
 

@@ -62,7 +62,10 @@ def case_of(request: pytest.FixtureRequest) -> Callable[[str], Case]:
     return case
 
 
-@pytest.fixture(scope="module", params=[*TINY, *OWN])
+@pytest.fixture(
+    scope="module",
+    params=[*TINY, *(name if name == "flux" else pytest.param(name, marks=pytest.mark.slow) for name in OWN)],
+)
 def captured(
     request: pytest.FixtureRequest, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
 ) -> tuple[Case, GraphModule]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmq_ao import numerics
 from dmq_ao.numerics import (
     EPS,
+    affine,
     choose_qparams,
     code_range,
     dequantize,
@@ -40,7 +41,7 @@ def random_codes(bits: int, count: int, seed: int) -> Tensor:
 
 
 def test_doctests() -> None:
-    result = doctest.testmod(numerics)
+    result = doctest.testmod(affine)
     assert result.attempted > 0
     assert result.failed == 0
 
