@@ -32,7 +32,7 @@ RECIPES = {
     "mpq_dm-reference": lambda: recipes.mpq_dm("w3a6", compat="reference"),
 }
 # What together goes through every stage; the rest is the slow tier's.
-FEW = {("tiny_dit", "eda_dm"), ("tiny_dit", "dmq"), ("tiny_dit", "default")}
+FEW = {("tiny_dit", "eda_dm"), ("tiny_dit", "default")}
 
 
 def brief(recipe: Recipe) -> Recipe:

@@ -421,7 +421,7 @@ def expected(
     return contents(folder)
 
 
-@pytest.mark.parametrize("count", range(6))
+@pytest.mark.parametrize("count", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4)), 3, 5])
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     count: int,
     subject: tuple[nn.Module, dmq_ao.CalibrationSet],

@@ -563,7 +563,7 @@ def test_a_window_of_one_needs_no_trajectories(model: nn.Module, samples: dmq_ao
 
 
 @VARIED
-@pytest.mark.parametrize("count", [9, 11])
+@pytest.mark.parametrize("count", [pytest.param(9, marks=pytest.mark.slow), 11])
 def test_an_interrupted_run_of_any_kind_ends_the_same(
     count: int,
     variant: dict[str, Any],

@@ -144,7 +144,7 @@ class LayerByLayer(Interpreter):
 @pytest.mark.parametrize(
     ("net", "bits"),
     [
-        ("tiny_unet2d", "w4a8"),
+        pytest.param("tiny_unet2d", "w4a8", marks=pytest.mark.slow),
         pytest.param("tiny_unet2d_condition", "w8a8", marks=pytest.mark.slow),
         ("tiny_dit", "w4a8"),
     ],
@@ -275,7 +275,7 @@ def test_measured_tiles_come_before_the_rule(tmp_path: Path) -> None:
     cuda_tiles.forget()
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_to_integer_tensor_core_code(capability: int) -> None:
     """Without a GPU: the interpreter takes programs that the compiler refuses."""
     script = Path(__file__).with_name("compile_ahead.py")
