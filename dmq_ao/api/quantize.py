@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,15 @@ def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> Store
     call = graph.signature_of(gm)
     if not set(call.names) <= set(call.example):  # a graph that was not captured here
         return None
-    stored = stored_graph.stored(gm, float_tensors)
     try:
+        stored = stored_graph.stored(gm, float_tensors)
         trial.Program(gm, trial.example_inputs(call.example[name] for name in call.names))
-    except ValueError:
+    except ValueError as error:
+        warnings.warn(
+            f"the graph of this denoiser cannot be stored ({error}): a saved folder is loaded by exporting the model"
+            " again, one of your own with load(folder, model=...)",
+            stacklevel=3,
+        )
         return None
     return stored
 

@@ -239,7 +239,7 @@ def _check_plan(name: str, planned: LayerPlan, record: LayerRecord) -> None:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(type(one) is int for one in (value if isinstance(value, (tuple, list)) else [value]))
+    return all(isinstance(one, int) for one in (value if isinstance(value, (tuple, list)) else [value]))
 
 
 def _source(value: Any) -> tuple[str, str] | None:

@@ -110,12 +110,13 @@ def _home(gm: GraphModule, node: Node, float_names: Collection[str]) -> dict[str
     return {"float": name} if name in float_names else {"constant": str(node.target)}
 
 
-def stored(gm: GraphModule, float_names: Collection[str]) -> StoredGraph | None:
-    """A converted graph as ``save`` writes it; None when it has no words for it, and ``load`` will export again."""
-    try:
-        description = to_json(gm, float_names)
-    except NotStorable:
-        return None
+def stored(gm: GraphModule, float_names: Collection[str]) -> StoredGraph:
+    """A converted graph as ``save`` writes it.
+
+    Raises:
+        NotStorable: when the format has no words for it.
+    """
+    description = to_json(gm, float_names)
     return StoredGraph(json.dumps(description, allow_nan=False), _constants(gm, description))
 
 

@@ -20,49 +20,50 @@ _ATEN = """
 _assert_tensor_metadata.default _to_copy.default abs.default acos.default acosh.default adaptive_avg_pool1d.default
 adaptive_avg_pool2d.default add.Scalar add.Tensor addbmm.default addcdiv.default addcmul.default addmm.default
 alias.default all.default all.dim amax.default amin.default any.default any.dim arange.default arange.start
-arange.start_step argmax.default argmin.default asin.default asinh.default atan.default atan2.default atanh.default
-atleast_1d.default atleast_2d.default avg_pool1d.default avg_pool2d.default avg_pool3d.default baddbmm.default
-batch_norm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor_Scalar bitwise_not.default
-bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Tensor bmm.default
-broadcast_tensors.default broadcast_to.default cat.default ceil.default celu.default channel_shuffle.default
-chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default clip.default clone.default col2im.default
-column_stack.default complex.default concat.default concatenate.default conj.default constant_pad_nd.default
-contiguous.default conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding
-conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input copy.default copysign.Tensor cos.default
-cosh.default cosine_similarity.default cumprod.default cumsum.default deg2rad.default detach.default diagonal.default
-div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode divide.Tensor dot.default dropout.default dsplit.int
-einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default exp.default exp2.default expand.default
-expand_as.default expm1.default feature_dropout.default fft_fft2.default fft_fftn.default fft_fftshift.default
-fft_ifft2.default fft_ifftn.default fft_ifftshift.default fft_irfft2.default fft_rfft2.default fill.Scalar fill.Tensor
-flatten.using_ints flip.default floor.default floor_divide.default fmod.Scalar frac.default full.default
-full_like.default ge.Scalar ge.Tensor gelu.default glu.default group_norm.default gt.Scalar gt.Tensor
-hardsigmoid.default hardswish.default hardtanh.default hsplit.int hstack.default im2col.default imag.default
-index_select.default instance_norm.default isfinite.default isinf.default isnan.default layer_norm.default le.Scalar
-le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lift_fresh_copy.default linalg_cross.default
-linalg_vector_norm.default linear.default linspace.default log.default log10.default log1p.default log2.default
-log_sigmoid.default log_softmax.int logical_and.default logical_not.default logical_or.default logical_xor.default
-logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor matmul.default max.default max.dim
-max_pool2d.default maximum.default mean.default mean.dim meshgrid.default meshgrid.indexing min.default min.dim
-minimum.default mish.default mm.default moveaxis.int movedim.int movedim.intlist mul.Scalar mul.Tensor multiply.Tensor
-mv.default nan_to_num.default narrow.default ne.Scalar ne.Tensor neg.default new_full.default new_ones.default
-new_zeros.default norm.Scalar norm.ScalarOpt_dim numpy_T.default ones.default ones_like.default outer.default
-pad.default pairwise_distance.default permute.default pixel_shuffle.default pixel_unshuffle.default polar.default
-pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prelu.default prod.default prod.dim_int rad2deg.default ravel.default
-real.default reciprocal.default reflection_pad1d.default reflection_pad2d.default relu.default relu6.default
-remainder.Scalar remainder.Tensor repeat.default repeat_interleave.self_int replication_pad1d.default
-replication_pad2d.default replication_pad3d.default reshape.default reshape_as.default rms_norm.default roll.default
-rot90.default round.decimals round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
+arange.start_step argmax.default argmin.default argsort.default asin.default asinh.default atan.default atan2.default
+atanh.default atleast_1d.default atleast_2d.default avg_pool1d.default avg_pool2d.default avg_pool3d.default
+baddbmm.default batch_norm.default bitwise_and.Scalar bitwise_and.Tensor bitwise_left_shift.Tensor_Scalar
+bitwise_not.default bitwise_or.Scalar bitwise_or.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Tensor
+bmm.default broadcast_tensors.default broadcast_to.default bucketize.Tensor cat.default ceil.default celu.default
+channel_shuffle.default chunk.default clamp.Tensor clamp.default clamp_max.default clamp_min.default clip.default
+clone.default col2im.default column_stack.default complex.default concat.default concatenate.default conj.default
+constant_pad_nd.default contiguous.default conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default
+conv3d.padding conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input copy.default copysign.Tensor
+cos.default cosh.default cosine_similarity.default cumprod.default cumsum.default deg2rad.default detach.default
+diagonal.default div.Scalar div.Scalar_mode div.Tensor div.Tensor_mode divide.Tensor dot.default dropout.default
+dsplit.int einsum.default elu.default embedding.default eq.Scalar eq.Tensor erf.default exp.default exp2.default
+expand.default expand_as.default expm1.default feature_dropout.default fft_fft2.default fft_fftn.default
+fft_fftshift.default fft_ifft2.default fft_ifftn.default fft_ifftshift.default fft_irfft2.default fft_rfft2.default
+fill.Scalar fill.Tensor flatten.using_ints flip.default floor.default floor_divide.default fmod.Scalar frac.default
+full.default full_like.default gather.default ge.Scalar ge.Tensor gelu.default glu.default group_norm.default
+gt.Scalar gt.Tensor hardsigmoid.default hardswish.default hardtanh.default hsplit.int hstack.default im2col.default
+imag.default index.Tensor index_select.default instance_norm.default isfinite.default isinf.default isnan.default
+layer_norm.default le.Scalar le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lift_fresh_copy.default
+linalg_cross.default linalg_vector_norm.default linear.default linspace.default log.default log10.default
+log1p.default log2.default log_sigmoid.default log_softmax.int logical_and.default logical_not.default
+logical_or.default logical_xor.default logsumexp.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor
+matmul.default max.default max.dim max_pool2d.default maximum.default mean.default mean.dim meshgrid.default
+meshgrid.indexing min.default min.dim minimum.default mish.default mm.default moveaxis.int movedim.int movedim.intlist
+mul.Scalar mul.Tensor multiply.Tensor mv.default nan_to_num.default narrow.default ne.Scalar ne.Tensor neg.default
+new_full.default new_ones.default new_zeros.default norm.Scalar norm.ScalarOpt_dim numpy_T.default one_hot.default
+ones.default ones_like.default outer.default pad.default pairwise_distance.default permute.default
+pixel_shuffle.default pixel_unshuffle.default polar.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor
+prelu.default prod.default prod.dim_int rad2deg.default ravel.default real.default reciprocal.default
+reflection_pad1d.default reflection_pad2d.default relu.default relu6.default remainder.Scalar remainder.Tensor
+repeat.default repeat_interleave.self_int replication_pad1d.default replication_pad2d.default
+replication_pad3d.default reshape.default reshape_as.default rms_norm.default roll.default rot90.default
+round.decimals round.default rsqrt.default rsub.Scalar rsub.Tensor scalar_tensor.default
 scaled_dot_product_attention.default select.int select_scatter.default selu.default sgn.default sigmoid.default
 sign.default silu.default sin.default sinc.default sinh.default slice.Tensor slice_scatter.default softmax.int
-softplus.default split.Tensor split.sizes split_with_sizes.default sqrt.default square.default squeeze.default
-squeeze.dim squeeze.dims stack.default std.correction std.dim sub.Scalar sub.Tensor sum.default sum.dim_IntList
-swapaxes.default swapdims.default sym_numel.default sym_size.int t.default tan.default tanh.default tensordot.default
-tile.default to.device to.dtype to.dtype_layout to.other transpose.int tril.default triu.default true_divide.Tensor
-trunc.default type_as.default unbind.int unflatten.int unfold.default unsqueeze.default upsample_bicubic2d.vec
-upsample_bilinear2d.vec upsample_linear1d.vec upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec
-upsample_trilinear3d.vec var.correction var.dim var_mean.correction view.default view.dtype view_as.default
-view_as_complex.default view_as_real.default vstack.default where.Scalar where.ScalarOther where.ScalarSelf where.self
-zeros.default zeros_like.default
+softplus.default sort.default split.Tensor split.sizes split_with_sizes.default sqrt.default square.default
+squeeze.default squeeze.dim squeeze.dims stack.default std.correction std.dim sub.Scalar sub.Tensor sum.default
+sum.dim_IntList swapaxes.default swapdims.default sym_numel.default sym_size.int t.default take_along_dim.default
+tan.default tanh.default tensordot.default tile.default to.device to.dtype to.dtype_layout to.other topk.default
+transpose.int tril.default triu.default true_divide.Tensor trunc.default type_as.default unbind.int unflatten.int
+unfold.default unsqueeze.default upsample_bicubic2d.vec upsample_bilinear2d.vec upsample_linear1d.vec
+upsample_nearest1d.vec upsample_nearest2d.vec upsample_nearest3d.vec upsample_trilinear3d.vec var.correction var.dim
+var_mean.correction view.default view.dtype view_as.default view_as_complex.default view_as_real.default
+vstack.default where.Scalar where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
 """
 _OURS = "dequantize dequantize_weight dynamic_qparams look_up quantize quantize_float8 row"
 _WORDS = ["add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "getitem"]

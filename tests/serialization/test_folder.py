@@ -718,3 +718,47 @@ def test_stored_parts_compare(quantized: dmq_ao.QuantizedDenoiser, folder: Path)
         assert_same(stored.records[name], layer, name)
     assert stored.example == quantized.signature.example
     assert stored.timestep_arg == "t"
+
+
+class Looking(nn.Module):
+    """Reads its embedding off a table by timestep, as home-made denoisers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.middle = nn.Linear(16, 16)
+        self.register_buffer("table", torch.randn(1000, 16))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.middle(self.first(x) + self.table[t]).relu())
+
+
+class Drawing(Looking):
+    """Adds noise of its own."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x + torch.zeros_like(x).bernoulli(0.0), t)
+
+
+def test_a_table_that_is_looked_into_is_stored(tmp_path: Path) -> None:
+    model = seeded(Looking)
+    saved, _ = flow(model, minmax("w8a8"), record(model, lambda s: model(torch.randn(4, 8), torch.full((4,), s))))
+    dmq_ao.save(saved, tmp_path)
+    x, t = torch.randn(2, 8), torch.tensor([5, 999])
+    loaded = dmq_ao.load(tmp_path)
+    assert torch.equal(dmq_ao.load(tmp_path, backend="reference")(x, t), saved(x, t))
+    with pytest.raises(InvalidFile, match="a value is outside of what the model knows, such as a class"):
+        loaded(x, torch.tensor([5, 1000]))
+
+
+def test_a_graph_that_draws_is_not_stored_and_says_so(tmp_path: Path) -> None:
+    model = seeded(Drawing)
+    samples = record(model, lambda s: model(torch.randn(4, 8), torch.full((4,), s)))
+    with pytest.warns(UserWarning, match=r"cannot be stored \(the operator aten.bernoulli.*load\(folder, model="):
+        saved, _ = flow(model, minmax("w8a8"), samples)
+    dmq_ao.save(saved, tmp_path)
+    with pytest.raises(ValueError, match="give the float module"):
+        dmq_ao.load(tmp_path)
+    x, t = torch.randn(2, 8), torch.tensor([5, 999])
+    with pytest.warns(UserWarning, match="cannot be stored"):
+        assert torch.equal(dmq_ao.load(tmp_path, model=model, backend="reference")(x, t), saved(x, t))
