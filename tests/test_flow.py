@@ -19,6 +19,7 @@ import dmq_ao
 from dmq_ao import graph
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.config import MissingStatistics, Override, PowerOfTwo, Ranges, Recipe, TensorConfig
+from dmq_ao.quantizer import quantizer
 
 Inputs = dict[str, Any]
 MODELS = ("tiny_unet2d", "tiny_unet2d_condition", "tiny_dit")
@@ -632,6 +633,10 @@ def test_verbs_in_the_wrong_order() -> None:
     model = seeded(Plain)
     with pytest.raises(TypeError, match="convert takes what dmq_ao.prepare returned, got Plain"):
         dmq_ao.convert(model)  # type: ignore[arg-type]
+    annotated = torch.fx.GraphModule(nn.Module(), torch.fx.Graph())
+    annotated.meta[quantizer.RECIPE] = RECIPE  # as DiffusionQuantizer leaves it where torchao prepares alone
+    with pytest.raises(TypeError, match="convert takes what dmq_ao.prepare returned, got GraphModule"):
+        dmq_ao.convert(annotated)
     with pytest.raises(TypeError, match="save takes what dmq_ao.convert or dmq_ao.load returned, got Plain"):
         dmq_ao.save(model, "out")  # type: ignore[arg-type]
 

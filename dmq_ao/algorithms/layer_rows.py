@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -20,6 +21,18 @@ from dmq_ao.records import WeightRecord
 
 HELD_ROWS = 2048
 POOL_BYTES = 128 << 20
+
+
+class Draw(IntEnum):
+    """What is drawn for a layer or unit, each by a generator of its own; the numbers are part of what a seed gives."""
+
+    SCALES = 1
+    TEACHER = 2
+    ROUNDING = 3
+    STUDENT = 4
+    MOMENTS = 5
+    SAMPLE_WEIGHTS = 6
+    BLOCK = 7
 
 
 class LayerRows:
@@ -72,7 +85,7 @@ class LayerRows:
         assert isinstance(source, Node)
         return source
 
-    def generator(self, index: int, purpose: int) -> torch.Generator:
+    def generator(self, index: int, purpose: Draw) -> torch.Generator:
         """Of what is drawn for one unit or layer, whatever was drawn before."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 17 + purpose)
 
@@ -80,7 +93,7 @@ class LayerRows:
         """Some positions of the float inputs ``seen``, and the float layer's products of them."""
         node, weight = self._nodes[name], self.weights[name].float()
         shape = geometry(node, weight)
-        keep = self._positions(name, shape, positions, 2)
+        keep = self._positions(name, shape, positions, Draw.TEACHER)
         x = torch.cat([_by_sample(rows(x.float(), shape, keep), len(x)) for x in seen])
         return Rows(x, product(x, weight), self.steps, self.held)
 
@@ -88,7 +101,7 @@ class LayerRows:
         """Some positions of the inputs as ``rounding`` wants to see them, and the float network's output there."""
         numbers = self.weights[name][0].numel() * shape.groups * len(self.steps)
         wanted = max(1, min(rounding.positions, POOL_BYTES // (4 * numbers)))
-        keep = self._positions(name, shape, wanted, 4)
+        keep = self._positions(name, shape, wanted, Draw.STUDENT)
         bias = float_bias(self.prepared, node)
         xs, ys = [], []
         for index, y in enumerate(self._stream.teacher_values[node]):
@@ -116,7 +129,7 @@ class LayerRows:
         wanted = rounding.positions
         if second:  # as many rows as the second moments need to have full rank
             wanted = max(wanted, math.ceil(4 * taps / max(1, int(fit.sum()))))
-        keep = self._positions(name, shape, wanted, 5)
+        keep = self._positions(name, shape, wanted, Draw.MOMENTS)
         sample_weights = self._sample_weights(name, node, shape, nearest, rounding)
         moments = [
             Moments(
@@ -154,7 +167,7 @@ class LayerRows:
         """[N] float32: step weights from one look at the error of nearest rounding."""
         if rounding.step_weights.kind is Weighting.UNIFORM:
             return torch.ones(len(self.steps))
-        keep = self._positions(name, shape, 32, 6)
+        keep = self._positions(name, shape, 32, Draw.SAMPLE_WEIGHTS)
         bias, values, errors = float_bias(self.prepared, node), nearest.dequantize(), []
         for index, wholly in enumerate(self._stream.teacher_values[node]):
             x = _by_sample(rows(self._seen(name, rounding, index), shape, keep), len(wholly))
@@ -176,7 +189,7 @@ class LayerRows:
             return activation.scaled(x).float()
         return activation.simulate(x, self.timestep(index)).float()
 
-    def _positions(self, name: str, shape: Geometry, wanted: int, purpose: int) -> Tensor | None:
+    def _positions(self, name: str, shape: Geometry, wanted: int, purpose: Draw) -> Tensor | None:
         """Positions of the output to look at, in order; None for all."""
         count = _position_count(self._stream.teacher_values[self.source(name)][0], shape)
         if count <= wanted:

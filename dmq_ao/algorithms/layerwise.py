@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from dmq_ao import graph
 from dmq_ao.algorithms.blocks import Block, Rows, find_blocks, run_block
 from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, learn_block, scaled_weight
-from dmq_ao.algorithms.layer_rows import LayerRows
+from dmq_ao.algorithms.layer_rows import Draw, LayerRows
 from dmq_ao.algorithms.moments import Moments
 from dmq_ao.algorithms.rounding import (
     ScaledInput,
@@ -251,7 +251,7 @@ class Reconstruction:
                 )
             )
         with torch.enable_grad():
-            outcome = learn_scales(given, config, self.count, self.rows.generator(unit.index, 1))
+            outcome = learn_scales(given, config, self.count, self.rows.generator(unit.index, Draw.SCALES))
         for watcher, scale in zip(learning.values(), outcome.scales, strict=True):
             watcher.channel_scale = None if scale is None else scale.cpu()  # where the ranges are
         for name in unit.layers:
@@ -316,7 +316,7 @@ class Reconstruction:
                 data,
                 rounding,
                 self.count,
-                self.rows.generator(self.rows.places[name], 3),
+                self.rows.generator(self.rows.places[name], Draw.ROUNDING),
             )
 
     # ---- blocks
@@ -356,7 +356,7 @@ class Reconstruction:
         data = BlockData(students, teachers, self.rows.steps, self.count, self.held)
         with torch.enable_grad():
             learned, codes, factors = learn_block(
-                self.prepared, block, data, config, self.rows.generator(block.index, 7)
+                self.prepared, block, data, config, self.rows.generator(block.index, Draw.BLOCK)
             )
         for name, rounded in codes.items():
             weight, _ = self.watchers[name]

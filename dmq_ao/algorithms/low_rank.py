@@ -74,7 +74,7 @@ class LowRankCodes:
         codes = self._codes(place.detach())
         inside = (place >= self._low - 0.5) & (place <= self._high + 0.5)
         codes = codes.to(self.record.codes.dtype)
-        values: Tensor = _Dequantized.apply(scale, place, codes, self._zero_point, inside)  # type: ignore[no-untyped-call]
+        values: Tensor = _Moved.apply(scale, place, codes, self._zero_point, inside)  # type: ignore[no-untyped-call]
         return values.reshape(self.record.codes.shape)
 
     def merged(self, up: Tensor, down: Tensor) -> WeightRecord:
@@ -83,7 +83,7 @@ class LowRankCodes:
         return replace(self.record, codes=codes.reshape(self.record.codes.shape))
 
 
-class _Dequantized(torch.autograd.Function):
+class _Moved(torch.autograd.Function):
     """Values of codes, with a gradient for ``scale`` and for the ``place`` that was rounded; keeps no floats of it."""
 
     @staticmethod

@@ -120,7 +120,7 @@ def convert(
         ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, cannot keep codes packed, or
             has no choice of kernels; for ``packed`` and ``latency_aware`` at once.
     """
-    if not isinstance(prepared, GraphModule) or RECIPE not in prepared.meta:
+    if not isinstance(prepared, GraphModule) or not {RECIPE, SKELETON} <= set(prepared.meta):
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
     chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)

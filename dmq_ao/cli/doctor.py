@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.onednn.backend import has_vnni
 from dmq_ao.evaluation import machine
 
 OK, NOTE, SLOW, BROKEN = "ok", "note", "slow", "broken"
@@ -55,11 +56,6 @@ def examine() -> dict[str, Any]:
 def has_kernels() -> bool:
     """Whether this PyTorch was built with oneDNN's int8 kernels."""
     return hasattr(torch.ops.onednn, "qconv_pointwise") and hasattr(torch.ops.onednn, "qlinear_pointwise")
-
-
-def has_vnni() -> bool:
-    """Whether this CPU multiplies u8 by s8 into 32 bits; without it, products saturate in 16."""
-    return _cpu_says("_is_vnni_supported")
 
 
 def _cpu_says(question: str) -> bool:
