@@ -122,7 +122,15 @@ def load(
     if model is not None:
         # The stored float tensors replace the model's own: on a copy, for the caller's stays as it is.
         denoiser = copy.deepcopy(denoiser)
-    return _exported_again(stored, denoiser, folder, backend, how, device)
+    try:
+        return _exported_again(stored, denoiser, folder, backend, how, device)
+    except ValueError:  # ours: a backend, a pattern, another model
+        raise
+    except Exception as error:  # of any type: the file's inputs and records do not go with the model
+        raise InvalidFile(
+            f"{folder}: {type(denoiser).__name__} cannot be exported again as the file describes it ({error!r}); it is"
+            " damaged or was edited, or of another version of the model"
+        ) from error
 
 
 def check(folder: str | Path) -> dict[str, int]:
@@ -265,6 +273,8 @@ def _exported_again(
     device: torch.device,
 ) -> QuantizedDenoiser:
     """Export the module, with the file's tensors in it, and take the records for what was calibrated."""
+    with _damage_is_named(folder):
+        trial.example_inputs(stored.example.values())  # their size is known before they take memory
     _set_float_tensors(denoiser, stored)
     _tie(denoiser, stored.merged)
     denoiser.to(device)

@@ -134,9 +134,7 @@ def write(stored: Stored, folder: str | Path) -> None:
 def _check_readable(layers: Mapping[str, Any], tensors: Mapping[str, Tensor], largest_exponent: int) -> None:
     """What ``read`` would refuse is refused before it is written."""
     for name, layer in stored_layers(layers).items():
-        meaning.check_layer(name, layer)
-        fields = meaning.fields_of(name, frozenset(tensors))
-        meaning.check_fields(name, layer, fields)
+        fields = meaning.check_record(name, layer, frozenset(tensors))
         meaning.check_tensors(name, layer, {one: tensors[f"{name}.{one}"] for one in fields}, largest_exponent)
 
 

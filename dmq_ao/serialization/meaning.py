@@ -106,6 +106,14 @@ def check_fields(name: str, layer: StoredLayer, present: set[str]) -> None:
         raise Meaningless(f"tensors missing {keys[0]}, unexpected {keys[1]}")
 
 
+def check_record(name: str, layer: StoredLayer, names: frozenset[str]) -> set[str]:
+    """Fields that a file of tensors ``names`` holds of a layer, after ``check_layer`` and ``check_fields``."""
+    check_layer(name, layer)
+    fields = {field for field in FIELDS if f"{name}.{field}" in names}
+    check_fields(name, layer, fields)
+    return fields
+
+
 def check_codes(name: str, layer: StoredLayer, shape: list[int], dtype: str) -> None:
     """Refuse packed codes of another size than the layer's.
 
@@ -244,8 +252,3 @@ def _layout(tensor: Tensor) -> str:
 
 def _refuse(what: str, wanted: str, got: object) -> None:
     raise Meaningless(f"{what} must be {wanted}; got {got}")
-
-
-def fields_of(name: str, names: frozenset[str]) -> set[str]:
-    """Fields that the tensors ``names`` of a file hold of a layer."""
-    return {field for field in FIELDS if f"{name}.{field}" in names}

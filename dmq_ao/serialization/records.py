@@ -55,9 +55,7 @@ class StoredRecords(Mapping[str, LayerRecord]):
             self.rest = {key: self._tensor(opened, key) for key in sorted(self._names - taken)}
 
     def _outline(self, name: str, layer: StoredLayer, opened: Any, max_exponent: int) -> LayerRecord:
-        meaning.check_layer(name, layer)
-        fields = meaning.fields_of(name, self._names)
-        meaning.check_fields(name, layer, fields)
+        fields = meaning.check_record(name, layer, self._names)
         packed = opened.get_slice(f"{name}.weight")
         meaning.check_codes(name, layer, packed.get_shape(), packed.get_dtype())
         tensors = {one: self._tensor(opened, f"{name}.{one}") for one in fields - {"weight"}}

@@ -17,11 +17,13 @@ from torch.nn.modules import module as registration
 
 from dmq_ao import graph
 from dmq_ao.config import InvalidFile
+from dmq_ao.records import outline
 from dmq_ao.serialization.folder import CONFIG, Stored
 
 # A model has so many modules and tensors for each of its parameters, and numbers beside them, at most.
 _MODULES, _TENSORS, _NUMBERS = 50, 4, 2
 _ALLOWANCE = 1000
+_HELD = 64
 _SPARE_NUMBERS = 2**24
 _LARGEST = 2**24
 
@@ -70,10 +72,20 @@ def float_model(stored: Stored, model: nn.Module | None, folder: str | Path) -> 
             f"{folder} is not of a diffusers model; give the float module: load({str(folder)!r}, model=...)"
         )
     if model is None:
+        _check_held(stored, folder)
         skeleton(stored, None, folder)  # its size is known before it takes memory
         return _diffusers_model(stored, folder)
     check_identity(stored, model, folder)
     return model
+
+
+def _check_held(stored: Stored, folder: str | Path) -> None:
+    """Refuse a model far larger than what the file holds of it; layers that were copies stand in it once."""
+    outlines = (outline(stored.records, name).weight for name in stored.records)
+    held = sum(weight.shape.numel() for weight in outlines) + sum(x.numel() for x in stored.float_tensors.values())
+    numbers = sum(torch.Size(shape).numel() for shape in stored.parameters.values())
+    if numbers > _HELD * held + _SPARE_NUMBERS:
+        raise InvalidFile(f"{Path(folder) / CONFIG}: a model of {numbers} numbers, of which the file holds {held}")
 
 
 def identity(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import STEPS, edit_config, flow, record, relative, repeated_samples, reseal, scaled, seeded
+from plain import STEPS, edit_config, flow, record, relative, repeated_samples, reseal, scaled, seeded, without_graph
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -607,6 +607,31 @@ WRONG_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_diffusers_builds_within_the_size_of_the_file(dit_folder: Path, changes: dict[str, Any], match: str) -> None:
     edit_config(dit_folder, lambda config: config.update(changes))
     refused(dit_folder, match)
+
+
+WITHOUT_GRAPH: dict[str, tuple[Edit, str]] = {
+    "inputs beyond all": (lambda q: q["example"]["hidden_states"].update(shape=[2**40] * 4), "no example input"),
+    "inputs of whole numbers": (
+        lambda q: [one.update(dtype="int64") for one in q["example"].values()],
+        "cannot be exp",
+    ),
+    "inputs of another shape": (lambda q: q["example"]["hidden_states"].update(shape=[2, 5, 8]), "cannot be exported"),
+    "an input too few": (lambda q: q["example"].pop("class_labels"), "cannot be exported"),
+    "an input too many": (lambda q: q["example"].update(y=q["example"]["hidden_states"]), "cannot be exported"),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), WITHOUT_GRAPH.values(), ids=WITHOUT_GRAPH)
+def test_a_folder_without_a_graph_is_no_way_around(dit_folder: Path, change: Edit, match: str) -> None:
+    without_graph(dit_folder)
+    edit_config(dit_folder, lambda config: change(config[KEY]))
+    refused(dit_folder, match)
+
+
+def test_a_model_far_larger_than_its_file_is_not_built(dit_folder: Path) -> None:
+    without_graph(dit_folder)
+    edit_config(dit_folder, lambda config: config[KEY]["parameters"].update(more=[2**20, 2**20]))
+    refused(dit_folder, "a model of 10995.* numbers, of which the file holds")
 
 
 # --- pipelines ----------------------------------------------------------------
