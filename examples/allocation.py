@@ -28,7 +28,7 @@ from dmq_ao.benchmarks.measure import by_timestep
 from dmq_ao.config import BitAllocation, ChannelScaling, Ranges, Recipe, Scope, Scorer
 from dmq_ao.evaluation import machine, one_step_error
 from dmq_ao.graph import layer_nodes
-from dmq_ao.quantizer.quantizer import float_weight, observers
+from dmq_ao.quantizer.prepared import float_weight, observers
 
 SCHEMES: dict[str, BitAllocation | None] = {
     "uniform": None,

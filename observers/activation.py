@@ -25,7 +25,7 @@ class ActivationObserver(ObserverBase):
     """Watches the input of a layer (or of siblings that share it) and lowers itself to quantize and dequantize nodes.
 
     A calibration pass is started by ``start_ranges`` or ``start_votes`` and fed by ``forward``; the tensor itself goes
-    through untouched. ``record`` says what was decided.
+    through untouched. ``record`` says what was decided, ``decide`` freezes it.
     """
 
     def __init__(
@@ -117,11 +117,24 @@ class ActivationObserver(ObserverBase):
         Raises:
             MissingStatistics: when nothing was observed.
         """
+        return self._record(self._elect())
+
+    def decide(self) -> None:
+        """Freeze what ``record`` says, and keep the election that it comes from.
+
+        Raises:
+            MissingStatistics: when nothing was observed.
+        """
+        election = self._elect()
+        self.restore(self._record(election))
+        self.election = election or self.election
+
+    def _elect(self) -> Election | None:
+        return None if self.vote is None or not len(self.vote.counts) else self.vote.elect()
+
+    def _record(self, election: Election | None) -> ActivationRecord:
         record = self.decided or self._from_ranges()
-        if self.vote is None or not len(self.vote.counts):
-            return record
-        self.election = self.vote.elect()
-        return replace(record, exponents=self.election.exponents.cpu())
+        return record if election is None else replace(record, exponents=election.exponents.cpu())
 
     def simulate(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
         """What the codes of ``x`` [B, ...] stand for, in the dtype of ``x``: ``x / channel_scale``, rounded."""

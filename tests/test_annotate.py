@@ -13,7 +13,7 @@ from torch import Tensor
 import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.config import MAX_INPUT_BITS, Override, Ranges, Recipe
-from dmq_ao.quantizer.quantizer import PLAN
+from dmq_ao.quantizer.prepared import state_of
 from dmq_ao.records import LayerPlan
 
 pytest.importorskip("diffusers")
@@ -22,8 +22,7 @@ EMBEDDINGS = recipes.minmax("w8a8", ranges=Ranges.PER_STEP, embeddings=True)
 
 
 def plan_of(case: Case, recipe: Recipe) -> dict[str, LayerPlan]:
-    plan: dict[str, LayerPlan] = dmq_ao.prepare(case.model, recipe, case.inputs(2, 2)).meta[PLAN]
-    return plan
+    return dict(state_of(dmq_ao.prepare(case.model, recipe, case.inputs(2, 2))).plan)
 
 
 def ranges_of(plan: dict[str, LayerPlan]) -> dict[str, Ranges]:

@@ -34,7 +34,7 @@ from dmq_ao.config import (
 )
 from dmq_ao.graph import graph_arguments
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver
-from dmq_ao.quantizer.quantizer import SKELETON, observers
+from dmq_ao.quantizer.prepared import observers, state_of
 from dmq_ao.serialization import checkpoint as state
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
@@ -149,7 +149,7 @@ def test_parts_of_a_split_layer_have_one_output(model: nn.Module, samples: dmq_a
 
 def test_without_a_module_tree_every_layer_is_a_block(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
     prepared = dmq_ao.prepare(model, minmax("w4a8"), samples.example(), backend="reference")
-    prepared.meta.pop(SKELETON)
+    state_of(prepared).skeleton = None
     assert [block.layers for block in find_blocks(prepared)] == [
         ("conv",),
         ("tokens",),

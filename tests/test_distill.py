@@ -27,7 +27,7 @@ from dmq_ao.algorithms.rounding import held_out
 from dmq_ao.config import Distillation, InvalidFile, Recipe, Reduce, Relation
 from dmq_ao.graph import graph_arguments
 from dmq_ao.objectives import relation_error
-from dmq_ao.quantizer.quantizer import TUNED, observers
+from dmq_ao.quantizer.prepared import observers, state_of
 from dmq_ao.serialization import checkpoint as state
 
 module = importlib.import_module("dmq_ao.algorithms.distillation")
@@ -93,7 +93,7 @@ def before(model: nn.Module, samples: dmq_ao.CalibrationSet) -> Outcome:
 def assert_same_outcome(left: Outcome, right: Outcome) -> None:
     assert_same_records(left.denoiser, right.denoiser)
     assert left.report.distillation == right.report.distillation
-    tuned, other = left.prepared.meta[TUNED], right.prepared.meta[TUNED]
+    tuned, other = state_of(left.prepared).tuned, state_of(right.prepared).tuned
     assert tuned.keys() == other.keys()
     for name in tuned:
         assert torch.equal(tuned[name], other[name]), name
@@ -218,7 +218,7 @@ def test_the_callers_model_is_untouched(model: nn.Module, samples: dmq_ao.Calibr
     kept = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     learns = [parameter.requires_grad for parameter in model.parameters()]
     outcome = calibrated(model, samples)
-    assert outcome.prepared.meta[TUNED]
+    assert state_of(outcome.prepared).tuned
     with torch.no_grad():
         outcome.denoiser(**samples.example())
     for name, tensor in model.state_dict().items():
@@ -262,7 +262,7 @@ def test_calibrating_again_starts_clean(
     monkeypatch.setattr(module._Run, "advance", _interrupted(0))
     with pytest.raises(KeyboardInterrupt):
         dmq_ao.calibrate(outcome.prepared, samples, progress=False, batch_size=5)
-    assert TUNED not in outcome.prepared.meta
+    assert not state_of(outcome.prepared).tuned
     for weight, _ in observers(outcome.prepared).values():
         weight.start()
     assert not any("tuned" in str(key) for key in outcome.prepared.meta)
@@ -531,7 +531,7 @@ def test_relations_are_learned(before: Outcome, model: nn.Module, windows: dmq_a
 
     def error(prepared: GraphModule) -> float:
         student, chosen = Student(prepared), torch.arange(16)
-        for target, tensor in prepared.meta.get(TUNED, {}).items():
+        for target, tensor in state_of(prepared).tuned.items():
             student.parameters[f"float|{target}"].data = tensor
         term, features = related(prepared, windows, student)
         with torch.no_grad():

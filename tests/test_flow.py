@@ -19,7 +19,7 @@ import dmq_ao
 from dmq_ao import graph
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.config import MissingStatistics, Override, PowerOfTwo, Ranges, Recipe, TensorConfig
-from dmq_ao.quantizer import quantizer
+from dmq_ao.quantizer.prepared import Prepared, state_of
 
 Inputs = dict[str, Any]
 MODELS = ("tiny_unet2d", "tiny_unet2d_condition", "tiny_dit")
@@ -94,7 +94,7 @@ def quantized(request: pytest.FixtureRequest) -> Quantized:
     prepared = dmq_ao.prepare(model, RECIPE, samples.example())
     report = dmq_ao.calibrate(prepared, samples, progress=False)
     on_cpu = ("reference", "onednn")
-    names = [name for name in on_cpu if not ALL_BACKENDS[name].unsupported(prepared.meta["dmq_ao.plan"])]
+    names = [name for name in on_cpu if not ALL_BACKENDS[name].unsupported(state_of(prepared).plan)]
     by_backend = {name: dmq_ao.convert(prepared, name) for name in names}
     return Quantized(model, example, samples, prepared, report, by_backend, before, output)
 
@@ -634,8 +634,10 @@ def test_verbs_in_the_wrong_order() -> None:
     with pytest.raises(TypeError, match="convert takes what dmq_ao.prepare returned, got Plain"):
         dmq_ao.convert(model)  # type: ignore[arg-type]
     annotated = torch.fx.GraphModule(nn.Module(), torch.fx.Graph())
-    annotated.meta[quantizer.RECIPE] = RECIPE  # as DiffusionQuantizer leaves it where torchao prepares alone
     with pytest.raises(TypeError, match="convert takes what dmq_ao.prepare returned, got GraphModule"):
+        dmq_ao.convert(annotated)
+    Prepared(RECIPE).attach(annotated)  # as DiffusionQuantizer leaves it where torchao prepares alone
+    with pytest.raises(TypeError, match="convert takes what dmq_ao.prepare returned, .* prepare_pt2e prepared alone"):
         dmq_ao.convert(annotated)
     with pytest.raises(TypeError, match="save takes what dmq_ao.convert or dmq_ao.load returned, got Plain"):
         dmq_ao.save(model, "out")  # type: ignore[arg-type]

@@ -26,7 +26,6 @@ KERNELS = re.compile(r"torch\.ops\.(?:dmq_ao_cpu|onednn)\.\w+|\bint_(?:conv|line
 KNOWN_STRANGERS = ["dmq_ao/benchmarks/roofline.py", "passes/lower_precision.py"]
 LONG_FILES = {
     "backends/onednn/fused.py",
-    "dmq_ao/algorithms/layerwise.py",
     "dmq_ao/cli/commands.py",
     "dmq_ao/records.py",
     "dmq_ao/samples/record.py",
@@ -130,6 +129,17 @@ def test_backends_do_not_know_each_other() -> None:
         trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "backends" / here).glob("*.py")]
         imports = [name for tree in trees for _, name in absolute_imports(tree)]
         assert not [name for name in imports if name.startswith(f"dmq_ao.backends.{there}")]
+
+
+def test_the_state_of_a_graph_is_read_where_it_is_kept() -> None:
+    """``meta`` of a graph module, a bag that anybody can drop things into, is touched in one file a room only."""
+    bag = re.compile(r"\b(?:gm|model|prepared|captured|copied|quantized|lowered|module|plan)\.meta\b")
+    readers = {
+        path.relative_to(ROOT).as_posix()
+        for path in source_files(ROOT)
+        if bag.search(path.read_text(encoding="utf-8"))
+    }
+    assert readers <= {"dmq_ao/graph/capture.py", "dmq_ao/quantizer/prepared.py", "passes/lower_precision.py"}
 
 
 def test_files_are_short() -> None:

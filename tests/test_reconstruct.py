@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao.algorithms.layerwise import units_of
+from dmq_ao.algorithms.weights import WeightLearning
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.config import (
     ChannelScaling,
@@ -41,10 +41,9 @@ from dmq_ao.config import (
     StepWeights,
 )
 from dmq_ao.graph import graph_arguments
-from dmq_ao.quantizer.quantizer import observers
+from dmq_ao.quantizer.prepared import observers
 from dmq_ao.serialization import checkpoint as state
 
-module = importlib.import_module("dmq_ao.algorithms.layerwise")
 minmax, dmq, default = dmq_ao.recipes.minmax, dmq_ao.recipes.dmq, dmq_ao.recipes.default
 MODELS = ["plain", "tiny_unet2d"]
 PUBLISHED = {"dmq": small(dmq("w4a8"), 4), "default": small(default("w4a8"), 4)}
@@ -358,10 +357,10 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(
         with pytest.raises(KeyboardInterrupt):
             run(model, recipe, samples, state_dir=tmp_path / "state")
     decided: list[str] = []
-    decide = module.Reconstruction._decide_weight
+    decide = WeightLearning.decide
     monkeypatch.setattr(
-        module.Reconstruction,
-        "_decide_weight",
+        WeightLearning,
+        "decide",
         lambda self, name, *rest: (decided.append(name), decide(self, name, *rest))[1],
     )
     denoiser, report = run(model, recipe, samples, state_dir=tmp_path / "state")

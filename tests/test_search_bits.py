@@ -32,7 +32,7 @@ from dmq_ao.config import (
 from dmq_ao.mixed_precision.bit_errors import output_error, output_error_of_inputs, probe_of, weight_errors
 from dmq_ao.mixed_precision.bit_plan import InputBits, LayerBits
 from dmq_ao.objectives import relative_error
-from dmq_ao.quantizer.quantizer import observers
+from dmq_ao.quantizer.prepared import observers
 from dmq_ao.serialization.folder import TENSORS
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")

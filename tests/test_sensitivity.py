@@ -17,19 +17,21 @@ import dmq_ao
 from dmq_ao import graph, numerics
 from dmq_ao.config import InvalidFile, PowerOfTwo, Protection, Recipe, TensorConfig
 from dmq_ao.mixed_precision import sensitivity
-from dmq_ao.mixed_precision.sensitivity import Sensitivity, choose, choose_inputs, forget, protect, sensitivities
+from dmq_ao.mixed_precision.sensitivity import Sensitivity, choose, choose_inputs, protect, sensitivities
 from dmq_ao.numerics import ops
-from dmq_ao.quantizer.quantizer import PLAN, RECIPE, observers
+from dmq_ao.quantizer.prepared import observers, reset, state_of
 from dmq_ao.records import LayerPlan
+from dmq_ao.serialization.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 STATE = "sensitivity.safetensors"
+PROTECTION, NOWHERE = Protection(share=0.5, input_share=0.1), Checkpoint(None, "mine")
 NARROW, WIDE, INPUT = TensorConfig(bits=4), TensorConfig(bits=8), TensorConfig(bits=8)
 
 
 @pytest.fixture
 def prepared(model: nn.Module, samples: dmq_ao.CalibrationSet) -> GraphModule:
-    recipe = dataclasses.replace(dmq_ao.recipes.minmax("w4a6"), protection=Protection(share=0.5, input_share=0.1))
+    recipe = dataclasses.replace(dmq_ao.recipes.minmax("w4a6"), protection=PROTECTION)
     return dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
 
 
@@ -175,35 +177,35 @@ def test_inputs_are_widened_within_the_share_of_products(share: float, expected:
 
 
 def test_the_chosen_layers_get_their_bits_everywhere(prepared: GraphModule, arguments: list[Tensor]) -> None:
-    recipe, plan = prepared.meta[RECIPE], prepared.meta[PLAN]
+    recipe, plan = state_of(prepared).recipe, state_of(prepared).plan
     found = sensitivities(prepared, arguments, quiet())
     chosen = choose(found, plan, recipe.protection)
     wide = choose_inputs(found, [[name] for name in observers(prepared)], recipe.protection)
-    protect(prepared, arguments, None, "mine", quiet())
+    protect(prepared, arguments, PROTECTION, NOWHERE, quiet())
     assert 0 < len(chosen) < len(plan)
     assert wide
     for name, (weight, activation) in observers(prepared).items():
         bits = (8 if name in chosen else 4, 12 if name in wide else 8 if name in chosen else 6)
         assert activation is not None
         assert (weight.config.bits, activation.config.bits) == bits
-        item = prepared.meta[PLAN][name]
+        item = state_of(prepared).plan[name]
         assert (item.weight.bits, item.activation.bits) == bits
-    assert prepared.meta[RECIPE].protection is None
-    assert prepared.meta[RECIPE].config.overrides != recipe.config.overrides
-    forget(prepared)
-    assert (prepared.meta[RECIPE], prepared.meta[PLAN]) == (recipe, plan)
+    assert state_of(prepared).recipe.protection is None
+    assert state_of(prepared).recipe.config.overrides != recipe.config.overrides
+    reset(prepared)
+    assert (state_of(prepared).recipe, state_of(prepared).plan) == (recipe, plan)
     assert {weight.config.bits for weight, _ in observers(prepared).values()} == {4}
-    forget(prepared)  # a second time there is nothing to undo
-    assert prepared.meta[RECIPE] == recipe
+    reset(prepared)  # a second time there is nothing to undo
+    assert state_of(prepared).recipe == recipe
 
 
 def test_the_written_overrides_make_the_same_plan(
     model: nn.Module, prepared: GraphModule, arguments: list[Tensor], samples: dmq_ao.CalibrationSet
 ) -> None:
-    protect(prepared, arguments, None, "mine", quiet())
-    written = Recipe.from_dict(prepared.meta[RECIPE].to_dict())
+    protect(prepared, arguments, PROTECTION, NOWHERE, quiet())
+    written = Recipe.from_dict(state_of(prepared).recipe.to_dict())
     again = dmq_ao.prepare(model, written, samples.example(), backend="reference")
-    assert again.meta[PLAN] == prepared.meta[PLAN]
+    assert state_of(again).plan == state_of(prepared).plan
 
 
 def test_a_second_calibration_starts_from_what_was_asked(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
@@ -211,9 +213,9 @@ def test_a_second_calibration_starts_from_what_was_asked(model: nn.Module, sampl
     recipe = dataclasses.replace(recipe, protection=Protection(share=0.5))
     prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
     dmq_ao.calibrate(prepared, samples, progress=False)
-    first = prepared.meta[RECIPE]
+    first = state_of(prepared).recipe
     dmq_ao.calibrate(prepared, samples, progress=False)
-    assert prepared.meta[RECIPE] == first
+    assert state_of(prepared).recipe == first
     assert first != recipe
 
 
@@ -223,22 +225,22 @@ def test_a_second_calibration_starts_from_what_was_asked(model: nn.Module, sampl
 def test_what_was_measured_is_taken_from_the_file(
     prepared: GraphModule, arguments: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protect(prepared, arguments, tmp_path, "mine", quiet())
-    expected = prepared.meta[PLAN]
-    forget(prepared)
+    protect(prepared, arguments, PROTECTION, Checkpoint(tmp_path, "mine"), quiet())
+    expected = state_of(prepared).plan
+    reset(prepared)
     monkeypatch.setattr(sensitivity, "sensitivities", lambda *_: pytest.fail("measured again"))
-    protect(prepared, arguments, tmp_path, "mine", quiet())
-    assert prepared.meta[PLAN] == expected
+    protect(prepared, arguments, PROTECTION, Checkpoint(tmp_path, "mine"), quiet())
+    assert state_of(prepared).plan == expected
 
 
 def test_damaged_and_foreign_measurements(prepared: GraphModule, arguments: list[Tensor], tmp_path: Path) -> None:
-    protect(prepared, arguments, tmp_path, "mine", quiet())
-    forget(prepared)
+    protect(prepared, arguments, PROTECTION, Checkpoint(tmp_path, "mine"), quiet())
+    reset(prepared)
     with pytest.raises(ValueError, match="belongs to another run"):
-        protect(prepared, arguments, tmp_path, "theirs", quiet())
+        protect(prepared, arguments, PROTECTION, Checkpoint(tmp_path, "theirs"), quiet())
     (tmp_path / STATE).write_text("{}")
     with pytest.raises(InvalidFile, match="not the sensitivities of a calibration"):
-        protect(prepared, arguments, tmp_path, "mine", quiet())
+        protect(prepared, arguments, PROTECTION, Checkpoint(tmp_path, "mine"), quiet())
 
 
 def test_another_protection_is_another_run(model: nn.Module, samples: dmq_ao.CalibrationSet, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from dmq_ao.config import InvalidFile
-from dmq_ao.serialization.checkpoint import load_state, save_state
+from dmq_ao.serialization.checkpoint import Checkpoint, load_state, save_state
 
 META = {"step": 3, "best": 0.25, "names": ["a", "b"]}
 
@@ -42,7 +42,19 @@ def test_tensors_that_share_memory(file: Path) -> None:
 
 def test_nothing_saved_is_no_state(file: Path) -> None:
     assert load_state(file, "mine", "a state") is None
-    assert load_state(None, "mine", "a state") is None
+
+
+def test_a_run_without_a_folder_saves_nothing(tmp_path: Path) -> None:
+    nowhere = Checkpoint(None, "mine")
+    nowhere.save("units/0001", META, {"a": torch.ones(2)})
+    assert nowhere.load("units/0001", "a state") is None
+    there = Checkpoint(tmp_path, "mine")
+    there.save("units/0001", META, {"a": torch.ones(2)})
+    meta, tensors = there.load("units/0001", "a state") or ({}, {})
+    assert meta == META
+    assert torch.equal(tensors["a"], torch.ones(2))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        Checkpoint(tmp_path, "theirs").load("units/0001", "a state")
 
 
 def test_another_run_is_refused_with_the_way_out(file: Path) -> None:

@@ -15,7 +15,7 @@ import dmq_ao
 from dmq_ao import graph
 from dmq_ao.algorithms.stream import Stream, Value
 from dmq_ao.graph import graph_arguments
-from dmq_ao.quantizer.quantizer import observers
+from dmq_ao.quantizer.prepared import observers
 
 QUANTIZED = ["conv", "tokens", "merge.part0", "merge.part1"]
 AMPLE = 1 << 40

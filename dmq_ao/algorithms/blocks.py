@@ -20,7 +20,8 @@ from dmq_ao import graph
 from dmq_ao.algorithms.stream import Value
 from dmq_ao.config import LeftOut
 from dmq_ao.graph.roles import blocks_of, whole_name
-from dmq_ao.quantizer.quantizer import ATTENTION, PLAN, SKELETON, attention_observers, observers
+from dmq_ao.quantizer.plan import ATTENTION
+from dmq_ao.quantizer.prepared import attention_observers, observers, state_of
 
 aten = graph.aten
 # Operators after which a layer's output is still the block's output, alone or added to what passes it by.
@@ -104,9 +105,9 @@ def find_blocks(prepared: GraphModule, left_out: LeftOut = LeftOut.DATAFLOW) -> 
 
 def _paths(prepared: GraphModule) -> dict[str, str]:
     """Block path of every whole layer."""
-    layers = [name for name, item in prepared.meta[PLAN].items() if item.kind != ATTENTION]
+    layers = [name for name, item in state_of(prepared).plan.items() if item.kind != ATTENTION]
     names = list(dict.fromkeys(whole_name(name) for name in layers))
-    tree = prepared.meta.get(SKELETON)
+    tree = state_of(prepared).skeleton
     if tree is None:
         return {name: name for name in names}
     return {name: path for path, members in blocks_of(tree, names).items() for name in members}
@@ -131,7 +132,7 @@ def _block(
         read |= dict.fromkeys(source.all_input_nodes[1:] if source.op == "call_module" else ())
     live = [node for node in stretch if any(user not in own for user in node.users)]
     reached = graph.reach(prepared, {nodes[name] for name in layers})
-    kinds = {name: prepared.meta[PLAN][name].kind for name in layers}
+    kinds = {name: state_of(prepared).plan[name].kind for name in layers}
     # An observer lets its source through: only the source is an output.
     outputs = [node for node in live if node.op == "call_function" and node in reached and _floating(node)]
     return Block(
@@ -166,12 +167,13 @@ def _inner(prepared: GraphModule, layers: list[str], own: set[Node], left_out: L
     nodes = graph.layer_nodes(prepared)
     wholes = {whole: list(parts) for whole, parts in itertools.groupby(layers, key=whole_name)}
     results = {whole: _sum_of([nodes[part] for part in parts]) for whole, parts in wholes.items()}
-    if left_out is LeftOut.REGISTRATION and SKELETON in prepared.meta:
-        registered = [name for name, _ in prepared.meta[SKELETON].named_modules() if name in results]
+    tree = state_of(prepared).skeleton
+    if left_out is LeftOut.REGISTRATION and tree is not None:
+        registered = [name for name, _ in tree.named_modules() if name in results]
         dropped = set(registered[-1:])
     else:
         dropped = {whole for whole, node in results.items() if _is_output(node, own)}
-    kinds = {whole: prepared.meta[PLAN][parts[0]].kind for whole, parts in wholes.items()}
+    kinds = {whole: state_of(prepared).plan[parts[0]].kind for whole, parts in wholes.items()}
     return [(node, _ch_axis(node, kinds[whole])) for whole, node in results.items() if whole not in dropped]
 
 

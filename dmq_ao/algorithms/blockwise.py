@@ -25,7 +25,7 @@ from dmq_ao.objectives import Compared, StepWeighting, fine_grained_error, round
 from dmq_ao.observers import ActivationObserver
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
 from dmq_ao.observers.channel_scale import spread
-from dmq_ao.quantizer.quantizer import attention_observers, float_bias, float_weight, observers
+from dmq_ao.quantizer.prepared import attention_observers, float_bias, float_weight, observers
 from dmq_ao.records import WeightRecord
 
 # A weight starts no closer to a rounding border than this, in steps: its nearest code is the one decided.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +25,9 @@ from dmq_ao.algorithms.relations import Relations, Watched
 from dmq_ao.algorithms.rounding import fitted
 from dmq_ao.config import Distillation
 from dmq_ao.objectives import relative_error
-from dmq_ao.quantizer.quantizer import TUNED, attention_observers, float_bias, observers, tables
+from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, state_of, tables
 from dmq_ao.records import with_positive_scale
-from dmq_ao.serialization.checkpoint import load_state, save_state
+from dmq_ao.serialization.checkpoint import Checkpoint
 
 WARMUP_STEPS = 10
 SAVE_EVERY = 10
@@ -177,7 +176,7 @@ class Student(Interpreter):
                 bias = parameters.get(f"{name}|bias")
                 settled = with_positive_scale(replace(record, scale=parameter.detach().clone()))
                 weight.restore(settled, None if bias is None else bias.detach().clone())
-        self.prepared.meta[TUNED] = tuned
+        state_of(self.prepared).tuned = tuned
 
 
 def distill(
@@ -189,8 +188,7 @@ def distill(
     shared: set[str],
     watched: Watched | None,
     seed: int,
-    state_dir: Path | None,
-    digest: str,
+    checkpoint: Checkpoint,
     bar: tqdm[Any],
 ) -> DistillationReport:
     """Learn, keep the best state by held-out samples, and settle it; the start is kept when nothing is better.
@@ -203,8 +201,7 @@ def distill(
         shared: names of arguments that all samples share.
         watched: windows and features, where ``config`` has a relation.
         seed: of the order of samples, and of the low-rank updates.
-        state_dir: where the state is saved every few steps; None for nowhere.
-        digest: of everything the result depends on.
+        checkpoint: where the state is saved every few steps.
         bar: one tick a step.
     """
     data = _Samples(prepared, batches, shared)
@@ -212,8 +209,7 @@ def distill(
     relations = None if watched is None else Relations(prepared, watched, batches, data.rows, held)
     run = _Run(student, data, relations, config, held, seed)
     bar.reset(run.total)
-    file = None if state_dir is None else state_dir / "distillation.safetensors"
-    saved = load_state(file, digest, "a state of distillation")
+    saved = checkpoint.load("distillation", "a state of distillation")
     if saved is not None:
         run.restore(*saved)
         bar.update(run.step)
@@ -224,8 +220,8 @@ def distill(
         loss = run.advance()
         if run.step % every == 0 or run.step == run.total:
             run.keep_if_better()
-        if file is not None and (run.step % SAVE_EVERY == 0 or run.step == run.total):
-            save_state(file, digest, *run.state())
+        if run.step % SAVE_EVERY == 0 or run.step == run.total:
+            checkpoint.save("distillation", *run.state())
         bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{run.best:.4f}")
         bar.update(1)
     student.settle(run.kept)

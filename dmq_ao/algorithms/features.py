@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.algorithms.blocks import belongs, is_static
-from dmq_ao.quantizer.quantizer import SKELETON
+from dmq_ao.quantizer.prepared import state_of
 
 aten = graph.aten
 _MAP_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
@@ -75,7 +75,7 @@ def _shape(node: Node) -> str:
 
 
 def _output_of(prepared: GraphModule, tap: str) -> Node | None:
-    tree = prepared.meta.get(SKELETON)
+    tree = state_of(prepared).skeleton
     paths = [] if tree is None else [name for name, _ in tree.named_modules() if name]
     if tree is not None and tap not in paths:
         close = difflib.get_close_matches(tap, paths, n=5, cutoff=0.4)

@@ -16,7 +16,7 @@ from dmq_ao.algorithms.stream import Stream, Value
 from dmq_ao.config import Rounding, Weighting
 from dmq_ao.graph.geometry import Geometry, geometry
 from dmq_ao.objectives import StepWeighting
-from dmq_ao.quantizer.quantizer import float_bias, float_weight, observers
+from dmq_ao.quantizer.prepared import float_bias, float_weight, observers
 from dmq_ao.records import WeightRecord
 
 HELD_ROWS = 2048

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from tqdm.auto import tqdm
 
 from dmq_ao.config import Ranges
 from dmq_ao.observers import ActivationObserver
-from dmq_ao.quantizer.quantizer import observers
-from dmq_ao.serialization.checkpoint import load_state, save_state
+from dmq_ao.quantizer.prepared import observers
+from dmq_ao.serialization.checkpoint import Checkpoint
 
 SAVE_EVERY_SECONDS = 20.0
 
@@ -39,22 +38,24 @@ def observe(
     prepared: GraphModule,
     batches: Callable[[], Iterable[list[Tensor]]],
     count: int,
-    digest: str,
-    state_dir: Path | None,
+    checkpoint: Checkpoint,
     bar: tqdm[Any],
 ) -> bool:
-    """Run all passes, going on from ``state_dir`` when it holds a run of the same ``digest``; True when it did.
+    """Run all passes, going on from the checkpoint where there is one; True when it did.
 
     Args:
         prepared: its observers are fed in place.
         batches: starts a pass over the graph's arguments, a list a batch.
         count: how many batches there are.
-        digest: of everything the result depends on.
-        state_dir: where statistics are saved; None for nowhere.
+        checkpoint: where statistics are saved.
         bar: one tick a batch and pass.
+
+    Raises:
+        InvalidFile: for a damaged checkpoint.
+        ValueError: for the checkpoint of another run; for an input that is not finite, naming the layer.
     """
     watchers = _unique_watchers(prepared)
-    state = _State(state_dir, digest, watchers)
+    state = _State(checkpoint, watchers)
     resumed = state.load()
     for index, (name, start) in enumerate(passes_of(prepared)):
         if index < state.index:
@@ -77,24 +78,21 @@ def observe(
 
 
 def _unique_watchers(prepared: GraphModule) -> dict[str, ActivationObserver]:
-    found = [activation for _, activation in observers(prepared).values() if activation is not None]
-    return {watcher.layer: watcher for watcher in found}
+    inputs = [activation for _, activation in observers(prepared).values() if activation is not None]
+    return {watcher.layer: watcher for watcher in inputs}
 
 
 class _State:
     """Where a calibration stands: pass, batch and the observers' statistics, in one safetensors file."""
 
-    def __init__(self, folder: str | Path | None, digest: str, watchers: Mapping[str, ActivationObserver]) -> None:
-        self.file = None if folder is None else Path(folder) / "calibration.safetensors"
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)  # now, not when there is something to lose
-        self.digest, self.watchers = digest, watchers
+    def __init__(self, checkpoint: Checkpoint, watchers: Mapping[str, ActivationObserver]) -> None:
+        self.checkpoint, self.watchers = checkpoint, watchers
         self.index = self.batch = 0
         self.saved = time.monotonic()
 
     def load(self) -> bool:
         """Take up a saved run; False when there is none."""
-        saved = load_state(self.file, self.digest, "a calibration state")
+        saved = self.checkpoint.load("calibration", "a calibration state")
         if saved is None:
             return False
         meta, tensors = saved
@@ -116,8 +114,6 @@ class _State:
         self._save()
 
     def _save(self) -> None:
-        if self.file is None:
-            return
         tensors = {f"{name}|{k}": v for name, w in self.watchers.items() for k, v in w.state().items()}
-        save_state(self.file, self.digest, {"pass": self.index, "batch": self.batch}, tensors)
+        self.checkpoint.save("calibration", {"pass": self.index, "batch": self.batch}, tensors)
         self.saved = time.monotonic()

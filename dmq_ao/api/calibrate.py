@@ -1,91 +1,32 @@
 """Decide every range, exponent, scale and code of a prepared denoiser, by what its recipe asks for.
 
-A recipe that learns goes layer by layer, each seeing the layers before it quantized (``reconstruct``); one that does
-not watches the float network (``observe``). Both save progress in ``state_dir`` and resume to the same bytes.
+A recipe that learns goes layer by layer, each seeing the layers before it quantized; one that does not watches the
+float network. Both save progress in ``state_dir`` and resume to the same bytes. ``stages`` lists what is done.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
-from tqdm.auto import tqdm
+from torch.fx import GraphModule
 
-from dmq_ao import graph, numerics
-from dmq_ao.algorithms.blockwise import BlockLearning
-from dmq_ao.algorithms.distillation import DistillationReport, distill
-from dmq_ao.algorithms.features import find_feature_node
-from dmq_ao.algorithms.layerwise import LayerLearning, Reconstruction, units_of
-from dmq_ao.algorithms.ranges import observe, passes_of
-from dmq_ao.algorithms.relations import Watched
-from dmq_ao.config import BitAllocation, Protection, Recipe
+from dmq_ao import graph
+from dmq_ao.algorithms.layer_noise import layer_noise
+from dmq_ao.api.report import CalibrationReport as CalibrationReport
+from dmq_ao.api.stages import Run, run_stages
 from dmq_ao.evaluation import peak_rss_bytes
-from dmq_ao.graph.arguments import flatten_inputs
 from dmq_ao.mixed_precision.bit_plan import BitPlan
-from dmq_ao.mixed_precision.search_bits import apply_bits, find_bits
-from dmq_ao.mixed_precision.sensitivity import forget, protect
-from dmq_ao.observers import VoteReport
-from dmq_ao.quantizer.quantizer import PLAN, RECIPE, TUNED, float_weight, observers, tables
-from dmq_ao.records import LayerPlan
+from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, reset, state_of
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.samples.calibration_set import spread_over_steps
+from dmq_ao.serialization.checkpoint import Checkpoint
 
-SQNR = "dmq_ao.sqnr_db"
 MEASURED_ROWS = 8
 MAX_MEMORY = 3 << 29
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """What calibration found.
-
-    Attributes:
-        samples: rows seen.
-        seconds: wall-clock time of this call.
-        resumed: whether it went on from saved state.
-        sqnr_db: per layer, signal-to-noise ratio of its output on float inputs, integers against float.
-        votes: per layer that voted.
-        layers: per layer of a recipe that learns.
-        blocks: per block of a recipe that reconstructs them.
-        bits: of every output channel, where they were given or searched.
-        distillation: of a recipe that ends with it.
-        peak_bytes: largest memory of the process so far, where the system tells.
-    """
-
-    samples: int
-    seconds: float
-    resumed: bool
-    sqnr_db: dict[str, float] = field(default_factory=dict)
-    votes: dict[str, VoteReport] = field(default_factory=dict)
-    layers: dict[str, LayerLearning] = field(default_factory=dict)
-    blocks: dict[str, BlockLearning] = field(default_factory=dict)
-    bits: BitPlan | None = None
-    distillation: DistillationReport | None = None
-    peak_bytes: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {
-            "samples": self.samples,
-            "seconds": self.seconds,
-            "resumed": self.resumed,
-            "sqnr_db": self.sqnr_db,
-            "votes": {name: vote.to_dict() for name, vote in self.votes.items()},
-            "layers": {name: asdict(one) for name, one in self.layers.items()},
-            "blocks": {name: asdict(one) for name, one in self.blocks.items()},
-            "bits": None if self.bits is None else self.bits.summary(),
-            "distillation": None if self.distillation is None else asdict(self.distillation),
-            "peak_bytes": self.peak_bytes,
-        }
 
 
 def calibrate(
@@ -119,8 +60,7 @@ def calibrate(
             the recipe's distillation relates; for a ``state_dir`` of another run.
         InvalidFile: for a damaged file in ``state_dir``.
     """
-    if not isinstance(prepared, GraphModule) or PLAN not in prepared.meta:
-        raise TypeError(f"calibrate takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
+    state = require_prepared(prepared, "calibrate")
     if not isinstance(samples, CalibrationSet):
         raise TypeError(
             f"calibrate takes a CalibrationSet, got {type(samples).__name__}; dmq_ao.record makes one from any"
@@ -134,205 +74,48 @@ def calibrate(
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    _start_clean(prepared)
-    recipe: Recipe = prepared.meta[RECIPE]
-    run = _Run(prepared, samples, recipe, folder, seed if recipe.learns else 0, batch_size, progress, bits)
-    found = run.learn(MAX_MEMORY if max_memory is None else max_memory) if recipe.learns else run.watch()
-    sqnr = prepared.meta[SQNR] = _decide_and_measure(prepared, samples, seed)
-    return CalibrationReport(
-        samples=len(samples),
-        seconds=time.monotonic() - started,
-        sqnr_db=sqnr,
-        votes=found.pop("votes", None) or _votes(prepared),
-        peak_bytes=peak_rss_bytes(),
-        **found,
+    reset(prepared)
+    recipe, state.incomplete = state.recipe, True
+    seed_of_run = seed if recipe.learns else 0
+    run = Run(
+        prepared,
+        samples,
+        recipe,
+        Checkpoint(folder, _digest(prepared, samples, batch_size, seed_of_run, bits)),
+        seed_of_run,
+        batch_size,
+        MAX_MEMORY if max_memory is None else max_memory,
+        bits,
     )
+    report = run_stages(run, CalibrationReport(len(samples), 0.0, resumed=False), progress)
+    _decide(prepared)
+    sqnr_db = _measure(prepared, samples, seed)
+    state.sqnr_db, state.incomplete = sqnr_db, False
+    seconds = time.monotonic() - started
+    return replace(report, seconds=seconds, sqnr_db=sqnr_db, peak_bytes=peak_rss_bytes())
 
 
-def _start_clean(prepared: GraphModule) -> None:
-    """Forget what an earlier calibration decided."""
-    prepared.meta.pop(TUNED, None)
-    forget(prepared)
-    for name, (weight, activation) in observers(prepared).items():
-        weight.start()
-        if activation is not None:
-            activation.config = prepared.meta[PLAN][name].activation
-            activation.channel_scale = None
-            activation.start_ranges()
-
-
-class _Run:
-    """The stages of one call, each of which returns what it adds to the report."""
-
-    def __init__(
-        self,
-        prepared: GraphModule,
-        samples: CalibrationSet,
-        recipe: Recipe,
-        folder: Path | None,
-        seed: int,
-        batch_size: int,
-        progress: bool,
-        bits: BitPlan | None,
-    ) -> None:
-        self.prepared, self.samples, self.recipe, self.bits = prepared, samples, recipe, bits
-        self.seed, self.batch_size, self.progress = seed, batch_size, progress
-        digest = _digest(prepared, samples, batch_size, seed, bits)
-        self.state: dict[str, Any] = {"state_dir": folder, "digest": digest}
-
-    def watch(self) -> dict[str, Any]:
-        """Ranges and votes from the float network."""
-        if self.bits is not None:
-            apply_bits(self.prepared, self.bits)
-        count = math.ceil(len(self.samples) / self.batch_size)
-        with self._bar("calibrate", "batch", count * len(passes_of(self.prepared))) as bar:
-            resumed = observe(self.prepared, self._batches, count, **self.state, bar=bar)
-        return {"resumed": resumed, "bits": self.bits}
-
-    def learn(self, max_memory: int) -> dict[str, Any]:
-        """Protect, decide layer by layer, and distill, as far as the recipe asks."""
-        batches = list(self._batches())
-        watched = self._watched()
-        if self.recipe.protection is not None:
-            self._protect(self.recipe.protection)
-        if self.bits is None and self.recipe.allocation is not None:
-            self.bits = self._allocate(self.recipe.allocation)
-        if self.bits is not None:
-            apply_bits(self.prepared, self.bits)
-        with self._bar("calibrate", "unit", len(units_of(self.prepared))) as bar:
-            learning = Reconstruction(
-                self.prepared,
-                self.recipe,
-                batches,
-                self.samples.step,
-                len(self.samples.timesteps),
-                seed=self.seed,
-                max_memory=max_memory,
-                **self.state,
-                bar=bar,
-            )
-            learning.run()
-        return {
-            "resumed": bool(learning.restored),
-            "votes": learning.votes,
-            "layers": learning.learned,
-            "blocks": learning.blocks,
-            "bits": self.bits,
-            "distillation": self._distill(batches, learning.held, watched),
-        }
-
-    def _watched(self) -> Watched | None:
-        """What a distillation's relation looks at; what is wrong with it must not wait for the other stages."""
-        relation = None if self.recipe.distillation is None else self.recipe.distillation.relation
-        if relation is None:
-            return None
-        node, ch_axis = find_feature_node(self.prepared, relation.tap)
-        return Watched(relation, node, ch_axis, self.samples.earlier(relation.window))
-
-    def _protect(self, protection: Protection) -> None:
-        rows = spread_over_steps(self.samples, protection.samples)
-        some = graph.graph_arguments(self.prepared, next(iter(self.samples.select(rows).batches(len(rows)))))
-        with self._bar("sensitivity", "layer", len(observers(self.prepared))) as bar:
-            protect(self.prepared, some, **self.state, bar=bar)
-
-    def _allocate(self, allocation: BitAllocation) -> BitPlan:
-        with self._bar("bits", "layer", len(observers(self.prepared))) as bar:
-            return find_bits(
-                self.prepared, self.samples, allocation, batch_size=self.batch_size, bar=bar, **self.state
-            )
-
-    def _distill(
-        self, batches: list[list[Tensor]], held: Tensor, watched: Watched | None
-    ) -> DistillationReport | None:
-        config = self.recipe.distillation
-        if config is None:
-            return None
-        shared = set(flatten_inputs(self.samples.shared))
-        with self._bar("distill", "step", config.steps) as bar:
-            return distill(
-                self.prepared,
-                batches,
-                config,
-                held,
-                shared=shared,
-                watched=watched,
-                seed=self.seed,
-                **self.state,
-                bar=bar,
-            )
-
-    def _batches(self) -> Iterator[list[Tensor]]:
-        return (graph.graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
-
-    def _bar(self, what: str, unit: str, total: int) -> tqdm[Any]:
-        return tqdm(total=total, disable=not self.progress, unit=unit, desc=what)
-
-
-class _Measure(Interpreter):
-    """Runs the float graph and, beside each layer, the same layer with its integers."""
-
-    def __init__(self, prepared: GraphModule) -> None:
-        super().__init__(prepared)
-        self.watchers = observers(prepared)
-        nodes = graph.layer_nodes(prepared)
-        self.nodes = {nodes[name]: name for name in self.watchers}
-        self.tables = {nodes[name]: (name, table) for name, table in tables(prepared).items()}
-        self.timestep: Tensor | None = None
-        self.sqnr: dict[str, float] = {}
-
-    def measure(self, arguments: list[Tensor]) -> dict[str, float]:
-        """Output noise of every layer, dB."""
-        signature = graph.signature_of(self.module)  # type: ignore[arg-type]
-        if signature.timestep is not None:
-            self.timestep = arguments[signature.names.index(signature.timestep)]
-        self.run(*arguments)
-        return self.sqnr
-
-    def run_node(self, n: Node) -> Any:
-        """The node's float result; the integers' result only feeds the ratio."""
-        expected = super().run_node(n)
-        if n in self.nodes:
-            name = self.nodes[n]
-            weight, activation = self.watchers[name]
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            x = args[0] if activation is None else activation.simulate(args[0], self.timestep)
-            codes = weight.record(args[1]).dequantize().to(args[1].dtype)
-            bias = (args[2] if len(args) > 2 else None) if weight.bias is None else weight.bias.to(codes.dtype)
-            actual = n.target(x, codes, bias, *args[3:])  # type: ignore[operator]
-            self.sqnr[name] = numerics.sqnr(actual, expected)
-        elif n in self.tables:
-            name, table = self.tables[n]
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            rows = n.target(table.record(args[0]).dequantize(), *args[1:])  # type: ignore[operator]
-            self.sqnr[name] = numerics.sqnr(rows, expected)
-        return expected
-
-
-def _decide_and_measure(prepared: GraphModule, samples: CalibrationSet, seed: int) -> dict[str, float]:
-    """Freeze every record, and measure each layer on a few samples."""
+def _decide(prepared: GraphModule) -> None:
+    """Freeze every record."""
     nodes = graph.layer_nodes(prepared)
     for name, (weight, activation) in observers(prepared).items():
         weight.restore(weight.record(float_weight(prepared, nodes[name])), weight.bias)
         if activation is not None:
-            activation.restore(activation.record())
+            activation.decide()
+
+
+def _measure(prepared: GraphModule, samples: CalibrationSet, seed: int) -> dict[str, float]:
+    """Output noise of each layer, dB, on a few samples."""
     rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MEASURED_ROWS]
-    with torch.no_grad():
-        inputs = next(iter(samples.select(rows).batches(MEASURED_ROWS)))
-        return _Measure(prepared).measure(graph.graph_arguments(prepared, inputs))
-
-
-def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
-    inputs = {name: activation for name, (_, activation) in observers(prepared).items() if activation is not None}
-    return {name: one.election.report() for name, one in inputs.items() if one.election is not None}
+    inputs = next(iter(samples.select(rows).batches(MEASURED_ROWS)))
+    return layer_noise(prepared, graph.graph_arguments(prepared, inputs))
 
 
 def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int, bits: BitPlan | None) -> str:
-    plan: dict[str, LayerPlan] = prepared.meta[PLAN]
-    recipe: Recipe = prepared.meta[RECIPE]
-    layers = (recipe.scaling, recipe.rounding, recipe.bias_correction)
-    stages = (*layers, recipe.blocks, recipe.protection, recipe.allocation, recipe.distillation)
-    learning = [*map(str, stages), None if bits is None else bits.to_dict()]
-    text = json.dumps([samples.digest(), batch_size, [str(item) for item in plan.values()], learning, seed])
+    """Of everything that the result depends on."""
+    state = state_of(prepared)
+    learning = [*map(str, state.recipe.stages.values()), None if bits is None else bits.to_dict()]
+    text = json.dumps([samples.digest(), batch_size, [str(item) for item in state.plan.values()], learning, seed])
     digest = hashlib.sha256(text.encode())
     for _, parameter in sorted(prepared.named_parameters()):
         digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -14,27 +14,18 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph
-from dmq_ao.api.calibrate import SQNR, CalibrationReport, calibrate
+from dmq_ao.api.calibrate import CalibrationReport, calibrate
 from dmq_ao.backends import MEASURED, Backend, choose
-from dmq_ao.config import Ranges, Recipe
+from dmq_ao.config import MissingStatistics, Ranges, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import values
 from dmq_ao.graph.arguments import TIMESTEP_NAMES
 from dmq_ao.graph.noise import noise_tensors
 from dmq_ao.observers import ActivationObserver
 from dmq_ao.passes import out_of_place
-from dmq_ao.quantizer.quantizer import (
-    MERGED,
-    PLAN,
-    RECIPE,
-    SKELETON,
-    TUNED,
-    DiffusionQuantizer,
-    float_weight,
-    make_plan,
-    observers,
-    tables,
-)
+from dmq_ao.quantizer.plan import make_plan
+from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, state_of, tables
+from dmq_ao.quantizer.quantizer import DiffusionQuantizer
 from dmq_ao.records import LayerRecord, PackedRecords, moved, packed_record
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
@@ -70,9 +61,10 @@ def prepare(
     """
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
     choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
-    keep = dict(captured.meta)
+    signature = graph.signature_of(captured)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
-    prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
+    graph.set_signature(prepared, signature)
+    state_of(prepared).skeleton = graph.skeleton(denoiser)
     _pass_timestep(prepared)
     return graph.allow_train_eval(prepared)
 
@@ -116,26 +108,30 @@ def convert(
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
-        MissingStatistics: for an input that was never observed, by layer.
+        MissingStatistics: for an input that was never observed, by layer; after a calibration that did not end.
         ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, cannot keep codes packed, or
             has no choice of kernels; for ``packed`` and ``latency_aware`` at once.
     """
-    if not isinstance(prepared, GraphModule) or not {RECIPE, SKELETON} <= set(prepared.meta):
-        raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
-    plan = prepared.meta[PLAN]
-    chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)
+    state = require_prepared(prepared, "convert")
+    if state.skeleton is None:  # torchao's prepare_pt2e alone: torchao's convert_pt2e goes on from there
+        raise TypeError("convert takes what dmq_ao.prepare returned, got a graph that prepare_pt2e prepared alone")
+    if state.incomplete:
+        raise MissingStatistics(
+            "the last calibration of this graph did not end: its layers are decided in part; run"
+            " calibrate(prepared, samples) again before convert"
+        )
+    chosen = choose(backend, graph.device_of(prepared), state.plan, packed, latency_aware)
     records = _records(prepared) | _table_records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
-    meta = dict(prepared.meta)
     with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
         copied = copy.deepcopy(prepared, dict(shared))
-        for target, tensor in meta.get(TUNED, {}).items():
+        for target, tensor in state.tuned.items():
             graph.set_tensor(copied, target, tensor)
         quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
-    quantized.meta.update(meta)
+    graph.set_signature(quantized, graph.signature_of(prepared))
     values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
     out_of_place(quantized)
-    float_tensors = _float_tensors(quantized)
+    float_tensors = _float_tensors(quantized, state.skeleton)
     if packed:
         records = {name: packed_record(record) for name, record in records.items()}
     return lower(
@@ -145,13 +141,13 @@ def convert(
         latency_aware=latency_aware,
         stored_graph=_stored_graph(quantized, float_tensors),
         signature=graph.signature_of(prepared),
-        skeleton=meta[SKELETON],
-        recipe=meta[RECIPE],
-        plan=plan,
+        skeleton=state.skeleton,
+        recipe=state.recipe,
+        plan=state.plan,
         records=records,
         float_tensors=float_tensors,
-        sqnr_db=meta.get(SQNR, {}),
-        merged=meta[MERGED],
+        sqnr_db=state.sqnr_db,
+        merged=state.merged,
     )
 
 
@@ -187,14 +183,14 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
 
 
 def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
-    records = {}
+    records, plan = {}, state_of(prepared).plan
     nodes, device = graph.layer_nodes(prepared), graph.device_of(prepared)
     for name, (weight, activation) in observers(prepared).items():
         decided = weight.record(float_weight(prepared, nodes[name]))
         weight.restore(decided, weight.bias)
         if activation is not None:
-            activation.restore(activation.record())
-        kind = prepared.meta[PLAN][name].kind
+            activation.decide()
+        kind = plan[name].kind
         inputs = activation.record() if activation is not None else None
         record = LayerRecord(name, kind, decided, inputs, weight.bias)
         records[name] = moved(record, device)  # ranges are kept on the CPU while they are observed
@@ -206,7 +202,7 @@ def _table_records(prepared: GraphModule) -> dict[str, LayerRecord]:
     records, nodes = {}, graph.layer_nodes(prepared)
     for name, watcher in tables(prepared).items():
         table = float_weight(prepared, nodes[name])
-        tuned = prepared.meta.get(TUNED, {}).get(str(graph.weight_of(nodes[name]).all_input_nodes[0].target))
+        tuned = state_of(prepared).tuned.get(str(graph.weight_of(nodes[name]).all_input_nodes[0].target))
         records[name] = LayerRecord(name, graph.TABLE, watcher.record(table if tuned is None else tuned), None)
     return records
 
@@ -223,9 +219,9 @@ def _with_biases(gm: GraphModule, records: Mapping[str, LayerRecord]) -> GraphMo
     return gm
 
 
-def _float_tensors(gm: GraphModule) -> dict[str, Tensor]:
+def _float_tensors(gm: GraphModule, skeleton: nn.Module) -> dict[str, Tensor]:
     """What the q/dq graph still reads from the original model, by original name."""
-    original = set(gm.meta[SKELETON].state_dict())
+    original = set(skeleton.state_dict())
     reads = [node for node in gm.graph.nodes if node.op == "get_attr"]
     return {
         graph.parameter_name(node): graph.attribute(gm, node).detach()

@@ -15,7 +15,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from dmq_ao import graph
-from dmq_ao.api.calibrate import SQNR
 from dmq_ao.api.quantize import convert, lower, prepare
 from dmq_ao.backends import choose
 from dmq_ao.config import InvalidFile, as_json
@@ -23,7 +22,7 @@ from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import Signature
 from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.passes import out_of_place, place_on
-from dmq_ao.quantizer.quantizer import float_weight, observers, weight_observers
+from dmq_ao.quantizer.prepared import float_weight, observers, state_of, weight_observers
 from dmq_ao.records import LayerPlan, outline
 from dmq_ao.serialization import agreement, signature, trial
 from dmq_ao.serialization import folder as model_folder
@@ -298,7 +297,7 @@ def _exported_again(
         restored = outline(stored.records, name).activation
         if activation is not None and restored is not None:
             activation.restore(restored)
-    prepared.meta[SQNR] = dict(stored.sqnr_db)
+    state_of(prepared).sqnr_db = dict(stored.sqnr_db)
     return convert(prepared, backend, **how)
 
 

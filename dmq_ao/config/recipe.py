@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dmq_ao.config.as_json import plain, typed
@@ -16,6 +16,8 @@ from dmq_ao.config.stages import BitAllocation as BitAllocation
 from dmq_ao.config.stages import BlockReconstruction as BlockReconstruction
 from dmq_ao.config.stages import Selection as Selection
 from dmq_ao.config.tensors import QuantConfig
+
+_STAGE = {"stage": True}  # metadata of the fields that ask calibration for a stage
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,27 @@ class Recipe:
     split_concat: bool = True
     num_samples: int = 256
     select: Selection = Selection()
-    scaling: ChannelScaling | None = None
-    rounding: Rounding | None = None
-    bias_correction: bool = False
-    blocks: BlockReconstruction | None = None
-    protection: Protection | None = None
-    allocation: BitAllocation | None = None
-    distillation: Distillation | None = None
+    scaling: ChannelScaling | None = field(default=None, metadata=_STAGE)
+    rounding: Rounding | None = field(default=None, metadata=_STAGE)
+    bias_correction: bool = field(default=False, metadata=_STAGE)
+    blocks: BlockReconstruction | None = field(default=None, metadata=_STAGE)
+    protection: Protection | None = field(default=None, metadata=_STAGE)
+    allocation: BitAllocation | None = field(default=None, metadata=_STAGE)
+    distillation: Distillation | None = field(default=None, metadata=_STAGE)
 
     @property
     def learns(self) -> bool:
         """Whether calibration goes layer by layer, each seeing the layers before it quantized."""
-        stages = (self.scaling, self.rounding, self.blocks, self.protection, self.allocation, self.distillation)
-        return self.bias_correction or any(stage is not None for stage in stages)
+        return any(self.asks_for(name) for name in self.stages)
+
+    @property
+    def stages(self) -> dict[str, Any]:
+        """Every stage that calibration can be asked for, by its field, and what this recipe says of it."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.metadata.get("stage")}
+
+    def asks_for(self, stage: str) -> bool:
+        """Whether the recipe has a stage, named by its field."""
+        return getattr(self, stage) not in (None, False)
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

@@ -157,6 +157,11 @@ def signature_of(gm: GraphModule) -> Signature:
     return signature
 
 
+def set_signature(gm: GraphModule, signature: Signature) -> None:
+    """Give a graph that was made of another one that one's signature."""
+    gm.meta[META] = signature
+
+
 def ensure_signature(gm: GraphModule) -> None:
     """Give a graph that ``capture`` did not make a signature from its own placeholders, and name its layers."""
     if META in gm.meta:

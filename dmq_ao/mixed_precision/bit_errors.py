@@ -17,14 +17,14 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.config import MAX_BITS, BitAllocation, ChannelScaling, Granularity, Recipe, Scorer, TensorConfig
+from dmq_ao.config import MAX_BITS, BitAllocation, ChannelScaling, Granularity, Scorer, TensorConfig
 from dmq_ao.graph.geometry import geometry
 from dmq_ao.mixed_precision.allocation import error_curves, kurtosis
 from dmq_ao.mixed_precision.sensitivity import Perturbed
 from dmq_ao.numerics import input_peak
 from dmq_ao.observers import MinMax, WeightObserver, quantize_weight
 from dmq_ao.observers.channel_scale import closed_form, spread
-from dmq_ao.quantizer.quantizer import PLAN, RECIPE, SCALED, float_weight, observers, readers
+from dmq_ao.quantizer.prepared import float_weight, observers, readers, state_of
 from dmq_ao.records import LayerPlan, widest_that_fits
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.samples.calibration_set import spread_over_steps
@@ -80,7 +80,7 @@ def weight_errors(
     Raises:
         ValueError: for non-finite weights or inputs, naming the layer.
     """
-    watchers, nodes, plan = observers(prepared), graph.layer_nodes(prepared), prepared.meta[PLAN]
+    watchers, nodes, plan = observers(prepared), graph.layer_nodes(prepared), state_of(prepared).plan
     inputs = _inputs(prepared, samples.select(spread_over_steps(samples, allocation.samples)), batch_size)
     scales = _closed_forms(prepared, inputs)
     layers: dict[str, WeightErrors] = {}
@@ -210,11 +210,11 @@ def _inputs(prepared: GraphModule, samples: CalibrationSet, batch_size: int) -> 
 
 def _closed_forms(prepared: GraphModule, inputs: Mapping[str, _Input]) -> dict[str, Tensor]:
     """The channel scales [C] that learning starts from; ones for layers without. Readers of one input share theirs."""
-    recipe: Recipe = prepared.meta[RECIPE]
+    recipe, scaled_layers = state_of(prepared).recipe, state_of(prepared).scaled
     config, nodes = recipe.scaling or ChannelScaling(), graph.layer_nodes(prepared)
     scales: dict[str, Tensor] = {}
     for activation, names in readers(prepared):
-        scaled = recipe.scaling is not None and activation is not None and names[0] in prepared.meta[SCALED]
+        scaled = recipe.scaling is not None and activation is not None and names[0] in scaled_layers
         peaks = [_input_peak(prepared, nodes[name]) for name in names]
         peak = inputs[names[0]].peak
         form = closed_form(peak, torch.stack(peaks).amax(0), config.migration, config.limit)

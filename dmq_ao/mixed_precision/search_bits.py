@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.config import BitAllocation, Recipe, Scope, Scorer
+from dmq_ao.config import BitAllocation, Scope, Scorer
 from dmq_ao.mixed_precision.allocation import exchange, swap
 from dmq_ao.mixed_precision.bit_errors import (
     WeightErrors,
@@ -29,10 +28,19 @@ from dmq_ao.mixed_precision.bit_errors import (
 from dmq_ao.mixed_precision.bit_plan import BitPlan, InputBits, LayerBits
 from dmq_ao.mixed_precision.sensitivity import Perturbed
 from dmq_ao.observers import ActivationObserver, WeightObserver
-from dmq_ao.quantizer.quantizer import PLAN, RECIPE, float_weight, observers, tables, weight_observers
-from dmq_ao.records import LayerPlan, overhead_bits, widest_that_fits
+from dmq_ao.quantizer.prepared import (
+    change_plan,
+    float_weight,
+    observers,
+    readers,
+    require_prepared,
+    state_of,
+    tables,
+    weight_observers,
+)
+from dmq_ao.records import overhead_bits, widest_that_fits
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.serialization.checkpoint import load_state, save_state
+from dmq_ao.serialization.checkpoint import Checkpoint
 
 Watchers = Mapping[str, tuple[WeightObserver, ActivationObserver | None]]
 # More of the weights than this in float is worth a warning.
@@ -68,11 +76,9 @@ def search_bits(
     Warns:
         UserWarning: naming the layers, when more than 5 % of the weights stay in float.
     """
-    if not isinstance(prepared, GraphModule) or PLAN not in prepared.meta:
-        raise TypeError(f"search_bits takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
+    recipe = require_prepared(prepared, "search_bits").recipe
     if mean_bits is not None and max_bytes is not None:
         raise ValueError(f"give mean_bits or max_bytes, not both; got {mean_bits} and {max_bytes}")
-    recipe: Recipe = prepared.meta[RECIPE]
     chosen = allocation or recipe.allocation or BitAllocation()
     if mean_bits is not None or max_bytes is not None:
         chosen = replace(chosen, mean_bits=mean_bits)
@@ -84,7 +90,7 @@ def search_bits(
 
 
 def apply_bits(prepared: GraphModule, plan: BitPlan) -> None:
-    """Give the weights of a prepared denoiser the widths of a plan.
+    """Give the layers of a prepared denoiser the widths of a plan: output channels of weights, and inputs.
 
     Raises:
         ValueError: for a layer that is not quantized, of another size, or whose codes do not fit its kernel then.
@@ -94,14 +100,18 @@ def apply_bits(prepared: GraphModule, plan: BitPlan) -> None:
     _check_inputs(plan, watchers)
     for name, one in plan.layers.items():
         watchers[name][0].channel_bits = one.tensor()
-    for name, wanted in plan.inputs.items():
-        activation = watchers[name][1]
-        assert activation is not None
-        activation.config = replace(activation.config, bits=wanted.bits)
+    layers = dict(state_of(prepared).plan)
+    for _, names in readers(prepared):
+        widths = [plan.inputs[name].bits for name in names if name in plan.inputs]
+        for name in names if widths else ():
+            activation = layers[name].activation
+            assert activation is not None
+            layers[name] = replace(layers[name], activation=replace(activation, bits=widths[0]))
+    change_plan(prepared, layers)
 
 
 def _check_weights(prepared: GraphModule, plan: BitPlan, watchers: Watchers) -> None:
-    nodes, layers = graph.layer_nodes(prepared), prepared.meta[PLAN]
+    nodes, layers = graph.layer_nodes(prepared), state_of(prepared).plan
     for name, one in plan.layers.items():
         if name not in watchers:
             raise ValueError(f"the plan has bits for {name!r}, which is no quantized layer; they are {list(watchers)}")
@@ -141,8 +151,7 @@ def find_bits(
     batch_size: int,
     bar: tqdm[Any],
     budget: int | None = None,
-    state_dir: Path | None = None,
-    digest: str = "",
+    checkpoint: Checkpoint | None = None,
 ) -> BitPlan:
     """As ``search_bits`` without its checks of arguments.
 
@@ -153,11 +162,14 @@ def find_bits(
         batch_size: rows per forward pass.
         bar: one tick a layer.
         budget: bits for all codes, instead of the mean.
-        state_dir: where the plan is saved; None for nowhere.
-        digest: of everything it depends on.
+        checkpoint: where the plan is saved; None for nowhere.
+
+    Raises:
+        ValueError: for a budget that cannot be met, or non-finite weights or inputs, naming the layer; for the
+            checkpoint of another run.
+        InvalidFile: for a damaged checkpoint.
     """
-    file = None if state_dir is None else state_dir / "bits.safetensors"
-    saved = load_state(file, digest, "the bits of a calibration")
+    saved = None if checkpoint is None else checkpoint.load("bits", "the bits of a calibration")
     if saved is not None:
         return BitPlan.from_dict(saved[0])
     probe = probe_of(prepared, samples) if allocation.scope is Scope.MODEL else None
@@ -174,8 +186,8 @@ def find_bits(
         allocation.scorer.value,
         inputs,
     )
-    if file is not None:
-        save_state(file, digest, plan.to_dict(), {})
+    if checkpoint is not None:
+        checkpoint.save("bits", plan.to_dict(), {})
     return plan
 
 
@@ -268,8 +280,8 @@ def other_bits(prepared: GraphModule, steps: int) -> int:
         prepared: from ``dmq_ao.prepare``.
         steps: rows of ranges per timestep.
     """
-    recipe: Recipe = prepared.meta[RECIPE]
-    nodes, plan = graph.layer_nodes(prepared), prepared.meta[PLAN]
+    recipe, plan = state_of(prepared).recipe, state_of(prepared).plan
+    nodes = graph.layer_nodes(prepared)
     weights = {name: float_weight(prepared, nodes[name]) for name in weight_observers(prepared)}
     stored = 8 * sum(int(tensor.nbytes) for tensor in prepared.state_dict().values())
     stored -= 8 * sum(weight.nbytes for weight in weights.values())
@@ -279,7 +291,7 @@ def other_bits(prepared: GraphModule, steps: int) -> int:
 
 
 def _warn_of_float(prepared: GraphModule) -> None:
-    plan: dict[str, LayerPlan] = prepared.meta[PLAN]
+    plan = state_of(prepared).plan
     kept = {item.name: item.numel for item in plan.values() if item.weight is None and item.numel}
     share = sum(kept.values()) / max(1, sum(item.numel for item in plan.values()))
     if share > FLOAT_SHARE:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +17,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph, numerics
-from dmq_ao.config import Override, Protection, Recipe, TensorConfig
+from dmq_ao.config import Override, Protection, TensorConfig
 from dmq_ao.numerics import ops
 from dmq_ao.objectives import relative_error
-from dmq_ao.observers import ActivationObserver, WeightObserver
-from dmq_ao.quantizer.quantizer import PLAN, RECIPE, float_weight, observers, readers
+from dmq_ao.quantizer.prepared import change_plan, float_weight, observers, readers, state_of
 from dmq_ao.records import LayerPlan
-from dmq_ao.serialization.checkpoint import load_state, save_state
+from dmq_ao.serialization.checkpoint import Checkpoint
 
-ASKED = "dmq_ao.asked"
-Watchers = tuple[WeightObserver, ActivationObserver | None]
 Change = tuple[Tensor | None, int | None]  # the weight of a layer, and bits of its input; None for float
 
 
@@ -70,9 +66,9 @@ class Perturbed(Interpreter):
         """Mean relative error of the output when layers have these weights, and inputs of so many bits, at once."""
         self.changed = changed
         reached = graph.reach(self.module, set(changed))  # type: ignore[arg-type]
-        kept = {other: value for other, value in self.values.items() if other not in reached}
+        unchanged = {other: value for other, value in self.values.items() if other not in reached}
         with torch.no_grad():
-            result = self.run(*self.arguments, initial_env=kept)
+            result = self.run(*self.arguments, initial_env=unchanged)
         return float(relative_error(graph.first_tensor(result), self.expected).mean())
 
     def products(self, node: Node) -> int:
@@ -109,7 +105,7 @@ def sensitivities(
         most: layers that have as many bits already are left out; None leaves out none.
     """
     run = Perturbed(prepared, arguments)
-    found, nodes = {}, graph.layer_nodes(prepared)
+    errors, nodes = {}, graph.layer_nodes(prepared)
     widths: dict[str, int] = {}
     for name, (weight, activation) in observers(prepared).items():
         if most is not None and _has_most(weight.config, None if activation is None else activation.config, most):
@@ -118,32 +114,32 @@ def sensitivities(
         node = nodes[name]
         rounded = weight.record(float_weight(prepared, node)).dequantize()
         both = run.error(node, rounded, None if activation is None else activation.config.bits)
-        found[name] = Sensitivity(both, 0.0, run.products(node))
+        errors[name] = Sensitivity(both, 0.0, run.products(node))
         if activation is not None:
             widths[name] = activation.config.bits
         bar.set_postfix(layer=name)
         bar.update(1)
     squares = 0.0
-    for name in sorted(widths, key=lambda name: -found[name].error):
-        if found[name].error ** 2 < WORTH * squares:
+    for name in sorted(widths, key=lambda name: -errors[name].error):
+        if errors[name].error ** 2 < WORTH * squares:
             break  # nor does the input alone, here or in any layer after this one, make the share
-        found[name] = replace(found[name], input_error=run.error(nodes[name], None, widths[name]))
-        squares += found[name].input_error ** 2
-    return found
+        errors[name] = replace(errors[name], input_error=run.error(nodes[name], None, widths[name]))
+        squares += errors[name].input_error ** 2
+    return errors
 
 
 def _has_most(weight: TensorConfig, activation: TensorConfig | None, most: Protection) -> bool:
     return weight.bits >= most.bits and (activation is None or activation.bits >= most.input_bits)
 
 
-def choose(found: dict[str, Sensitivity], plan: dict[str, LayerPlan], protection: Protection) -> list[str]:
+def choose(errors: Mapping[str, Sensitivity], plan: Mapping[str, LayerPlan], protection: Protection) -> list[str]:
     """Layers to protect: most squared error per weight first, as long as their weights fit the share of all.
 
     Layers that vote on exponents are left out: wide codes do not shift into int8.
     """
     left = protection.share * sum(item.numel for item in plan.values())
-    gains = {name: one.error**2 / plan[name].numel for name, one in found.items() if plan[name].power_of_two is None}
-    chosen = []
+    gains = {name: one.error**2 / plan[name].numel for name, one in errors.items() if plan[name].power_of_two is None}
+    layers = []
     for name in sorted(gains, key=lambda name: -gains[name]):
         weight = plan[name].weight
         assert weight is not None
@@ -151,95 +147,87 @@ def choose(found: dict[str, Sensitivity], plan: dict[str, LayerPlan], protection
         narrow = min(weight.bits, protection.bits if activation is None else activation.bits) < protection.bits
         if plan[name].numel <= left and narrow and gains[name] > 0:
             left -= plan[name].numel
-            chosen.append(name)
-    return chosen
+            layers.append(name)
+    return layers
 
 
-def choose_inputs(found: dict[str, Sensitivity], inputs: list[list[str]], protection: Protection) -> list[str]:
+def choose_inputs(errors: Mapping[str, Sensitivity], inputs: list[list[str]], protection: Protection) -> list[str]:
     """First layers of the inputs to widen: most squared error per multiply-accumulate first, within the share of all.
 
     Args:
-        found: sensitivities by layer.
+        errors: sensitivities by layer.
         inputs: layers that read each quantized input, narrower than ``input_bits``.
         protection: shares.
     """
-    left = protection.input_share * sum(one.products for one in found.values())
-    least = WORTH * sum(one.input_error**2 for one in found.values())
-    squares = {names[0]: sum(found[name].input_error ** 2 for name in names) for names in inputs}
-    products = {names[0]: sum(found[name].products for name in names) for names in inputs}
-    chosen = []
+    left = protection.input_share * sum(one.products for one in errors.values())
+    least = WORTH * sum(one.input_error**2 for one in errors.values())
+    squares = {names[0]: sum(errors[name].input_error ** 2 for name in names) for names in inputs}
+    products = {names[0]: sum(errors[name].products for name in names) for names in inputs}
+    layers = []
     for name in sorted(squares, key=lambda name: -squares[name] / products[name]):
         if squares[name] > least and products[name] <= left:
             left -= products[name]
-            chosen.append(name)
-    return chosen
+            layers.append(name)
+    return layers
 
 
 def protect(
-    prepared: GraphModule, arguments: list[Tensor], state_dir: Path | None, digest: str, bar: tqdm[Any]
+    prepared: GraphModule, arguments: list[Tensor], protection: Protection, checkpoint: Checkpoint, bar: tqdm[Any]
 ) -> None:
-    """Give the most sensitive layers more bits, in the observers, the plan and the recipe.
+    """Give the most sensitive layers more bits, in the plan and, as overrides, in the recipe.
 
     Args:
-        prepared: its recipe has a ``protection``.
+        prepared: from ``dmq_ao.prepare``.
         arguments: of the graph, a few samples.
-        state_dir: where the sensitivities are saved; None for nowhere.
-        digest: of everything they depend on.
+        protection: shares and widths.
+        checkpoint: where the sensitivities are saved.
         bar: one tick a layer.
 
     Raises:
-        InvalidFile: for a damaged file in ``state_dir``.
-        ValueError: for a file of another run.
+        InvalidFile: for a damaged checkpoint.
+        ValueError: for the checkpoint of another run.
     """
-    recipe: Recipe = prepared.meta[RECIPE]
-    assert recipe.protection is not None
-    file = None if state_dir is None else state_dir / "sensitivity.safetensors"
-    saved = load_state(file, digest, "the sensitivities of a calibration")
+    saved = checkpoint.load("sensitivity", "the sensitivities of a calibration")
     if saved is None:
-        found = sensitivities(prepared, arguments, bar, recipe.protection)
-        if file is not None:
-            save_state(file, digest, {name: asdict(one) for name, one in found.items()}, {})
+        errors = sensitivities(prepared, arguments, bar, protection)
+        checkpoint.save("sensitivity", {name: asdict(one) for name, one in errors.items()}, {})
     else:
-        found = {name: Sensitivity(**one) for name, one in saved[0].items()}
-    protection, watchers = recipe.protection, observers(prepared)
-    plan: dict[str, LayerPlan] = dict(prepared.meta[PLAN])
-    prepared.meta[ASKED] = (recipe, prepared.meta[PLAN])
-    for name in choose(found, plan, protection):
-        _widen_weight(watchers, plan, name, protection.bits)
-        _widen_input(watchers, plan, name, protection.bits)
-    inputs = [names for one, names in readers(prepared) if one and one.config.bits < protection.input_bits]
-    for name in choose_inputs(found, inputs, protection):
-        _widen_input(watchers, plan, name, protection.input_bits)
-    changed = [name for name, item in plan.items() if item != prepared.meta[PLAN][name]]
+        errors = {name: Sensitivity(**one) for name, one in saved[0].items()}
+    state, siblings = state_of(prepared), _siblings(prepared)
+    plan = dict(state.plan)
+    for name in choose(errors, state.plan, protection):
+        _widen_weight(plan, name, protection.bits)
+        _widen_input(plan, siblings[name], protection.bits)
+    inputs = [names for one, names in readers(prepared) if one and _input_bits(plan[names[0]]) < protection.input_bits]
+    for name in choose_inputs(errors, inputs, protection):
+        _widen_input(plan, siblings[name], protection.input_bits)
+    changed = [name for name, item in plan.items() if item != state.plan[name]]
     overrides = [Override(graph.literal(n), weight=plan[n].weight, activation=plan[n].activation) for n in changed]
-    config = replace(recipe.config, overrides=(*recipe.config.overrides, *overrides))
-    prepared.meta[PLAN], prepared.meta[RECIPE] = plan, replace(recipe, config=config, protection=None)
+    config = replace(state.recipe.config, overrides=(*state.recipe.config.overrides, *overrides))
+    change_plan(prepared, plan, replace(state.recipe, config=config, protection=None))
 
 
-def _widen_weight(watchers: dict[str, Watchers], plan: dict[str, LayerPlan], name: str, bits: int) -> None:
-    weight, _ = watchers[name]
-    if weight.config.bits < bits:
-        weight.config = replace(weight.config, bits=bits, symmetric=True)
-        plan[name] = replace(plan[name], weight=weight.config)
+def _siblings(prepared: GraphModule) -> dict[str, list[str]]:
+    """Of each layer, those that read the same quantized input, itself among them."""
+    return {name: names for _, names in readers(prepared) for name in names}
 
 
-def _widen_input(watchers: dict[str, Watchers], plan: dict[str, LayerPlan], name: str, bits: int) -> None:
-    """More bits for a layer's input, which siblings share."""
-    activation = watchers[name][1]
-    if activation is None or activation.config.bits >= bits:
+def _input_bits(item: LayerPlan) -> int:
+    assert item.activation is not None
+    return item.activation.bits
+
+
+def _widen_weight(plan: dict[str, LayerPlan], name: str, bits: int) -> None:
+    weight = plan[name].weight
+    assert weight is not None
+    if weight.bits < bits:
+        plan[name] = replace(plan[name], weight=replace(weight, bits=bits, symmetric=True))
+
+
+def _widen_input(plan: dict[str, LayerPlan], siblings: list[str], bits: int) -> None:
+    """More bits for an input, in the plan of every layer that reads it."""
+    activation = plan[siblings[0]].activation
+    if activation is None or activation.bits >= bits:
         return
-    activation.config = replace(activation.config, bits=bits)
-    for other, (_, watcher) in watchers.items():
-        if watcher is activation:
-            plan[other] = replace(plan[other], activation=activation.config)
-
-
-def forget(prepared: GraphModule) -> None:
-    """Undo ``protect``: observers, plan and recipe as they were prepared."""
-    if ASKED not in prepared.meta:
-        return
-    prepared.meta[RECIPE], prepared.meta[PLAN] = prepared.meta.pop(ASKED)
-    for name, (weight, activation) in observers(prepared).items():
-        weight.config = prepared.meta[PLAN][name].weight
-        if activation is not None:
-            activation.config = prepared.meta[PLAN][name].activation
+    for name in siblings:
+        plan[name] = replace(plan[name], activation=replace(activation, bits=bits))

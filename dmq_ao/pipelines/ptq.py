@@ -21,7 +21,7 @@ from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.numerics import packed_bytes
 from dmq_ao.pipelines.adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
 from dmq_ao.pipelines.prompts import Prompts
-from dmq_ao.quantizer.quantizer import PLAN, float_weight, weight_observers
+from dmq_ao.quantizer.prepared import float_weight, state_of, weight_observers
 from dmq_ao.records import LayerPlan, overhead_bits
 
 BIT_PLAN = "bit_plan.json"
@@ -172,7 +172,7 @@ def forecast(pipeline: Any, prepared: GraphModule, recipe: Recipe, steps: int = 
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     width = 8 * next(parameter.element_size() for parameter in denoiser.parameters())
-    plan: dict[str, LayerPlan] = prepared.meta[PLAN]
+    plan = state_of(prepared).plan
     shapes = _weight_shapes(prepared)
     layers = [
         {

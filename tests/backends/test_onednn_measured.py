@@ -15,6 +15,7 @@ from dmq_ao.backends.onednn import measured as onednn_measured
 from dmq_ao.backends.onednn.measured import FloatProduct, Timing
 from dmq_ao.numerics import ops
 from dmq_ao.passes import lower_precision
+from dmq_ao.quantizer.prepared import state_of
 from dmq_ao.recipes import minmax
 from tests.backends.one_layer import FLOAT, calibrated, everywhere, example, run
 from tests.backends.test_onednn import needs_vnni
@@ -183,7 +184,7 @@ def test_layers_that_are_alike_are_timed_once(prepared: GraphModule, monkeypatch
 
     monkeypatch.setattr(onednn_measured, "timings", timings)
     dmq_ao.convert(prepared, latency_aware=True)
-    twelve_bits = prepared.meta["dmq_ao.plan"]["first"].activation.bits > 8
+    twelve_bits = state_of(prepared).plan["first"].activation.bits > 8
     assert calls_of_a_layer == {3 if twelve_bits else 1}  # a product for each byte, and their sum
     rows = graph.signature_of(prepared).example["x"][0][0]
     assert [timing.integer_ms for timing in found.values()] == [1, 1, 2, 3]

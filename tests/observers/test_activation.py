@@ -126,13 +126,14 @@ def test_every_calibration_starts_clean(ranges: Ranges, name: str) -> None:
     expected = calibrated(make(ranges, name=name, votes=PowerOfTwo()), x, timestep)
     used = make(ranges, name=name, votes=PowerOfTwo())
     calibrated(used, batch(seed=1)[0].flip(1) * 1000, timestep + 50)
-    used.restore(used.record())
+    used.decide()
     assert equal(calibrated(used, x, timestep), expected)
 
 
 def test_start_ranges_forgets() -> None:
     observer = make(votes=PowerOfTwo())
     calibrated(observer, *batch())
+    observer.decide()
     assert observer.election is not None
     observer.start_ranges()
     assert observer.election is None
@@ -182,8 +183,13 @@ def test_the_vote_is_held_under_the_frozen_ranges() -> None:
     assert record.exponents is not None
     assert torch.equal(record.exponents, elect(ballots(errors), 0.5))
     assert bool(record.exponents.any())
+    assert observer.election is None  # looking decides nothing
+    observer.decide()
     assert observer.election is not None
-    assert observer.election.exponents is record.exponents
+    assert torch.equal(observer.election.exponents, record.exponents)
+    again = observer.election
+    observer.decide()
+    assert observer.election is again
 
 
 def test_without_a_vote_the_second_pass_changes_nothing() -> None:

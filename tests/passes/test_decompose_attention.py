@@ -21,7 +21,7 @@ from dmq_ao.graph import graph_arguments
 from dmq_ao.numerics import ops
 from dmq_ao.observers import AttentionObserver
 from dmq_ao.passes import decompose_attention
-from dmq_ao.quantizer.quantizer import attention_observers
+from dmq_ao.quantizer.prepared import attention_observers
 
 MODELS = ["tiny_unet2d", "tiny_unet2d_condition", "tiny_dit"]
 pytestmark = pytest.mark.usefixtures("captures_are_shared")

@@ -16,7 +16,7 @@ from dmq_ao import graph, numerics, recipes
 from dmq_ao.config import Distillation, Override, Recipe, TensorConfig
 from dmq_ao.numerics import ops
 from dmq_ao.passes import look_up_codes
-from dmq_ao.quantizer.quantizer import TUNED
+from dmq_ao.quantizer.prepared import state_of
 
 EMBEDDINGS = recipes.minmax("w4a8", embeddings=True)
 
@@ -134,7 +134,7 @@ def test_float_stays_float_where_the_recipe_says_so(labelled: nn.Module, seen: d
     )
     published = recipes.eda_dm("w4a8", compat="reference")
     prepared = dmq_ao.prepare(labelled, published, seen.example())
-    assert prepared.meta["dmq_ao.plan"]["words"].why == "embedding table (role @table)"
+    assert state_of(prepared).plan["words"].why == "embedding table (role @table)"
 
 
 def test_what_distillation_tuned_is_what_is_rounded(labelled: nn.Module, seen: dmq_ao.CalibrationSet) -> None:
@@ -142,7 +142,7 @@ def test_what_distillation_tuned_is_what_is_rounded(labelled: nn.Module, seen: d
     prepared = dmq_ao.prepare(labelled, recipe, seen.example(), backend="reference")
     dmq_ao.calibrate(prepared, seen, progress=False)
     net = dmq_ao.convert(prepared, "reference")
-    tuned = prepared.meta[TUNED]["denoiser.classes.weight"]
+    tuned = state_of(prepared).tuned["denoiser.classes.weight"]
     assert relative(tuned, labelled.classes.weight) > 1e-4
     stored = net.records["classes"].weight
     assert stored.bits == 8
