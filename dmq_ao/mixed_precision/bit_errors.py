@@ -20,7 +20,7 @@ from dmq_ao import graph
 from dmq_ao.config import MAX_BITS, BitAllocation, ChannelScaling, Granularity, Scorer, TensorConfig
 from dmq_ao.graph.geometry import geometry
 from dmq_ao.mixed_precision.allocation import error_curves, kurtosis
-from dmq_ao.mixed_precision.sensitivity import Perturbed
+from dmq_ao.mixed_precision.probe import Perturbed
 from dmq_ao.numerics import input_peak
 from dmq_ao.observers import MinMax, WeightObserver, quantize_weight
 from dmq_ao.observers.channel_scale import closed_form, spread

@@ -26,7 +26,7 @@ from dmq_ao.mixed_precision.bit_errors import (
     weight_errors,
 )
 from dmq_ao.mixed_precision.bit_plan import BitPlan, InputBits, LayerBits
-from dmq_ao.mixed_precision.sensitivity import Perturbed
+from dmq_ao.mixed_precision.probe import Perturbed
 from dmq_ao.observers import ActivationObserver, WeightObserver
 from dmq_ao.quantizer.prepared import (
     change_plan,
