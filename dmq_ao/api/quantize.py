@@ -120,7 +120,7 @@ def convert(
             "the last calibration of this graph did not end: its layers are decided in part; run"
             " calibrate(prepared, samples) again before convert"
         )
-    chosen = choose(backend, graph.device_of(prepared), state.plan, packed, latency_aware)
+    device_backend = choose(backend, graph.device_of(prepared), state.plan, packed, latency_aware)
     records = _records(prepared) | _table_records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
@@ -136,7 +136,7 @@ def convert(
         records = {name: packed_record(record) for name, record in records.items()}
     return lower(
         quantized,
-        chosen,
+        device_backend,
         packed=packed,
         latency_aware=latency_aware,
         stored_graph=_stored_graph(quantized, float_tensors),

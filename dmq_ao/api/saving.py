@@ -229,13 +229,13 @@ def _from_graph(
     device: torch.device,
 ) -> QuantizedDenoiser:
     whole = skeleton(stored, model, folder)
-    chosen = choose(backend, device, parts.plan, **how)
+    target = choose(backend, device, parts.plan, **how)
     if how["latency_aware"]:
         parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs
     with _damage_is_named(folder):
         quantized = lower(
             parts.gm,
-            chosen,
+            target,
             **how,
             stored_graph=stored_graph.StoredGraph(parts.text, stored.graph_constants),
             signature=parts.call,

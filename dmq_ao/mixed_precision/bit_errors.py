@@ -148,10 +148,10 @@ def _candidates(allocation: BitAllocation, item: LayerPlan, config: TensorConfig
     if config.granularity is Granularity.PER_TENSOR:
         return ()
     if allocation.scorer is Scorer.KURTOSIS:
-        wanted: Sequence[int] = range(max(1, config.bits - 1), config.bits + 2)
+        widths: Sequence[int] = range(max(1, config.bits - 1), config.bits + 2)
     else:
-        wanted = () if allocation.leaves(config.bits) else allocation.candidates
-    return tuple(bits for bits in wanted if bits <= widest_that_fits(item, config))
+        widths = () if allocation.leaves(config.bits) else allocation.candidates
+    return tuple(bits for bits in widths if bits <= widest_that_fits(item, config))
 
 
 def _curves(
@@ -161,9 +161,9 @@ def _curves(
     count = weight[0].numel()
     if count <= SEEN_WEIGHTS or observer.config.group_size is not None:
         return error_curves(weight, importance, observer.config, observer.estimator, candidates)
-    seen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:SEEN_WEIGHTS].sort().values
-    some = (weight.flatten(1)[:, seen], importance[:, seen])
-    return error_curves(*some, observer.config, observer.estimator, candidates) * (count / SEEN_WEIGHTS)
+    places = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:SEEN_WEIGHTS].sort().values
+    parts = (weight.flatten(1)[:, places], importance[:, places])
+    return error_curves(*parts, observer.config, observer.estimator, candidates) * (count / SEEN_WEIGHTS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +247,7 @@ class InputErrors:
 def input_errors(prepared: GraphModule, probe: Perturbed) -> list[InputErrors]:
     """The inputs that are narrower than a byte: one is rounded at its own width, and a bit more quarters its error."""
     nodes = graph.layer_nodes(prepared)
-    found = []
+    errors = []
     for activation, names in readers(prepared):
         if activation is None or activation.config.bits >= MAX_BITS:
             continue
@@ -256,8 +256,8 @@ def input_errors(prepared: GraphModule, probe: Perturbed) -> list[InputErrors]:
         widths = tuple(range(max(2, nominal - 2), MAX_BITS + 1))
         curve = torch.tensor([[error * 4.0 ** (nominal - bits) for bits in widths]], dtype=torch.float64)
         products = {name: probe.products(nodes[name]) for name in names}
-        found.append(InputErrors(curve, widths, nominal, products))
-    return found
+        errors.append(InputErrors(curve, widths, nominal, products))
+    return errors
 
 
 def probe_of(prepared: GraphModule, samples: CalibrationSet) -> Perturbed:

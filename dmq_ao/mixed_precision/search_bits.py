@@ -79,12 +79,12 @@ def search_bits(
     recipe = require_prepared(prepared, "search_bits").recipe
     if mean_bits is not None and max_bytes is not None:
         raise ValueError(f"give mean_bits or max_bytes, not both; got {mean_bits} and {max_bytes}")
-    chosen = allocation or recipe.allocation or BitAllocation()
+    config = allocation or recipe.allocation or BitAllocation()
     if mean_bits is not None or max_bytes is not None:
-        chosen = replace(chosen, mean_bits=mean_bits)
+        config = replace(config, mean_bits=mean_bits)
     budget = None if max_bytes is None else 8 * max_bytes - other_bits(prepared, len(samples.timesteps))
     with tqdm(total=len(observers(prepared)), disable=not progress, unit="layer", desc="bits") as bar:
-        plan = find_bits(prepared, samples, chosen, batch_size=batch_size, bar=bar, budget=budget)
+        plan = find_bits(prepared, samples, config, batch_size=batch_size, bar=bar, budget=budget)
     _warn_of_float(prepared)
     return plan
 
@@ -130,15 +130,15 @@ def _check_weights(prepared: GraphModule, plan: BitPlan, watchers: Watchers) -> 
 
 
 def _check_inputs(plan: BitPlan, watchers: Watchers) -> None:
-    given: dict[int, tuple[str, int]] = {}
-    for name, wanted in plan.inputs.items():
+    first_bits: dict[int, tuple[str, int]] = {}
+    for name, own in plan.inputs.items():
         activation = watchers[name][1] if name in watchers else None
         if activation is None:
             raise ValueError(f"the plan has bits for the input of {name!r}, which is not quantized")
-        other, bits = given.setdefault(id(activation), (name, wanted.bits))
-        if bits != wanted.bits:
+        other, bits = first_bits.setdefault(id(activation), (name, own.bits))
+        if bits != own.bits:
             raise ValueError(
-                f"{other} and {name} read the same input, and the plan gives it {bits} and {wanted.bits} bits; make"
+                f"{other} and {name} read the same input, and the plan gives it {bits} and {own.bits} bits; make"
                 " them one"
             )
 
@@ -174,15 +174,15 @@ def find_bits(
         return BitPlan.from_dict(saved[0])
     probe = probe_of(prepared, samples) if allocation.scope is Scope.MODEL else None
     layers, fixed = weight_errors(prepared, samples, allocation, probe, batch_size, bar)
-    found, inputs = _share_out(layers, fixed, allocation, budget), dict[str, InputBits]()
+    widths, inputs = _share_out(layers, fixed, allocation, budget), dict[str, InputBits]()
     if probe is not None:
         own_mean = budget is None and allocation.mean_bits is None
-        if own_mean and not _weights_gain(prepared, probe, layers, found, allocation.least_gain):
-            found = {}
+        if own_mean and not _weights_gain(prepared, probe, layers, widths, allocation.least_gain):
+            widths = {}
         if allocation.inputs:
             inputs = _inputs_that_gain(prepared, probe, allocation.least_gain)
     plan = BitPlan(
-        {name: LayerBits(layers[name].cost, tuple(widths.tolist())) for name, widths in found.items()},
+        {name: LayerBits(layers[name].cost, tuple(bits.tolist())) for name, bits in widths.items()},
         allocation.scorer.value,
         inputs,
     )
@@ -213,27 +213,27 @@ def _share_out(
         )
     if not layers:
         return {}
-    given = list(layers.values())
-    curves, options = [one.curves * one.share for one in given], [one.candidates for one in given]
-    found = exchange(curves, [one.cost for one in given], options, left)
-    return dict(zip(layers, found, strict=True))
+    searched = list(layers.values())
+    curves, options = [one.curves * one.share for one in searched], [one.candidates for one in searched]
+    widths = exchange(curves, [one.cost for one in searched], options, left)
+    return dict(zip(layers, widths, strict=True))
 
 
 def _weights_gain(
     prepared: GraphModule,
     probe: Perturbed,
     layers: Mapping[str, WeightErrors],
-    found: Mapping[str, Tensor],
+    widths: Mapping[str, Tensor],
     least_gain: float,
 ) -> bool:
-    """Whether the widths ``found`` divide the squared error of the output, all rounded at once, by ``least_gain``.
+    """Whether the ``widths`` divide the squared error of the output, all rounded at once, by ``least_gain``.
 
     Asked of the output, since errors that the curves count one by one may cancel. Widths that the recipe could not
     have are always worth it: there is nothing to compare with.
     """
-    if not found or any(one.nominal not in one.candidates for one in layers.values()):
+    if not widths or any(one.nominal not in one.candidates for one in layers.values()):
         return True
-    even, shared = (output_error(prepared, probe, layers, widths) for widths in (None, found))
+    even, shared = (output_error(prepared, probe, layers, bits) for bits in (None, widths))
     return least_gain * shared**2 <= even**2
 
 
@@ -264,8 +264,8 @@ def _inputs_that_gain(prepared: GraphModule, probe: Perturbed, least_gain: float
         return {}
     costs = [sum(one.products.values()) for one in inputs]
     budget = sum(one.nominal * cost for one, cost in zip(inputs, costs, strict=True))
-    found = exchange([one.curve for one in inputs], costs, [one.candidates for one in inputs], budget)
-    shared = {name: int(bits) for one, bits in zip(inputs, found, strict=True) for name in one.products}
+    widths = exchange([one.curve for one in inputs], costs, [one.candidates for one in inputs], budget)
+    shared = {name: int(bits) for one, bits in zip(inputs, widths, strict=True) for name in one.products}
     even = {name: one.nominal for one in inputs for name in one.products}
     before, after = (output_error_of_inputs(prepared, probe, widths) for widths in (even, shared))
     if least_gain * after**2 > before**2:
@@ -292,10 +292,10 @@ def other_bits(prepared: GraphModule, steps: int) -> int:
 
 def _warn_of_float(prepared: GraphModule) -> None:
     plan = state_of(prepared).plan
-    kept = {item.name: item.numel for item in plan.values() if item.weight is None and item.numel}
-    share = sum(kept.values()) / max(1, sum(item.numel for item in plan.values()))
+    in_float = {item.name: item.numel for item in plan.values() if item.weight is None and item.numel}
+    share = sum(in_float.values()) / max(1, sum(item.numel for item in plan.values()))
     if share > FLOAT_SHARE:
-        names = sorted(kept, key=kept.__getitem__, reverse=True)
+        names = sorted(in_float, key=in_float.__getitem__, reverse=True)
         warnings.warn(
             f"{share:.0%} of the weights stay in float, so the mean of all is far above that of the codes: "
             + ", ".join(names),
