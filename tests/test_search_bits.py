@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
 import dmq_ao
-from dmq_ao import BitPlan, PowerOfTwo, recipes
+from dmq_ao import BitPlan, PowerOfTwo, graph, recipes
 from dmq_ao.backends.onednn.backend import has_vnni
 from dmq_ao.config import (
     BitAllocation,
@@ -29,7 +30,13 @@ from dmq_ao.config import (
     Scorer,
     TensorConfig,
 )
-from dmq_ao.mixed_precision.bit_errors import output_error, output_error_of_inputs, probe_of, weight_errors
+from dmq_ao.mixed_precision.bit_errors import (
+    input_errors,
+    output_error,
+    output_error_of_inputs,
+    probe_of,
+    weight_errors,
+)
 from dmq_ao.mixed_precision.bit_plan import InputBits, LayerBits
 from dmq_ao.objectives import relative_error
 from dmq_ao.quantizer.prepared import observers
@@ -87,6 +94,23 @@ def test_what_gains_little_stays_as_it_was(model: nn.Module, samples: dmq_ao.Cal
     report = dmq_ao.calibrate(prepared, samples, progress=False)
     assert report.bits is not None
     assert report.to_dict()["bits"]["mean_bits"] is None
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_curves_of_inputs_are_measured_at_every_width(
+    bits: int, model: nn.Module, samples: dmq_ao.CalibrationSet
+) -> None:
+    recipe = recipes.minmax(f"w8a{bits}", ranges=Ranges.DYNAMIC)
+    prepared = prepared_for(recipe, model, samples)
+    probe = probe_of(prepared, samples)
+    nodes = graph.layer_nodes(prepared)
+    errors = input_errors(prepared, probe)
+    assert len(errors) == len({id(one) for _, one in observers(prepared).values()})
+    for one in errors:
+        assert one.candidates == tuple(range(bits - 2, 9))
+        measured = [probe.error_of({nodes[name]: (None, width) for name in one.products}) for width in one.candidates]
+        assert one.curve[0].tolist() == pytest.approx(list(itertools.accumulate((m**2 for m in measured), min)))
+        assert one.curve[0, -1] < one.curve[0, 0]
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [("w3a16", 1e-3), ("w8a3", 0.05)])  # 8 bits are not quite float

@@ -245,16 +245,17 @@ class InputErrors:
 
 
 def input_errors(prepared: GraphModule, probe: Perturbed) -> list[InputErrors]:
-    """The inputs that are narrower than a byte: one is rounded at its own width, and a bit more quarters its error."""
+    """The inputs that are narrower than a byte, each rounded alone, for all that read it, at every width."""
     nodes = graph.layer_nodes(prepared)
     errors = []
     for activation, names in readers(prepared):
         if activation is None or activation.config.bits >= MAX_BITS:
             continue
         nominal = activation.config.bits
-        error = sum(probe.error(nodes[name], None, nominal) ** 2 for name in names)
         widths = tuple(range(max(2, nominal - 2), MAX_BITS + 1))
-        curve = torch.tensor([[error * 4.0 ** (nominal - bits) for bits in widths]], dtype=torch.float64)
+        squares = [probe.error_of({nodes[name]: (None, bits) for name in names}) ** 2 for bits in widths]
+        # Errors of two layers may cancel by luck at a narrow width: a wider one is never counted as worse.
+        curve = torch.tensor([squares], dtype=torch.float64).cummin(1).values
         products = {name: probe.products(nodes[name]) for name in names}
         errors.append(InputErrors(curve, widths, nominal, products))
     return errors
