@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = {"dmq_ao": "dmq_ao", "observers": "dmq_ao/observers", "passes": "dmq_ao/passes", "backends": "dmq_ao/backends"}
+FOLDERS = {"dmq_ao": "dmq_ao", **{name: f"dmq_ao/{name}" for name in ("observers", "passes", "backends")}}
 IMPORTS = """
 import importlib, pathlib, pkgutil, sys
 import dmq_ao
