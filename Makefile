@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fuzz lint typecheck clean
+.PHONY: help demo test test-fuzz coverage lint spelling typecheck dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -22,7 +22,14 @@ test: $(STAMP)  ## the fast tests: CPU, offline
 test-fuzz: $(STAMP)  ## ten thousand edited files, and what becomes of them; ten minutes
 	$(PY) tests/fuzz_files.py --cases 10000
 
-lint: $(STAMP) typecheck  ## ruff (rules and format), then mypy
+coverage: $(STAMP)  ## the fast tests, and how many lines of the package they run; fails below nine in ten
+	rm -f .coverage .coverage.*
+	$(PY) -m pytest -q -n auto --dist worksteal --cov --cov-report term
+
+spelling: $(STAMP)  ## codespell on everything that is tracked
+	git ls-files -z | xargs -0 $(PY) -m codespell_lib
+
+lint: $(STAMP) spelling typecheck  ## ruff (rules and format), codespell, then mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
@@ -33,8 +40,14 @@ typecheck: $(STAMP)  ## mypy --strict on an installed copy
 	$(PIP) --no-deps --no-build-isolation --target build/typecheck .
 	cd build/typecheck && ../../$(PY) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p dmq_ao
 
+# The wheel is made from the source archive, so what that lacks is missing in both.
+dist: $(STAMP)  ## source archive and wheel in dist/, checked in a new environment outside of the checkout
+	rm -rf dist build/lib build/bdist.*
+	$(PY) -m build --no-isolation
+	$(PY) .ci/check_dist.py
+
 clean:  ## remove what make made; build/ may hold the state of a training run, and stays otherwise
-	rm -rf .venv demo_report build/typecheck build/lib build/bdist.* *.egg-info
+	rm -rf .venv demo_report dist .coverage .coverage.* build/typecheck build/lib build/bdist.* *.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

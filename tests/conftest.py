@@ -112,6 +112,16 @@ def tiny_unet2d_condition() -> TinyModel:
 @pytest.fixture(scope="session")
 def tiny_dit() -> TinyModel:
     """A class-conditional DiT on 8x8 latents: sixteen tokens, two blocks, noise and variance predicted."""
+    return _dit(blocks=2)
+
+
+@pytest.fixture(scope="session")
+def tinier_dit() -> TinyModel:
+    """The same of one block, where each of its tensors is looked at one by one."""
+    return _dit(blocks=1)
+
+
+def _dit(blocks: int) -> TinyModel:
     diffusers = pytest.importorskip("diffusers")
     return _build(
         lambda: diffusers.DiTTransformer2DModel(
@@ -119,7 +129,7 @@ def tiny_dit() -> TinyModel:
             patch_size=2,
             in_channels=4,
             out_channels=8,
-            num_layers=2,
+            num_layers=blocks,
             num_attention_heads=2,
             attention_head_dim=16,
             num_embeds_ada_norm=10,

@@ -3,6 +3,7 @@
 With a GPU, kernels run on it; ``TRITON_INTERPRET=1`` asks for the interpreter there.
 """
 
+import dataclasses
 import importlib.util
 import os
 
@@ -21,3 +22,15 @@ needs_interpreter = pytest.mark.skipif(
 )
 # The interpreter multiplies the bit patterns of bfloat16 as if they were whole numbers.
 HALVES = [torch.float16] if INTERPRETED else [torch.bfloat16, torch.float16]
+
+
+def without_lost_checks() -> None:
+    """Spare the interpreter the checks for overflow: it makes them for every sum, half of its time, and drops them.
+
+    Only ``debug`` raises what they find, and it is off.
+    """
+    if HAS_TRITON and INTERPRETED:
+        from triton.runtime.interpreter import interpreter_builder
+
+        assert not interpreter_builder.options.debug
+        interpreter_builder.options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)

@@ -26,7 +26,7 @@ def main(folder: Path, trials: int, seed: int) -> None:
     model = seeded(Plain)
     samples = plain_samples(model)
     recipe = dataclasses.replace(dmq_ao.recipes.default("w4a8"), allocation=None, blocks=BlockReconstruction())
-    recipe = small(recipe, steps=40)
+    recipe = small(recipe, steps=8)
     prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
     dice = random.Random(seed)
 

@@ -19,8 +19,10 @@ from dmq_ao.backends.cuda import backend as cuda
 from dmq_ao.graph.arguments import moved_inputs
 from dmq_ao.passes.place_on import place_on
 
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
+
 Tiny = tuple[nn.Module, dict[str, Tensor]]
-NETS = ["tiny_unet2d", "tiny_dit"]
+NETS = ["tiny_unet2d", "tinier_dit"]
 RECIPES = {
     "votes": lambda: recipes.minmax("w4a8", power_of_two=True),
     "dmq": lambda: recipes.dmq("w4a8"),
@@ -32,7 +34,7 @@ RECIPES = {
     "mpq_dm-reference": lambda: recipes.mpq_dm("w3a6", compat="reference"),
 }
 # What together goes through every stage; the rest is the slow tier's.
-FEW = {("tiny_dit", "eda_dm"), ("tiny_dit", "default")}
+FEW = {("tinier_dit", "eda_dm"), ("tinier_dit", "default")}
 
 
 def brief(recipe: Recipe) -> Recipe:
@@ -90,8 +92,8 @@ def test_calibration_finds_what_it_finds_on_the_cpu(net: str, name: str, request
 @pytest.mark.parametrize(
     "name", ["eda_dm", *(pytest.param(one, marks=pytest.mark.slow) for one in ("default", "mpq_dm-reference"))]
 )
-def test_values_on_disk_and_a_resumed_run_come_back_to_the_device(name: str, tiny_dit: Tiny, tmp_path: Path) -> None:
-    model, inputs = tiny_dit
+def test_values_on_disk_and_a_resumed_run_come_back_to_the_device(name: str, tinier_dit: Tiny, tmp_path: Path) -> None:
+    model, inputs = tinier_dit
     samples = repeated_samples(inputs, noise=0.3)
     options = {"state_dir": tmp_path, "max_memory": 0}
     with PretendDevice():
@@ -122,8 +124,8 @@ def test_kernels_and_files_hold_everything_where_it_runs(
 
 
 @pytest.mark.parametrize("select", ["uniform", "tdac"])
-def test_what_is_recorded_there_lies_on_the_cpu(select: str, tiny_dit: Tiny) -> None:
-    model, inputs = tiny_dit
+def test_what_is_recorded_there_lies_on_the_cpu(select: str, tinier_dit: Tiny) -> None:
+    model, inputs = tinier_dit
 
     @torch.no_grad()
     def recorded(net: nn.Module, device: torch.device) -> CalibrationSet:

@@ -19,7 +19,7 @@ import dmq_ao
 from dmq_ao import graph
 from dmq_ao.algorithms import blockwise as learn_blocks
 from dmq_ao.algorithms.blocks import Block, find_blocks, run_block
-from dmq_ao.algorithms.blockwise import BlockStudent, block_error, teacher_of
+from dmq_ao.algorithms.blockwise import BlockData, BlockStudent, block_error, learn_block, teacher_of
 from dmq_ao.algorithms.stream import Value
 from dmq_ao.config import (
     BlockReconstruction,
@@ -304,6 +304,44 @@ def test_drops_are_drawn_from_the_generator_alone(unet: Ready) -> None:
     assert torch.equal(first, outputs(5))
     assert not torch.equal(first, outputs(6))
     assert not torch.equal(first, outputs(None))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
+def test_a_share_of_a_blocks_input_is_the_float_networks(
+    share: float, unet: Ready, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Element by element from one of the two; what is no float, or the same in both, stays."""
+    block = unet.block("mid_block.resnets.0")
+    teacher = unet.given[block.index]
+    floats = [node for node, value in teacher.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    student = {node: value + 1 if node in floats else value for node, value in teacher.items()}
+    seen: list[dict[Any, Any]] = []
+    whole = BlockStudent.run
+
+    def watched(self: BlockStudent, given: Any, generator: torch.Generator | None = None) -> Any:
+        seen.append(dict(given))
+        return whole(self, given, generator)
+
+    monkeypatch.setattr(BlockStudent, "run", watched)
+    held = torch.zeros(3, dtype=torch.bool)
+    held[2] = True
+    data = BlockData(lambda chosen: student, lambda chosen: teacher, torch.zeros(3, dtype=torch.long), 1, held)
+    config = BlockReconstruction(steps=2, batch_size=2, mix=share)
+    with torch.enable_grad():
+        learn_block(unet.prepared, block, data, config, torch.Generator().manual_seed(0))
+    assert floats
+    assert len(seen) == 2
+    for given in seen:
+        for node, value in given.items():
+            if node not in floats:
+                assert value is student[node]
+                continue
+            from_teacher = value == teacher[node]
+            assert torch.equal(torch.where(from_teacher, teacher[node], student[node]), value)
+            spread = (share * (1 - share) / value.numel()) ** 0.5
+            assert float(from_teacher.float().mean()) == pytest.approx(share, abs=5 * spread + 1e-9)
+    if share:
+        assert not torch.equal(seen[0][floats[0]], seen[1][floats[0]])  # drawn anew in each step
 
 
 # --- the whole run -----------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -17,18 +19,37 @@ pytest.importorskip("typer")
 from command_line import document, failure, run
 
 from dmq_ao import recipes
+from dmq_ao.api import compile as api_compile
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.benchmarks import benchmark, demo, peers
-from dmq_ao.benchmarks.peers import PEERS, Peer
+from dmq_ao.benchmarks.named import NAMED
+from dmq_ao.benchmarks.peers import PEERS, Peer, chosen_peers
 from dmq_ao.cli import commands, doctor
 from dmq_ao.cli import output as cli_output
-from dmq_ao.config import BitAllocation, InvalidFile, Recipe
+from dmq_ao.config import BitAllocation, InvalidFile, Ranges, Recipe, SelectMethod
 from dmq_ao.observers import ALL_OBSERVERS
-from dmq_ao.pipelines import ptq
+from dmq_ao.pipelines import adapter, ptq
 from dmq_ao.pipelines.adapter import demo_folder
 
 COMMANDS = ("quantize", "sample", "compare", "inspect", "benchmark", "doctor", "demo")
 QUICK = ("--steps", "4", "--samples", "8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_demo(captures_are_shared: None) -> Iterator[None]:
+    """Every command loads the bundled denoiser; what it loads is captured once, for it is the same module."""
+    load, loaded = adapter.load_pipeline, []
+
+    def load_pipeline(source: str | Path, **options: Any) -> Any:
+        pipeline = load(source, **options)
+        if str(source) == "demo" and pipeline.device.type == "cpu" and pipeline.dtype == torch.float32:
+            loaded.append(pipeline.unet)
+            pipeline.unet = loaded[0]
+        return pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "load_pipeline", load_pipeline)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -439,6 +460,19 @@ def test_samples_are_selected_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_choices_are_those_of_the_library() -> None:
     assert {item.value for item in commands.Backend} == {"auto", *ALL_BACKENDS}
     assert {item.value for item in commands.Observer} == set(ALL_OBSERVERS)
+    assert {item.value for item in commands.Mode} == set(get_args(api_compile.Mode))
+
+
+def test_the_help_names_what_the_library_has() -> None:
+    """Recipes, denoisers and peers are taken by name, and new ones without a change of the command line."""
+    arguments = {name: get_args(hint) for name, hint in get_type_hints(commands.quantize, include_extras=True).items()}
+    assert arguments["recipe"][1].help == f"Method: {', '.join(recipes.ALL_RECIPES)}."
+    hints = get_type_hints(commands.benchmark, include_extras=True)
+    named = re.findall(r"`([\w-]+)`", get_args(hints["model"])[1].help)
+    assert set(named) - {"quantize"} == set(NAMED)
+    assert chosen_peers(["*"]) == list(PEERS)
+    assert [one for one in SelectMethod if one.value not in failure(2, "quantize", "demo", "--select", "?")] == []
+    assert [one for one in Ranges if one.value not in failure(2, "quantize", "demo", "--ranges", "?")] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,5 +1,6 @@
 """``dmq_ao.compile``: the same numbers, one compilation for all shapes and timesteps, and errors that help."""
 
+import functools
 import shutil
 from importlib.util import find_spec
 
@@ -26,6 +27,7 @@ def _fresh() -> None:
     torch._dynamo.reset()
 
 
+@functools.cache
 def made(bits: str, backend: str = "auto") -> dmq_ao.QuantizedDenoiser:
     model = seeded(Plain)
     return flow(model, minmax(bits), plain_samples(model), backend=backend)[0]
@@ -45,7 +47,7 @@ def test_one_compilation_serves_all_shapes_and_timesteps(mode: str, tolerance: f
     assert relative(actual, quantized(x, timestep)) < tolerance
 
 
-@pytest.mark.parametrize("mode", ["default", MAX])
+@pytest.mark.parametrize("mode", ["default", pytest.param(*MAX.values, marks=[*MAX.marks, pytest.mark.slow])])
 def test_two_denoisers_keep_their_own_graphs(mode: str) -> None:
     x = torch.randn(2, 3, 8, 8)
     pairs = [(quantized, dmq_ao.compile(quantized, mode)) for quantized in (made("w8a8"), made("w3a8"))]

@@ -18,6 +18,7 @@ from dmq_ao.backends.cuda import backend as cuda
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.config import Ranges, TensorConfig
 
+pytestmark = pytest.mark.usefixtures("captures_are_shared")
 Tiny = tuple[nn.Module, dict[str, Tensor]]
 
 

@@ -120,6 +120,13 @@ def test_pins_are_plain_releases(pins: dict[str, str]) -> None:
     assert {name: pin for name, pin in pins.items() if not re.fullmatch(r"[0-9]+(\.[0-9]+)*", pin)} == {}
 
 
+def test_hooks_have_the_pinned_versions(pins: dict[str, str]) -> None:
+    text = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    hooks = re.findall(r'"([\w-]+)==([\d.]+)"', text)
+    assert {name for name, _ in hooks} == {"ruff", "codespell", "pytest"}
+    assert all(pins[name] == pin for name, pin in hooks), hooks
+
+
 def test_the_extra_for_tests_brings_what_the_others_need(pyproject: dict[str, Any]) -> None:
     requirements = map(Requirement, pyproject["project"]["optional-dependencies"]["test"])
     assert any({"cli", "report", "eval", "max"} <= requirement.extras for requirement in requirements)

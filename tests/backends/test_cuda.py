@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from interpreted import needs_interpreter
+from interpreted import needs_interpreter, without_lost_checks
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -33,9 +33,11 @@ from tests.backends.exact import run_exactly
 from tests.backends.one_layer import FLOAT, LAYERS, RECIPES, Net, calibrated, distance, everywhere, example, run
 
 pytestmark = needs_interpreter
+without_lost_checks()
 
-SMALL = Tile(rows=16, outs=16, lanes=32, parts=1, warps=4, stages=2)
-WIDE = SMALL._replace(rows=512, outs=32)  # fewer programs, for whole nets: the interpreter takes each by itself
+# The interpreter takes each program by itself: few, but more than one, the last not full.
+SMALL = Tile(rows=32, outs=16, lanes=32, parts=1, warps=4, stages=2)
+WIDE = SMALL._replace(rows=128, outs=64, lanes=64)  # for whole nets
 ROUNDING = 1e-6
 # The functions themselves: the fixture below puts others in their place.
 WHY_NOT_HERE, CHOOSE = cuda.why_not_here, cuda_tiles.choose
@@ -77,7 +79,7 @@ def test_a_layer_equals_the_quantize_dequantize_graph(kind: str, recipe: str) ->
     assert (" x" in kernel.name) is (recipe in many) or kind == "vectors"
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 5, 4), (3, 8, 12, 16)])
+@pytest.mark.parametrize("shape", [pytest.param((1, 8, 5, 4), marks=pytest.mark.slow), (3, 8, 12, 16)])
 def test_any_batch_and_size_under_the_compiler(shape: tuple[int, ...]) -> None:
     build, calibrated_shape = LAYERS["conv2d"]
     samples = example(calibrated_shape)

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreted import needs_interpreter
+from interpreted import needs_interpreter, without_lost_checks
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -22,6 +22,7 @@ from dmq_ao.recipes import minmax
 from tests.backends.one_layer import distance, everywhere, run
 
 pytestmark = needs_interpreter
+without_lost_checks()
 WHY = "measured: triton 2 ms, torch 1 ms on [2, 20, 16]"
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from interpreted import DEVICE, HALVES, needs_triton
+from interpreted import DEVICE, HALVES, needs_triton, without_lost_checks
 from torch import Tensor
 
 from dmq_ao.backends.cuda import ops as cuda_ops
@@ -21,6 +21,7 @@ from dmq_ao.records import WeightRecord, shifted_codes
 from tests.backends.test_cuda_weights import weight_of
 
 pytestmark = needs_triton
+without_lost_checks()
 
 SMALL = Tile(rows=16, outs=16, lanes=32, parts=1, warps=4, stages=2)
 WIDTHS: Any = st.sampled_from([1, 2, 3, 4, 7, 8, [4, 2], [3, 7, 1]])

@@ -225,6 +225,41 @@ def test_simulate_is_the_operators_on_the_record(ranges: Ranges, dtype: torch.dt
     assert not torch.equal(actual, x.to(dtype))
 
 
+@pytest.mark.parametrize("ranges", list(Ranges))
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("votes", [None, PowerOfTwo(agreement=0.0), PowerOfTwo(agreement=0.0, per_step=True)])
+def test_a_gradient_passes_where_no_code_is_clipped(votes: PowerOfTwo | None, scaled: bool, ranges: Ranges) -> None:
+    """A finer step clips sooner: the range of a channel is that of its own step."""
+    if votes is not None and votes.per_step and ranges is not Ranges.PER_STEP:
+        pytest.skip("a vote for each step needs ranges for each step")
+    x, timestep = batch()
+    observer = make(ranges, bits=4, votes=votes)
+    if scaled:
+        observer.channel_scale = torch.tensor([0.5, 1.0, 2.0, 0.25])
+    record = calibrated(observer, x, timestep)
+    louder = (x.flip(1) * 3).requires_grad_()  # the channels of fine steps are the loud ones now
+    values = observer.straight_through(louder, timestep)
+    assert torch.equal(values, observer.simulate(louder.detach(), timestep))
+    values.sum().backward()
+    factors = torch.ones(4, 1) if observer.channel_scale is None else observer.channel_scale[:, None]
+    divided = louder.detach() / factors
+    rows = torch.tensor([0, 1, 2] * 2) if ranges is Ranges.PER_STEP else torch.zeros(6, dtype=torch.long)
+    if ranges is Ranges.DYNAMIC:
+        scale, zero_point = ops.dynamic_qparams(divided, 4)
+    else:
+        scale, zero_point = record.scale[rows], record.zero_point[rows]
+    exponents = torch.zeros(4) if record.exponents is None else record.exponents.float()
+    exponents = exponents[rows] if exponents.dim() == 2 else exponents.expand(6, 4)
+    assert bool(exponents.any()) is (votes is not None)
+    step = (scale[:, None] * torch.exp2(-exponents))[:, :, None]  # [B, C, 1]
+    codes = divided / step + zero_point[:, None, None]
+    inside = (codes >= 0) & (codes <= 15)
+    assert louder.grad is not None
+    edge = (codes.abs() < 1e-3) | ((codes - 15).abs() < 1e-3)  # where rounding decides
+    assert torch.equal(louder.grad[~edge], (inside / factors)[~edge])
+    assert bool((louder.grad == 0).any()) is (ranges is not Ranges.DYNAMIC or votes is not None)
+
+
 def test_a_restored_record_is_taken_as_it_is() -> None:
     x, timestep = batch()
     record = calibrated(make(Ranges.PER_STEP, votes=PowerOfTwo()), x, timestep)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dmq_ao.config import PowerOfTwo, Ties
 from dmq_ao.numerics import along, choose_qparams
 from dmq_ao.observers import Vote, ballots, candidate_errors, elect
+from dmq_ao.observers.power_of_two import VoteTable
 
 SEEDS = st.integers(0, 2**31)
 PUBLISHED = PowerOfTwo(guard=False, ties=Ties.FINE)
@@ -109,6 +110,20 @@ def test_equal_votes_elect_coarse_or_as_published_fine() -> None:
     assert elect(counts, 0.5, Ties.COARSE).tolist() == [1, 0]
     assert elect(counts, 0.5, Ties.FINE).tolist() == [2, 3]
     assert elect(counts, 0.5).dtype == torch.int8
+
+
+@pytest.mark.parametrize("kind", [Vote, VoteTable])
+@pytest.mark.parametrize(("ties", "exponents"), [(Ties.COARSE, [1, 0, 1]), (Ties.FINE, [3, 3, 2])])
+def test_both_ties_of_a_vote_go_the_way_it_was_given(
+    ties: Ties, exponents: list[int], kind: type[Vote] | type[VoteTable]
+) -> None:
+    """Channel 0: two exponents with as many votes; channel 1: equal errors; channel 2: both."""
+    errors = torch.tensor(
+        [[[9.0, 1, 2, 3], [5.0, 5, 5, 5], [9.0, 1, 1, 9]], [[9.0, 3, 2, 1], [5.0, 5, 5, 5], [9.0, 1, 1, 9]]]
+    )
+    vote = kind(PowerOfTwo(agreement=0.5, guard=False, ties=ties))
+    vote.update(errors, torch.tensor([500, 500]))
+    assert vote.elect().exponents.reshape(-1).tolist() == exponents
 
 
 @pytest.mark.parametrize(("config", "exponent"), [(PowerOfTwo(), 0), (PUBLISHED, 3)])

@@ -1,0 +1,197 @@
+"""Rules of the house beside its floors: stages apart, one definition for a name, a true table of what to touch."""
+
+import ast
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("dmq_ao", "observers", "passes", "backends")
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+
+# A stage learns or decides something in a calibration; what stages share stands in files that are none.
+STAGES = {
+    "dmq_ao.algorithms.ranges",
+    "dmq_ao.algorithms.rounding",
+    "dmq_ao.algorithms.layerwise",
+    "dmq_ao.algorithms.blockwise",
+    "dmq_ao.algorithms.distillation",
+    "dmq_ao.mixed_precision.search_bits",
+    "dmq_ao.mixed_precision.sensitivity",
+}
+SHARED_BY_STAGES = {
+    "dmq_ao.algorithms.blocks",
+    "dmq_ao.algorithms.features",
+    "dmq_ao.algorithms.layer_rows",
+    "dmq_ao.algorithms.low_rank",
+    "dmq_ao.algorithms.moments",
+    "dmq_ao.algorithms.relations",
+    "dmq_ao.algorithms.stream",
+}
+# May only become fewer: (stage, stage that it imports).
+KNOWN_BETWEEN_STAGES = {
+    ("dmq_ao.algorithms.blockwise", "dmq_ao.algorithms.rounding"),
+    ("dmq_ao.algorithms.distillation", "dmq_ao.algorithms.blockwise"),
+    ("dmq_ao.algorithms.distillation", "dmq_ao.algorithms.rounding"),
+    ("dmq_ao.algorithms.layerwise", "dmq_ao.algorithms.blockwise"),
+    ("dmq_ao.algorithms.layerwise", "dmq_ao.algorithms.rounding"),
+    ("dmq_ao.mixed_precision.search_bits", "dmq_ao.mixed_precision.sensitivity"),
+}
+# Public names at the top of two or more files; may only become fewer.
+_TWICE = """
+    Backend COLUMNS CONVOLUTIONS Clock EPS FLOAT FLOAT8 FORMAT_VERSION HELD_OUT_SEED KEY LINEAR Layer MARGIN MAX_BYTES
+    MEASURED Mode Product Row Rows SHOWN STEPS Value Watchers aten check choose compare dequantize describe forget
+    from_json lower output_error quantize quantize_float8 read relative_error sample skeleton sqnr to_json verify
+"""
+KNOWN_TWICE = set(_TWICE.split())
+
+
+def sources() -> list[Path]:
+    return sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Its installed name, for a path relative to the root."""
+    parts = path.with_suffix("").parts
+    parts = parts if parts[0] == "dmq_ao" else ("dmq_ao", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported_modules(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of all that is imported: of ``from a import b``, both ``a`` and ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
+
+
+def top_names(tree: ast.Module) -> set[str]:
+    """What a file defines at its top: classes, functions and assigned names, not what it imports."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {one.id for target in targets for one in ast.walk(target) if isinstance(one, ast.Name)}
+    return names
+
+
+def between_stages(trees: dict[str, ast.Module]) -> set[tuple[str, str]]:
+    """Pairs of a stage and a stage that it imports."""
+    return {
+        (here, there)
+        for here in STAGES & trees.keys()
+        for there in set(imported_modules(trees[here])) & (STAGES - {here})
+    }
+
+
+def defined_twice(trees: dict[str, ast.Module]) -> dict[str, list[str]]:
+    """Public names that two files or more define, and which."""
+    files = defaultdict(list)
+    for module, tree in trees.items():
+        for name in top_names(tree):
+            if not name.startswith("_") and name != "main":
+                files[name].append(module)
+    return {name: sorted(modules) for name, modules in files.items() if len(modules) > 1}
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[str, ast.Module]:
+    return {module_of(path.relative_to(ROOT)): parsed(path) for path in sources()}
+
+
+def test_stages_do_not_import_each_other(trees: dict[str, ast.Module]) -> None:
+    assert between_stages(trees) == KNOWN_BETWEEN_STAGES
+
+
+def test_every_file_of_the_room_is_a_stage_or_shared_by_them(trees: dict[str, ast.Module]) -> None:
+    files = {module for module in trees if module.startswith("dmq_ao.algorithms.")}
+    assert files == {one for one in STAGES if one.startswith("dmq_ao.algorithms.")} | SHARED_BY_STAGES
+    assert trees.keys() >= STAGES
+
+
+def test_a_name_is_defined_in_one_file(trees: dict[str, ast.Module]) -> None:
+    twice = defined_twice(trees)
+    new = {name: modules for name, modules in twice.items() if name not in KNOWN_TWICE}
+    assert not new, "two things of one name: give one of them a name of its own"
+    assert KNOWN_TWICE - twice.keys() == set(), "defined once now: take it off the list"
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("def f():\n    inner = 1", {"f"}),
+        ("class C:\n    inside = 1", {"C"}),
+        ("X = 1\nY: int = 2", {"X", "Y"}),
+        ("(A, B), *C = 1, 2", {"A", "B", "C"}),
+        ("from a import b\nimport c", set()),
+    ],
+)
+def test_names_at_the_top(source: str, names: set[str]) -> None:
+    assert top_names(ast.parse(source)) == names
+
+
+def test_the_rules_find_what_they_are_for() -> None:
+    planted = {
+        "dmq_ao.algorithms.ranges": "def f():\n    from dmq_ao.algorithms.distillation import distill",
+        "dmq_ao.algorithms.rounding": "from dmq_ao.algorithms import ranges, stream",
+        "dmq_ao.graph.a": "def twice(): ...\ndef _own(): ...\ndef main(): ...",
+        "dmq_ao.graph.b": "twice = 1\n_own = 2\nmain = 3",
+    }
+    trees = {name: ast.parse(source) for name, source in planted.items()}
+    assert between_stages(trees) == {
+        ("dmq_ao.algorithms.ranges", "dmq_ao.algorithms.distillation"),
+        ("dmq_ao.algorithms.rounding", "dmq_ao.algorithms.ranges"),
+    }
+    assert defined_twice(trees) == {"twice": ["dmq_ao.graph.a", "dmq_ao.graph.b"]}
+
+
+# --- CONTRIBUTING ------------------------------------------------------------
+
+
+def table_rows(heading: str) -> list[list[str]]:
+    """Cells of the rows of the table under a heading."""
+    section = CONTRIBUTING.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def paths_in(text: str) -> set[str]:
+    """What stands in backticks and is a path: with a slash or a known ending, and no placeholder."""
+    words = {word for code in re.findall(r"`([^`]+)`", text) for word in code.split()}
+    return {word for word in words if re.fullmatch(r"[\w./-]+", word) and ("/" in word or Path(word).suffix == ".py")}
+
+
+def test_every_path_that_contributing_names_is_there() -> None:
+    paths = paths_in(CONTRIBUTING.read_text(encoding="utf-8"))
+    assert len(paths) > 10
+    assert not sorted(path for path in paths if not (ROOT / path).exists())
+
+
+def test_every_row_of_what_to_touch_names_what_is_there() -> None:
+    rows = table_rows("To add X, touch Y")
+    assert len(rows) > 8
+    for wanted, touched, check in rows:
+        words = re.findall(r"`([^`]+)`", touched)
+        assert words or "above" in touched, wanted
+        for word in words:
+            folder = word.replace("<device>", "cuda")
+            assert (ROOT / folder).exists() or folder in (ROOT / "pyproject.toml").read_text(encoding="utf-8"), word
+        assert check, wanted
+
+
+def test_every_command_that_contributing_names_is_a_target() -> None:
+    text = CONTRIBUTING.read_text(encoding="utf-8")
+    named = set(re.findall(r"\bmake ([a-z][a-z-]+)", text))
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert named <= targets
+    assert {"test", "lint", "coverage", "dist"} <= named
