@@ -20,7 +20,7 @@ from dmq_ao import recipes
 from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.benchmarks import benchmark, demo, peers
 from dmq_ao.benchmarks.peers import PEERS, Peer
-from dmq_ao.cli import commands, doctor
+from dmq_ao.cli import doctor, options, quantize
 from dmq_ao.cli import output as cli_output
 from dmq_ao.config import BitAllocation, InvalidFile, Recipe
 from dmq_ao.observers import ALL_OBSERVERS
@@ -367,7 +367,7 @@ def test_a_recipe_keeps_what_it_decides_itself(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_pipeline", lambda *args: pytest.fail("loaded the pipeline"))
+    monkeypatch.setattr(quantize, "open_pipeline", lambda *args: pytest.fail("loaded the pipeline"))
     (tmp_path / "mine.txt").write_text("mine")
     error = failure(1, "quantize", "demo", "-o", tmp_path)
     assert error == f"error: {tmp_path} exists and is not an empty folder; give another one, or remove it first"
@@ -437,8 +437,8 @@ def test_samples_are_selected_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert {item.value for item in commands.Backend} == {"auto", *ALL_BACKENDS}
-    assert {item.value for item in commands.Observer} == set(ALL_OBSERVERS)
+    assert {item.value for item in options.BackendName} == {"auto", *ALL_BACKENDS}
+    assert {item.value for item in options.ObserverName} == set(ALL_OBSERVERS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

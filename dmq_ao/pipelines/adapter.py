@@ -25,7 +25,7 @@ from dmq_ao.api.saving import load, save, usable_device
 from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation.report import json_ready
-from dmq_ao.pipelines.prompts import Prompts, told
+from dmq_ao.pipelines.prompts import Prompts, call_arguments
 from dmq_ao.samples import CalibrationSet, record
 from dmq_ao.serialization.folder import CONFIG, KEY
 
@@ -229,7 +229,7 @@ def sample(
         Images [seeds, C, H, W] float32 in 0..1.
 
     Raises:
-        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.call_arguments``.
         TypeError: when it draws no images, but videos or sounds.
     """
     images = []
@@ -247,7 +247,10 @@ def sample(
 def _run(pipeline: Any, seeds: Sequence[int], steps: int, prompt: Prompts, output_type: str) -> Any:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(
-        **told(pipeline, seeds, prompt), generator=generators, num_inference_steps=steps, output_type=output_type
+        **call_arguments(pipeline, seeds, prompt),
+        generator=generators,
+        num_inference_steps=steps,
+        output_type=output_type,
     )
 
 
@@ -279,12 +282,12 @@ def record_pipeline(
 
     Raises:
         TypeError: when the denoiser is already quantized.
-        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.call_arguments``.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if isinstance(denoiser, QuantizedDenoiser):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
-    told(pipeline, [seed], prompt)  # before anything is wrapped
+    call_arguments(pipeline, [seed], prompt)  # before anything is wrapped
     method = select.method if isinstance(select, Selection) else select
     even = max(2, -(-num_samples // steps))
     count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)

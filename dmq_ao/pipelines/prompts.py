@@ -12,7 +12,7 @@ Prompts = str | Sequence[str] | None
 """One text for all images, or several that seeds take in turn; for pipelines of classes their numbers or names."""
 
 
-def told(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]:
+def call_arguments(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]:
     """Keyword arguments of a call that draws one image a seed.
 
     Seed ``s`` takes prompt ``s % len(prompts)``, the same in any batch. Pipelines of classes (DiT) that are given none
