@@ -134,11 +134,11 @@ class ActivationObserver(ObserverBase):
         return values
 
     def scaled(self, x: Tensor) -> Tensor:
-        """``x / channel_scale``, what is quantized."""
+        """``x / channel_scale`` [B, ...], what is quantized."""
         return _divided(x, self.record().channel_scale, self.ch_axis)
 
     def straight_through(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """``simulate`` with a gradient: that of ``x / channel_scale`` inside the range, none beyond it."""
+        """``simulate`` [B, ...] with a gradient: that of ``x / channel_scale`` inside the range, none beyond it."""
         record = self.record()
         with torch.no_grad():
             values = self.simulate(x, timestep)
@@ -172,7 +172,7 @@ class ActivationObserver(ObserverBase):
         return ((codes - zero_point) * multiplier).to(x.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """Statistics of the pass under way and what earlier passes froze, as tensors."""
+        """Statistics of the pass under way, and whether ranges are frozen: [rows, ...] by path."""
         tensors = {f"range/{key}": value for key, value in self.ranges.state().items()}
         tensors["frozen"] = torch.tensor(self.decided is not None)
         if self.vote is not None:
@@ -180,7 +180,7 @@ class ActivationObserver(ObserverBase):
         return tensors
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned, [rows, ...] by path."""
         self.start_ranges()
         parts = {
             kind: {k.removeprefix(kind): v for k, v in state.items() if k.startswith(kind)}

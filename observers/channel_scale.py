@@ -1,7 +1,8 @@
 """Learned equivalent scaling: ``(x / scale) @ (weight * scale)`` is the same layer, only easier to quantize.
 
 While the scale is learned both sides are quantized with steps computed from the live tensors, and the gradient flows
-through the step as well as through the straight-through rounding (DMQ, arXiv 2507.12933, section on LES).
+through the step as well as through the straight-through rounding (DMQ, arXiv 2507.12933, learned equivalent scaling;
+folded into codes as in eq. 10 to 11 and 22 to 24).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dmq_ao import numerics
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round; the gradient passes as if nothing had happened."""
+    """Round ``x`` [...]; the gradient passes as if nothing had happened (straight-through estimator)."""
     return x + (torch.round(x) - x).detach()
 
 
 def fake_quantize_ste(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Fake quantization of ``x`` on the range ``[low, high]``, differentiable in all three.
+    """Fake quantization of ``x`` [...] on the range ``[low, high]``, which broadcasts; differentiable in all three.
 
     The step is a function of the range; zero points are integers, hence constants; values beyond the range pass no
     gradient of their own. Zero is in the range, as everywhere (``numerics.choose_qparams``).

@@ -27,7 +27,6 @@ KNOWN_STRANGERS = ["dmq_ao/benchmarks/roofline.py", "passes/lower_precision.py"]
 LONG_FILES = {
     "backends/onednn/fused.py",
     "dmq_ao/algorithms/layerwise.py",
-    "dmq_ao/records.py",
     "dmq_ao/samples/record.py",
 }
 LONG_FUNCTIONS = [

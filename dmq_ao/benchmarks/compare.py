@@ -48,7 +48,7 @@ def compare(
         say: told what is going on.
 
     Returns:
-        The report that ``dmq_ao.evaluation`` renders, and its pictures.
+        The report that ``dmq_ao.evaluation`` renders, and its pictures, rows [N, C, H, W] in 0..1.
 
     Raises:
         InvalidFile: for a folder that is not there or not quantized; before anything is sampled.

@@ -74,7 +74,21 @@ def variant_report(
     folder: str | Path | None = None,
     float_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report."""
+    """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report.
+
+    Args:
+        name: of the row.
+        quantized: the denoiser.
+        teacher: the float one that it was made from.
+        states: inputs for one-step errors.
+        images: [N, C, H, W] in 0..1, drawn with ``quantized``.
+        expected: [N, C, H, W], drawn with ``teacher`` from the same seeds.
+        folder: where ``quantized`` is stored; None where it is not.
+        float_bytes: what ``teacher`` takes; None where that is not compared.
+
+    Raises:
+        ValueError: for images of different shapes, or outputs that are not finite.
+    """
     there = ((timestep, moved_inputs(inputs, quantized.device)) for timestep, inputs in by_timestep(states))
     errors = one_step_error(teacher, quantized, there)
     rows = quantized.layer_reports()

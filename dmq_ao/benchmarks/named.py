@@ -20,7 +20,7 @@ class Named:
 
     Attributes:
         build: makes it, in eval mode; twice the same weights.
-        noise: inputs of so many rows but for the timestep, by the name of the argument.
+        noise: inputs [rows, ...] of so many rows but for the timestep, by the name of the argument.
         batch_size: rows of a call.
         samples: rows to calibrate on, a multiple of ``STEPS``.
         shared: inputs that all rows have in common.

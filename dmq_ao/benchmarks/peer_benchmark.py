@@ -86,7 +86,7 @@ class Padded(nn.Module):
         self.call, self.size = call, size
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Denoise, ``size`` rows at a time; rows are repeated to fill the last call up."""
+        """Denoise [B, ...], ``size`` rows at a time; rows are repeated to fill the last call up."""
         flat = flatten_inputs(inputs)
         count = next(len(value) for value in flat.values() if isinstance(value, Tensor) and value.dim() > 1)
         parts = [

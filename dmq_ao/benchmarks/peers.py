@@ -70,7 +70,7 @@ class Plain(nn.Module):
         self.training = net.training
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Denoise."""
+        """Denoise: the output [B, ...] for the inputs of one call."""
         result = self.net(**inputs)
         return result if isinstance(result, Tensor) else result[0]
 

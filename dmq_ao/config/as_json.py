@@ -103,7 +103,12 @@ T = TypeVar("T")
 
 
 def typed(cls: type[T], data: object, where: str) -> T:
-    """The inverse of ``plain`` for one frozen dataclass; unknown and missing keys are errors that name ``where``."""
+    """The inverse of ``plain`` for one frozen dataclass; unknown and missing keys are errors that name ``where``.
+
+    Raises:
+        ValueError: for unknown or missing keys, or a value that the dataclass refuses.
+        TypeError: for anything but an object, or a value of another type.
+    """
     if not isinstance(data, Mapping):
         raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]

@@ -61,7 +61,11 @@ def image_grid(rows: Mapping[str, Tensor], scale: int | None = None) -> bytes:
 
 
 def in_order(entries: Iterable[Mapping[str, Any]], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows in the order of the table."""
+    """The rows [N, C, H, W] in the order of the table.
+
+    Raises:
+        ValueError: for a row that the table does not have, or none of the float model.
+    """
     names = [entry["name"] for entry in entries]
     unknown = sorted(images.keys() - set(names))
     if unknown:
@@ -78,7 +82,12 @@ def captions_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def pixel_rows(rows: Mapping[str, Tensor]) -> dict[str, Pixels]:
-    """Each row as ``[N, H, W, 3]`` bytes."""
+    """Each row ``[N, C, H, W]`` in 0..1 as ``[N, H, W, 3]`` bytes.
+
+    Raises:
+        ValueError: for shapes that are none of images or differ, or values outside 0..1.
+        TypeError: for images that are not floating point.
+    """
     shapes = {name: list(images.shape) for name, images in rows.items()}
     first = next(iter(shapes.values()), [])
     for name, shape in shapes.items():

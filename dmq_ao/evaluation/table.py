@@ -26,7 +26,11 @@ def render_table(report: Mapping[str, Any]) -> str:
 
 
 def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The float model and the variants as rows of one table."""
+    """The float model and the variants as rows of one table.
+
+    Raises:
+        ValueError: for a report without a title or variants, or whose names are missing or not distinct.
+    """
     missing = [key for key in ("title", "variants") if not report.get(key)]
     if missing:
         raise ValueError(f"report: wanted 'title' and at least one of 'variants', got no {' and no '.join(missing)}")

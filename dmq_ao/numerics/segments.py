@@ -31,7 +31,7 @@ def pack_segments(codes: Tensor, segments: Segments, channel_bits: Tensor | None
         symmetric: signed codes.
 
     Returns:
-        uint8, one-dimensional.
+        [bytes] uint8.
     """
     if channel_bits is None:
         ((bits, _),) = segments

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def rounding_regularizer(soft: Tensor, beta: float) -> Tensor:
-    """``sum(1 - |2 h - 1| ** beta)`` over all soft roundings ``h`` in [0, 1]; 0 when all are hard."""
+    """``sum(1 - |2 h - 1| ** beta)`` over all soft roundings ``h`` [...] in 0..1; 0 when all are hard."""
     total: Tensor = (1 - (2 * soft - 1).abs().pow(beta)).sum()
     return total
 

@@ -148,7 +148,11 @@ def denoiser_folder(folder: str | Path) -> Path:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool."""
+    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool.
+
+    Raises:
+        InvalidFile: when its config is not JSON.
+    """
     config = folder / CONFIG
     if not config.exists():
         return False

@@ -24,7 +24,7 @@ def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mappin
         file: to write.
         digest: of everything the run depends on.
         meta: JSON-ready.
-        tensors: by name.
+        tensors: by name, of any shapes [...].
     """
     partial = file.with_suffix(".partial")
     header = {_HEADER: json.dumps({"digest": digest, "meta": dict(meta)})}
@@ -33,7 +33,7 @@ def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mappin
 
 
 def load_state(file: Path | None, digest: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What ``save_state`` wrote: JSON and tensors; None when there is no file.
+    """What ``save_state`` wrote: JSON, and tensors [...] by name; None when there is no file.
 
     Args:
         file: to read; None for a run that saves nothing.

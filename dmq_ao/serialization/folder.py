@@ -47,7 +47,7 @@ class Stored:
     Attributes:
         recipe: how it was made.
         records: integers by layer name.
-        float_tensors: what stayed in float, by original name.
+        float_tensors: what stayed in float, [...] of the original shapes by original name.
         model_config: the diffusers ``config``, empty for other models.
         parameters: original parameter names and shapes: the model's identity.
         example: shape and dtype name of each tensor argument.
@@ -55,8 +55,8 @@ class Stored:
         timestep_arg: name of the timestep, None without one.
         sqnr_db: output noise per layer, as calibration measured it.
         merged: layers that were copies, each with that which stands for it.
-        graph: JSON text of the converted graph, see ``graph_file``; None when it cannot be stored.
-        graph_constants: tensors of that graph that are of no layer and not of the original model.
+        graph: JSON text of the converted graph, see ``serialization.graph``; None when it cannot be stored.
+        graph_constants: tensors [...] of that graph that are of no layer and not of the original model.
     """
 
     recipe: Recipe

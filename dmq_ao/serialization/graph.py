@@ -42,7 +42,7 @@ _LITERALS = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout
 
 @dataclass(frozen=True, eq=False)
 class StoredGraph:
-    """A description as JSON text, and the tensors that only this graph has, by the name in ``{"constant": name}``."""
+    """A description as JSON text, and the tensors [...] of this graph alone, by the name in ``{"constant": name}``."""
 
     text: str
     constants: Mapping[str, Tensor]
@@ -131,7 +131,7 @@ def from_json(description: Mapping[str, Any], tensor: Callable[[str, Mapping[str
 
     Args:
         description: from ``to_json``, or anything that JSON can be.
-        tensor: given a path in the graph and a ``"from"``, the tensor that is kept there.
+        tensor: a function from a path in the graph and a ``"from"`` to the tensor [...] that is kept there.
 
     Raises:
         operators.NotReadable: for an operator that this PyTorch does not have.

@@ -114,7 +114,7 @@ def stored_layers(configs: Any) -> dict[str, StoredLayer]:
 
 
 def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
-    """The tensors of the records as a file holds them: codes packed, all on the CPU."""
+    """The tensors of the records as a file holds them, shaped as above: codes packed, [bytes], all on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, record in records.items():
         weight, activation = record.weight, record.activation
@@ -149,7 +149,7 @@ def _packed(weight: WeightRecord, widths: Tensor | None) -> Tensor:
 
 
 def layer_records(configs: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LayerRecord]:
-    """The records back from configs and tensors; what belongs to them is taken out of ``tensors``.
+    """The records back from configs and tensors [...] of a file; what belongs to them is taken out of ``tensors``.
 
     Raises:
         KeyError: for a tensor that is missing.
@@ -159,7 +159,12 @@ def layer_records(configs: Mapping[str, Any], tensors: dict[str, Tensor]) -> dic
 
 
 def layer_record(name: str, layer: StoredLayer, tensors: dict[str, Tensor]) -> LayerRecord:
-    """One layer's record; its tensors are taken out of ``tensors``, and errors are those of ``layer_records``."""
+    """One layer's record, codes [out, ...]; its tensors are taken out of ``tensors``.
+
+    Raises:
+        KeyError: for a tensor that is missing.
+        ValueError: for codes of another size, or float8 codes that are NaN.
+    """
     packed = tensors.pop(f"{name}.weight")
     widths = None if layer.segments is None else tensors[f"{name}.weight_bits"]
     codes = unpack_segments(packed, layer.shape, layer.widths, widths, layer.symmetric and not layer.float8)
@@ -171,7 +176,7 @@ def layer_record(name: str, layer: StoredLayer, tensors: dict[str, Tensor]) -> L
 
 
 def layer_outline(name: str, layer: StoredLayer, tensors: dict[str, Tensor]) -> LayerRecord:
-    """``layer_record`` with codes on the meta device, from all tensors but the packed codes."""
+    """``layer_record`` with codes [out, ...] on the meta device, from all tensors but the packed codes."""
     dtype = numerics.code_dtype(layer.symmetric, layer.float8)
     return _with_codes(name, layer, tensors, torch.empty(layer.shape, dtype=dtype, device="meta"))
 

@@ -61,7 +61,7 @@ class Manifest:
             )
 
     def check_tensor(self, file: Path, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor that is not the one that was written.
+        """Refuse a tensor [...] that is not the one that was written.
 
         Raises:
             InvalidFile: naming the file and the tensor.
@@ -74,7 +74,7 @@ class Manifest:
 
 
 def text(files: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """The manifest of JSON files, by name with their SHA-256, and of tensors."""
+    """The manifest of JSON files, by name with their SHA-256, and of tensors [...] by name."""
     digests = {name: digest(tensor) for name, tensor in tensors.items()}
     data = {"format": _FORMAT, "version": _VERSION, "files": dict(files), "tensors": digests}
     return json.dumps(data, indent=0, sort_keys=True) + "\n"
@@ -105,7 +105,7 @@ def _digests(data: Any) -> dict[str, str]:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256, in hex, of dtype, shape and bytes."""
+    """SHA-256, in hex, of a tensor's dtype, shape [...] and bytes."""
     sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -143,7 +143,8 @@ def check_tensors(
     Args:
         name: of the layer.
         layer: that passed ``check_layer``.
-        tensors: by field, as ``check_fields`` wants them.
+        tensors: by field, as ``check_fields`` requires them; ``weight_scale`` [out, groups] and the rest as in
+            ``serialization.layers``.
         max_exponent: of power-of-two scaling.
         signed: allow weight scales below zero, which distillation left in files before there were manifests.
 

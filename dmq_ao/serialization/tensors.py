@@ -24,7 +24,12 @@ class GraphTensors:
         self.sources: dict[str, tuple[str, str]] = {}
 
     def tensor(self, target: str, home: Mapping[str, Any]) -> Tensor:
-        """What stands at ``target`` of the graph."""
+        """The tensor [...] that ``target`` of the graph reads, by the ``"from"`` that the file says of it.
+
+        Raises:
+            KeyError: for a tensor that the folder does not hold.
+            ValueError: for a layer or field that is not there, or a tensor of another shape or dtype.
+        """
         if "float" in home:
             return self.stored.float_tensors[home["float"]]
         if "constant" in home:

@@ -42,7 +42,7 @@ _UNDESCRIBED = {_aten.index_select.default, _aten.div.Tensor, operator.getitem}
 
 
 def example_inputs(shapes: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
-    """Tensors without values.
+    """Tensors without values, [...] of the shapes that a file gives.
 
     Raises:
         ValueError: for shapes that are none, or hold too much.
@@ -126,7 +126,7 @@ class Program:
         self.tried = {_sizes(inputs)}
 
     def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuse inputs whose sizes let the graph grow far more than they did; nothing where they were tried before.
+        """Refuse inputs [...] whose sizes let the graph grow far more than they did; sizes that were tried pass.
 
         Raises:
             ValueError: naming the node.
@@ -273,7 +273,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def refuse_growth(program: Program, inputs: Sequence[Tensor], folder: object) -> None:
-    """``Program.check``, as the error of a folder.
+    """``Program.check`` of inputs [...], as the error of a folder.
 
     Raises:
         InvalidFile: naming the folder and the node.

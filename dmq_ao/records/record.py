@@ -1,14 +1,16 @@
-"""What is known of one layer: the plan for it, its record in integers, the kernel that runs it.
+"""One quantized layer in integers: the codes of its weight, and how its input becomes codes.
 
 The graph, the files and the kernels all read the record::
 
     y_o = (scale / 2**D) * w_scale_o * sum_c (q_c - z) * ((w_oc - w_z_o) << (D - e_c)) + bias_o,   D = max_c e_c
+
+(DMQ, arXiv 2507.12933, eq. 13 and 28 to 29, with a zero point of the weight and a scale for each output channel.)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -16,48 +18,10 @@ import torch
 from torch import Tensor
 
 from dmq_ao import numerics
-from dmq_ao.config import MAX_BITS, PowerOfTwo, Ranges, Recipe, TensorConfig
+from dmq_ao.config import Ranges
 from dmq_ao.numerics.segments import segment_bytes
 
-# Up to here two codes share a byte.
-PACKED_BITS = 4
 Record = TypeVar("Record", bound="LayerRecord | WeightRecord | ActivationRecord")
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What a recipe does with one layer.
-
-    Attributes:
-        name: of the layer.
-        kind: of the layer.
-        numel: weights.
-        weight: how the weight is quantized; None when the layer stays in float.
-        activation: how the input is quantized; None when it stays in float.
-        power_of_two: whether and how the input's channels vote.
-        why: reason for what stays in float, empty otherwise.
-    """
-
-    name: str
-    kind: str
-    numel: int
-    weight: TensorConfig | None
-    activation: TensorConfig | None
-    power_of_two: PowerOfTwo | None
-    why: str
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What multiplies one layer: its name, and the reason when it is not an integer kernel."""
-
-    name: str
-    why: str = ""
-
-    @property
-    def is_integer(self) -> bool:
-        """Whether codes are multiplied as integers."""
-        return "int8" in self.name
 
 
 def zero_point_dtype(bits: int) -> torch.dtype:
@@ -95,16 +59,17 @@ class ActivationRecord:
 
     @property
     def channel_step(self) -> Tensor | None:
-        """``2**-exponent`` in float32, of the shape of ``exponents``; None when every channel has the plain step."""
+        """``2**-exponent`` in float32, of the shape [channels] of ``exponents``; None where every step is plain."""
         if self.exponents is None or not bool(self.exponents.any()):
             return None
         return torch.exp2(-self.exponents.float())
 
     @property
     def quantize_step(self) -> Tensor | None:
-        """Of the same shape, what the quantize step multiplies ``scale`` by: ``channel_scale * 2**-exponent``.
+        """Factor [channels] or [rows, channels] of ``scale`` in the quantize step: ``channel_scale * 2**-exponent``.
 
-        Dequantizing goes by ``channel_step``: the learned factor is in the weight's codes.
+        Dequantizing goes by ``channel_step``: the learned factor is in the weight's codes (DMQ, arXiv 2507.12933, eq.
+        10 to 11 and 22 to 24).
         """
         if self.channel_scale is None or self.channel_step is None:
             return self.channel_step if self.channel_scale is None else self.channel_scale
@@ -143,7 +108,7 @@ class WeightRecord:
 
     @property
     def row_bits(self) -> int | Tensor:
-        """What ``numerics.RowLimits`` takes as the widths."""
+        """Widths as ``numerics.RowLimits`` takes them: ``channel_bits`` [out], or one for all."""
         return self.bits if self.channel_bits is None else self.channel_bits
 
     @property
@@ -165,7 +130,7 @@ class WeightRecord:
         return list(zip(widths.tolist(), counts.tolist(), strict=True))
 
     def dequantize(self) -> Tensor:
-        """The float32 weight that the codes stand for."""
+        """The float32 weight [out, ...] that the codes stand for."""
         grouped = self.codes.reshape(self.codes.shape[0], self.scale.shape[1], -1)
         values = numerics.dequantize(grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
         return values.reshape(self.codes.shape)
@@ -197,53 +162,6 @@ def with_positive_scale(record: WeightRecord) -> WeightRecord:
         scale=record.scale.abs().clamp_min(smallest),
         zero_point=torch.where(negative, mirrored_zero, record.zero_point).to(record.zero_point.dtype),
     )
-
-
-class PackedWeight(WeightRecord):
-    """The same record in half the memory: two codes a byte, for weights of at most ``PACKED_BITS`` bits.
-
-    ``codes`` are unpacked whenever they are read.
-
-    Attributes:
-        packed: [ceil(out / 2), inputs] uint8, ``numerics.pack_rows`` of the codes plus ``offset``.
-        offset: what a stored code is more than a code, so that it is not negative.
-    """
-
-    packed: Tensor
-    offset: int
-    _shape: torch.Size
-
-    def __init__(
-        self,
-        bits: int,
-        symmetric: bool,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        channel_bits: Tensor | None = None,
-    ) -> None:
-        """Pack ``codes``; the arguments are those of ``WeightRecord``, so that ``dataclasses.replace`` works.
-
-        Raises:
-            ValueError: for codes that do not fit half a byte.
-        """
-        offset = -numerics.code_range(bits, symmetric)[0]
-        packed = numerics.pack_rows(codes.flatten(1) + offset)
-        own = {"packed": packed, "offset": offset, "_shape": codes.shape}
-        same = {"bits": bits, "symmetric": symmetric, "scale": scale, "zero_point": zero_point}
-        for name, value in (own | same | {"channel_bits": channel_bits}).items():
-            object.__setattr__(self, name, value)  # the way into a frozen dataclass
-
-    @property
-    def shape(self) -> torch.Size:
-        """Of the weight; unpacks nothing."""
-        return self._shape
-
-    @property
-    def codes(self) -> Tensor:
-        """[out, ...] of the weight's own shape."""
-        codes = numerics.unpack_rows(self.packed, self.shape[0]) - self.offset
-        return codes.to(numerics.code_dtype(self.symmetric)).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,33 +200,13 @@ class LayerRecord:
 
 def moved(record: Record, device: torch.device) -> Record:
     """The record, or a part of it, with all its tensors on a device."""
-    there: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for name, value in ((field.name, getattr(record, field.name)) for field in fields(record)):
         if isinstance(value, Tensor):
-            there[name] = value.to(device)
+            tensors[name] = value.to(device)
         elif isinstance(value, (WeightRecord, ActivationRecord)):
-            there[name] = moved(value, device)
-    return replace(record, **there)
-
-
-def overhead_bits(item: LayerPlan, shape: tuple[int, ...], steps: int, recipe: Recipe) -> int:
-    """Bits of a record besides its codes, before there is one: at most, where a scale or a vote may be refused.
-
-    Args:
-        item: the plan.
-        shape: of the weight.
-        steps: rows of ranges per timestep.
-        recipe: that it is of.
-    """
-    assert item.weight is not None
-    scales = shape[0] if item.weight.group_size is None else math.prod(shape) // item.weight.group_size
-    bits = scales * (32 if item.weight.symmetric else 40)
-    if item.activation is None:
-        return bits
-    pair = 32 + 8 * zero_point_dtype(item.activation.bits).itemsize
-    row = {Ranges.STATIC: pair, Ranges.PER_STEP: (pair + 32) * steps, Ranges.DYNAMIC: 0}[item.activation.ranges]
-    row += 0 if recipe.scaling is None else 32 * shape[1]
-    return bits + row + (0 if item.power_of_two is None else 8 * shape[1])
+            tensors[name] = moved(value, device)
+    return replace(record, **tensors)
 
 
 def outline(records: Mapping[str, LayerRecord], name: str) -> LayerRecord:
@@ -335,97 +233,23 @@ def joined(records: Sequence[LayerRecord]) -> LayerRecord:
 
 
 def record_tensor(record: LayerRecord, field: str) -> Tensor:
-    """A tensor of a record by the name that a converted graph knows it by.
+    """A tensor of a record by the name that a converted graph knows it by, with the record's own shape [...].
 
     Raises:
         ValueError: for an unknown field, or one that this record does not have.
     """
     weight, activation = record.weight, record.activation
-    found: Tensor | None = None
+    tensor: Tensor | None = None
     if field in ("codes", "weight_scale", "weight_zero_point"):
-        found = getattr(weight, field.removeprefix("weight_"))
+        tensor = getattr(weight, field.removeprefix("weight_"))
     elif field == "corrected_bias":
-        found = record.bias
+        tensor = record.bias
     elif activation is not None and field in ("input_scale", "input_zero_point"):
-        found = getattr(activation, field.removeprefix("input_"))
+        tensor = getattr(activation, field.removeprefix("input_"))
     elif activation is not None and field == "dequantize_step":
-        found = activation.channel_step
+        tensor = activation.channel_step
     elif activation is not None and field in ("timesteps", "channel_scale", "quantize_step"):
-        found = getattr(activation, field)
-    if found is None:
+        tensor = getattr(activation, field)
+    if tensor is None:
         raise ValueError(f"the record of {record.name} has no {field!r}")
-    return found
-
-
-def packed_record(record: LayerRecord) -> LayerRecord:
-    """The record with its weight's codes two a byte; itself when they are wider than half a byte."""
-    weight = record.weight
-    if weight.bits > PACKED_BITS or isinstance(weight, PackedWeight):
-        return record
-    packed = PackedWeight(
-        weight.bits, weight.symmetric, weight.codes, weight.scale, weight.zero_point, weight.channel_bits
-    )
-    return replace(record, weight=packed)
-
-
-class PackedRecords(Mapping[str, LayerRecord]):
-    """Records whose codes are packed as they are read, for a graph that keeps them so."""
-
-    def __init__(self, records: Mapping[str, LayerRecord]) -> None:
-        self.records = records
-
-    def __getitem__(self, name: str) -> LayerRecord:
-        """The packed record of a layer."""
-        return packed_record(self.records[name])
-
-    def without_codes(self, name: str) -> LayerRecord:
-        """As ``outline`` gives it."""
-        return outline(self.records, name)
-
-    def __iter__(self) -> Iterator[str]:
-        """Layer names."""
-        return iter(self.records)
-
-    def __len__(self) -> int:
-        """How many layers."""
-        return len(self.records)
-
-
-def channel_shifts(exponents: Tensor, groups: int = 1) -> Tensor:
-    """How far codes of each input channel are shifted left to have the finest step: [groups, channels / groups]."""
-    return (exponents.max() - exponents).to(torch.int32).reshape(groups, -1)
-
-
-def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 1) -> tuple[Tensor, int]:
-    """Weight codes less their zero point, shifted left so that every input channel has the layer's finest step.
-
-    Args:
-        weight: one scale per output channel.
-        exponents: [channels] of the layer's input, or None.
-        groups: of a grouped convolution, whose weight is [out, channels / groups, ...].
-
-    Returns:
-        Codes of the weight's shape, int8 where all fit and else int16, and the largest exponent D; a channel of
-        exponent e is shifted by ``D - e``.
-    """
-    codes = weight.codes
-    largest = 0 if exponents is None else int(exponents.max())
-    dtype = torch.int8 if shift_fits_int8(weight.bits, weight.symmetric, largest) else torch.int16
-    centred = codes.to(dtype, copy=True)  # the one copy: weights are the most of a model's memory
-    if not weight.symmetric:
-        centred.sub_(numerics.along(weight.zero_point[:, 0], 0, codes.dim()).to(dtype))
-    if exponents is None:
-        return centred, 0
-    shifts = channel_shifts(exponents, groups).to(dtype).repeat_interleave(codes.shape[0] // groups, 0)
-    return centred.bitwise_left_shift_(shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2))), largest
-
-
-def shift_fits_int8(bits: int, symmetric: bool, largest_exponent: int) -> bool:
-    """Whether every shifted code of this width is an int8 (composition of methods, width table)."""
-    return bits + largest_exponent <= (8 if symmetric else 7)
-
-
-def widest_that_fits(item: LayerPlan, config: TensorConfig) -> int:
-    """Most bits of a layer's codes that still fit int8 after centring and the largest shift that may be voted."""
-    shift = 0 if item.power_of_two is None else item.power_of_two.max_exponent
-    return max(bits for bits in range(1, MAX_BITS + 1) if bits == 1 or shift_fits_int8(bits, config.symmetric, shift))
+    return tensor
