@@ -54,9 +54,9 @@ class _FakeQuantize(torch.autograd.Function):
         place = x / scale
         codes = torch.round(place).add_(zero_point)
         inside = (codes >= ctx.limits[0]) & (codes <= ctx.limits[1])
-        passed = gradients[0] * inside
-        for_scale = codes.clamp_(*ctx.limits).sub_(zero_point).mul_(gradients[0]).addcmul_(passed, place, value=-1)
-        return passed, for_scale.sum_to_size(scale.shape), None, None, None
+        for_x = gradients[0] * inside
+        for_scale = codes.clamp_(*ctx.limits).sub_(zero_point).mul_(gradients[0]).addcmul_(for_x, place, value=-1)
+        return for_x, for_scale.sum_to_size(scale.shape), None, None, None
 
 
 def spread(channel_scale: Tensor, out: int, taps: int, groups: int = 1) -> Tensor:
@@ -78,5 +78,5 @@ def closed_form(input_peak: Tensor, weight_peak: Tensor, migration: float, limit
     ratio = input_peak.clamp_min(numerics.EPS).log() * migration
     ratio = ratio - weight_peak.clamp_min(numerics.EPS).log() * (1 - migration)
     centre = ratio[alive].mean() if bool(alive.any()) else ratio.new_zeros(())
-    bound = torch.log(torch.tensor(limit))
-    return torch.where(alive, (ratio - centre).clamp(-bound, bound).exp(), 1.0)
+    log_limit = torch.log(torch.tensor(limit))
+    return torch.where(alive, (ratio - centre).clamp(-log_limit, log_limit).exp(), 1.0)

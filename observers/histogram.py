@@ -36,8 +36,8 @@ class Histogram:
 
     def _grow(self, exponent: int) -> None:
         for _ in range(min(exponent - self.exponent, int(math.log2(BINS)) + 1)):
-            merged = self.counts.reshape(-1, 2).sum(1)
-            self.counts = torch.nn.functional.pad(merged, (BINS // 4, BINS // 4))
+            pairs = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.nn.functional.pad(pairs, (BINS // 4, BINS // 4))
         self.exponent = max(self.exponent, exponent)
 
     def centres(self) -> Tensor:

@@ -75,8 +75,8 @@ def elect(counts: Tensor, agreement: float, ties: Ties = Ties.COARSE) -> Tensor:
     count = counts.shape[-1]
     winner = count - 1 - counts.flip(-1).argmax(-1) if ties is Ties.FINE else counts.argmax(-1)
     # A little less than the decimal fraction asks, so that 17 ballots of 20 are an agreement of 0.85.
-    needed = agreement * counts.sum(-1).double() - 1e-6
-    return torch.where(counts.amax(-1) >= needed, winner, torch.zeros_like(winner)).to(torch.int8)
+    quorum = agreement * counts.sum(-1).double() - 1e-6
+    return torch.where(counts.amax(-1) >= quorum, winner, torch.zeros_like(winner)).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ class Vote:
         share = self.counts.amax(-1) / self.counts.sum(-1).clamp_min(1)
         if not self.config.guard:
             return Election(exponents, share, refused=0)
-        chosen = self.errors.gather(1, exponents.long()[:, None])[:, 0]
-        worse = chosen > self.errors[:, 0]
+        errors = self.errors.gather(1, exponents.long()[:, None])[:, 0]
+        worse = errors > self.errors[:, 0]
         return Election(torch.where(worse, torch.zeros_like(exponents), exponents), share, int(worse.sum()))
 
     def state(self) -> dict[str, Tensor]:

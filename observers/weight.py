@@ -53,7 +53,7 @@ def quantize_weight(
             where = bits == width
             scale[where], zero_point[where] = _qparams(rows[where], width, config.symmetric, estimator)
     if config.float8:
-        codes = numerics.quantize_float8(rows, scale[:, None])
+        codes = numerics.to_float8(rows, scale[:, None])
     else:
         limits = numerics.RowLimits.of(bits, config.symmetric, rows)
         codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], limits)

@@ -42,19 +42,19 @@ def emit(document: Mapping[str, Any], render: Callable[[], str], form: Format) -
         typer.echo(render())
 
 
-def debug(ctx: typer.Context, wanted: bool) -> bool:
+def debug(ctx: typer.Context, value: bool) -> bool:
     """Callback of ``--debug``: tracebacks, and the warnings of all libraries."""
-    if wanted:
+    if value:
         ctx.meta[_DEBUG] = True
         logging.disable(logging.NOTSET)
         warnings.simplefilter("default")
-    return wanted
+    return value
 
 
-def read_prompts(given: list[str] | None) -> list[str]:
+def read_prompts(texts: list[str] | None) -> list[str]:
     """Callback of ``--prompt``: texts as they are, and in the place of ``@FILE`` its lines."""
     prompts: list[str] = []
-    for text in given or []:
+    for text in texts or []:
         prompts += _lines(Path(text[1:])) if text.startswith("@") else [text]
     return prompts
 

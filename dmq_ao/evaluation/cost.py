@@ -57,9 +57,9 @@ def latency(
     for turn in tqdm(range(-warmup, repeats), desc="latency", unit="round", disable=not progress):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            elapsed = (clock or wall_ms)(calls[name])
+            milliseconds = (clock or wall_ms)(calls[name])
             if turn >= 0:
-                times[name].append(elapsed)
+                times[name].append(milliseconds)
     return {name: _summary(values) for name, values in times.items()}
 
 
@@ -94,7 +94,7 @@ def speedup(latencies: Mapping[str, Latency], baseline: str) -> dict[str, float]
     """
     if baseline not in latencies:
         raise ValueError(f"baseline: wanted one of {sorted(latencies)}, got {baseline!r}")
-    return {name: latencies[baseline].median_ms / timed.median_ms for name, timed in latencies.items()}
+    return {name: latencies[baseline].median_ms / times.median_ms for name, times in latencies.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -16,7 +16,7 @@ Denoiser = Callable[..., Any]
 """Called with keyword arguments; answers a Tensor, a tuple that begins with one, or an object with ``.sample``."""
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
+def paired_error(actual: Tensor, expected: Tensor) -> Tensor:
     """``||actual - expected|| / ||expected||`` of each sample.
 
     Args:
@@ -35,7 +35,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     return torch.where(error == 0, error, error / torch.linalg.vector_norm(expected, dim=1))
 
 
-def sqnr(actual: Tensor, expected: Tensor) -> Tensor:
+def paired_sqnr(actual: Tensor, expected: Tensor) -> Tensor:
     """Signal to quantization noise ratio of each sample: the relative error in decibels, larger is better.
 
     Args:
@@ -49,7 +49,7 @@ def sqnr(actual: Tensor, expected: Tensor) -> Tensor:
         ValueError: the shapes differ, or there is no batch axis.
         TypeError: the dtypes differ, or are not floating point.
     """
-    return -20 * torch.log10(relative_error(actual, expected))
+    return -20 * torch.log10(paired_error(actual, expected))
 
 
 def psnr(actual: Tensor, expected: Tensor, data_range: float) -> Tensor:
@@ -99,7 +99,7 @@ def image_fidelity(actual: Tensor, expected: Tensor, data_range: float) -> dict[
         "psnr_std_db": 0.0 if low == high else peaks.std(correction=0).item(),
         "psnr_min_db": low,
         "psnr_max_db": high,
-        "sqnr_db": sqnr(actual, expected).mean().item(),
+        "sqnr_db": paired_sqnr(actual, expected).mean().item(),
         "max_abs": (actual.double() - expected.double()).abs().max().item(),
     }
 
@@ -148,7 +148,7 @@ def one_step_error(
     for timestep, inputs in batches:
         expected = _finite_answer(teacher, "teacher", timestep, inputs)
         actual = _finite_answer(student, "student", timestep, inputs)
-        errors.setdefault(float(timestep), []).append(relative_error(actual, expected))
+        errors.setdefault(float(timestep), []).append(paired_error(actual, expected))
     if not errors:
         raise ValueError("batches: wanted at least one (timestep, keyword arguments) pair, got none")
     return OneStep(list(errors), [torch.cat(parts).mean().item() for parts in errors.values()])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dmq_ao.evaluation.table import FLOAT, number
+from dmq_ao.evaluation.table import FLOAT_ROW, number
 
 CELL = 192  # pixels: small images are enlarged by whole factors up to about this
 LIGHT = {"ink": "#1d2126", "soft": "#666d78", "line": "#e2e5ea", "page": "#ffffff"}
@@ -53,8 +53,8 @@ def image_grid(rows: Mapping[str, Tensor], scale: int | None = None) -> bytes:
         top = gap + row * (height + gap)
         draw.multiline_text((gap, top + height // 2), name, fill=LIGHT["ink"], font=font, anchor="lm")
         for column, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (gutter + column * (width + gap), top))
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(tile, (gutter + column * (width + gap), top))
     buffer = BytesIO()
     grid.save(buffer, "PNG")
     return buffer.getvalue()
@@ -70,15 +70,15 @@ def in_order(entries: Iterable[Mapping[str, Any]], images: Mapping[str, Tensor])
     unknown = sorted(images.keys() - set(names))
     if unknown:
         raise ValueError(f"images: wanted rows named like the variants, {names}, got {unknown} besides")
-    if FLOAT not in images:
-        raise ValueError(f"images: wanted a row named {FLOAT!r} to compare with, got {sorted(images)}")
+    if FLOAT_ROW not in images:
+        raise ValueError(f"images: wanted a row named {FLOAT_ROW!r} to compare with, got {sorted(images)}")
     return {name: images[name] for name in names if name in images}
 
 
 def captions_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """What stands under the name of a row of pictures: its PSNR."""
     captions = {entry["name"]: number(entry.get("psnr_db"), ".1f", " dB") for entry in entries}
-    return {**captions, FLOAT: "reference"}
+    return {**captions, FLOAT_ROW: "reference"}
 
 
 def pixel_rows(rows: Mapping[str, Tensor]) -> dict[str, Pixels]:
@@ -95,10 +95,10 @@ def pixel_rows(rows: Mapping[str, Tensor]) -> dict[str, Pixels]:
             raise ValueError(f"images {name!r}: wanted [N, C, H, W] with C 1 or 3, got {shape}")
         if shape != first:
             raise ValueError(f"images {name!r}: wanted the shape of the first row, {first}, got {shape}")
-    return {name: _pixels(name, images) for name, images in rows.items()}
+    return {name: _as_pixels(name, images) for name, images in rows.items()}
 
 
-def _pixels(name: str, images: Tensor) -> Pixels:
+def _as_pixels(name: str, images: Tensor) -> Pixels:
     if not images.is_floating_point():
         raise TypeError(f"images {name!r}: wanted floating point in 0..1, got {images.dtype}")
     values = images.detach().cpu().float()

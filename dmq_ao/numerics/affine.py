@@ -62,7 +62,9 @@ def choose_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tup
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tensor, quant_max: int | Tensor) -> Tensor:
+def quantize_affine(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tensor, quant_max: int | Tensor
+) -> Tensor:
     """Codes ``clamp(round(x / scale) + zero_point)`` of ``x`` [...] as float32; all others broadcast against ``x``.
 
     Computed in float32 whatever the dtype of ``x``; ties go to even.
@@ -84,7 +86,7 @@ def float8_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
-def quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
+def to_float8(x: Tensor, scale: Tensor) -> Tensor:
     """``x / scale`` [...] in float8 (e4m3 of OCP's 8-bit floating point, 1.0), to nearest; clipped to its range."""
     return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
@@ -120,7 +122,7 @@ def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, limits: RowLimit
         zero_point: integer codes; 1 in asymmetric rows of one bit.
         limits: of the codes.
     """
-    codes = quantize(x, scale, zero_point, limits.low, limits.high)
+    codes = quantize_affine(x, scale, zero_point, limits.low, limits.high)
     if limits.one_bit is None:
         return codes
     return torch.where(limits.one_bit, zero_point + torch.where(x < 0, -1.0, 1.0), codes)
@@ -132,14 +134,14 @@ def sign_qparams(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     return scale, torch.full_like(scale, 0 if symmetric else 1, dtype=torch.int32)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Real values ``(codes - zero_point) * scale`` in float32, of the shape [...] of ``codes``."""
     return (codes.float() - zero_point) * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
     """Quantize and come back: the float32 values that the codes of ``x`` [...] stand for."""
-    return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
+    return dequantize_affine(quantize_affine(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
 
 
 def along(values: Tensor, ch_axis: int, ndim: int) -> Tensor:

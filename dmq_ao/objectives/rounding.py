@@ -16,5 +16,5 @@ def temperature(step: int, steps: int, warmup: float, start: float = 20.0, stop:
     [20.0, 20.0, 11.0, 2.0]
     """
     begin = warmup * steps
-    left = 1 - (step - begin) / (steps - begin)
-    return stop + (start - stop) * min(1.0, max(0.0, left))
+    share = 1 - (step - begin) / (steps - begin)
+    return stop + (start - stop) * min(1.0, max(0.0, share))

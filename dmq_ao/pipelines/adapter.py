@@ -72,19 +72,19 @@ def load_pipeline(
         if not _HUB_ID.fullmatch(str(source)):
             raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
         whole = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32)
-        return _quiet(whole.to(device))
+        return _without_progress_bar(whole.to(device))
     if not (folder / INDEX).exists():
         raise InvalidFile(
             f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     _check_parts(folder / INDEX)
-    found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
-    quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in found}
+    names = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
+    quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in names}
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
-    given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
+    components = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)
     except Exception as error:  # diffusers' own, of any type: they are about the folder's files
         raise InvalidFile(
             f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
@@ -92,7 +92,7 @@ def load_pipeline(
         ) from error
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
-    return _quiet(pipeline.to(device))
+    return _without_progress_bar(pipeline.to(device))
 
 
 def _check_parts(index: Path) -> None:
@@ -104,7 +104,7 @@ def _check_parts(index: Path) -> None:
     import diffusers
 
     try:
-        parts = dict(as_json.read(index))
+        parts = dict(as_json.read_json(index))
     except (TypeError, ValueError) as error:
         raise InvalidFile(f"{index}: no index of a pipeline ({error}); copy it again") from error
     for name, part in parts.items():
@@ -157,7 +157,7 @@ def is_quantized(folder: Path) -> bool:
     if not config.exists():
         return False
     try:
-        data = as_json.read(config)
+        data = as_json.read_json(config)
     except ValueError as error:
         raise InvalidFile(
             f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again"
@@ -165,7 +165,7 @@ def is_quantized(folder: Path) -> bool:
     return isinstance(data, dict) and KEY in data
 
 
-def _quiet(pipeline: Any) -> Any:
+def _without_progress_bar(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -136,7 +136,7 @@ def quantize_pipeline(
             "select": recipe.select.method.value,
         },
         "calibration": calibration.to_dict(),
-        **describe(quantized),
+        **describe_denoiser(quantized),
     }
     save_pipeline(pipeline, folder, report)
     if calibration.bits:
@@ -145,7 +145,7 @@ def quantize_pipeline(
     return {**report, "folder": str(folder), "file_bytes": size, "float_bytes": original_bytes}
 
 
-def describe(quantized: QuantizedDenoiser) -> dict[str, Any]:
+def describe_denoiser(quantized: QuantizedDenoiser) -> dict[str, Any]:
     """A quantized denoiser in plain values: recipe, every layer, and the totals over them."""
     layers = quantized.layer_reports()
     return {
@@ -167,7 +167,7 @@ def describe_folder(folder: str | Path, backend: str = "auto") -> dict[str, Any]
     quantized = load_denoiser(folder, backend=backend)
     return {
         "folder": str(folder),
-        **describe(quantized),
+        **describe_denoiser(quantized),
         "file_bytes": folder_bytes(denoiser_folder(folder)),
         "float_bytes": float_bytes(quantized.skeleton),
     }

@@ -131,8 +131,8 @@ class WeightRecord:
 
     def dequantize(self) -> Tensor:
         """The float32 weight [out, ...] that the codes stand for."""
-        grouped = self.codes.reshape(self.codes.shape[0], self.scale.shape[1], -1)
-        values = numerics.dequantize(grouped, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
+        groups = self.codes.reshape(self.codes.shape[0], self.scale.shape[1], -1)
+        values = numerics.dequantize_affine(groups, self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1))
         return values.reshape(self.codes.shape)
 
 
@@ -150,17 +150,17 @@ def with_positive_scale(record: WeightRecord) -> WeightRecord:
     if record.symmetric:
         bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1, 1).int()
         largest = (2 ** (bits - 1) - 1).clamp_min(1)  # one-bit codes are -1 and 1
-        mirrored = -codes if record.float8 else (-codes.int()).minimum(largest)
-        mirrored_zero = record.zero_point
+        mirror = -codes if record.float8 else (-codes.int()).minimum(largest)
+        mirror_zero_point = record.zero_point
     else:
         bits = torch.as_tensor(record.row_bits, device=codes.device).reshape(-1, 1).int()
         top = torch.where(bits == 1, 2, 2**bits - 1)  # one-bit codes are 0 and 2
-        mirrored, mirrored_zero = top[..., None] - codes.int(), top - record.zero_point
+        mirror, mirror_zero_point = top[..., None] - codes.int(), top - record.zero_point
     return replace(
         record,
-        codes=torch.where(negative[..., None], mirrored.to(codes.dtype), codes).reshape(record.shape),
+        codes=torch.where(negative[..., None], mirror.to(codes.dtype), codes).reshape(record.shape),
         scale=record.scale.abs().clamp_min(smallest),
-        zero_point=torch.where(negative, mirrored_zero, record.zero_point).to(record.zero_point.dtype),
+        zero_point=torch.where(negative, mirror_zero_point, record.zero_point).to(record.zero_point.dtype),
     )
 
 

@@ -29,13 +29,13 @@ def shifted_codes(weight: WeightRecord, exponents: Tensor | None, groups: int = 
     codes = weight.codes
     largest = 0 if exponents is None else int(exponents.max())
     dtype = torch.int8 if shift_fits_int8(weight.bits, weight.symmetric, largest) else torch.int16
-    centred = codes.to(dtype, copy=True)  # the one copy: weights are the most of a model's memory
+    values = codes.to(dtype, copy=True)  # the one copy: weights are the most of a model's memory
     if not weight.symmetric:
-        centred.sub_(numerics.along(weight.zero_point[:, 0], 0, codes.dim()).to(dtype))
+        values.sub_(numerics.along(weight.zero_point[:, 0], 0, codes.dim()).to(dtype))
     if exponents is None:
-        return centred, 0
+        return values, 0
     shifts = channel_shifts(exponents, groups).to(dtype).repeat_interleave(codes.shape[0] // groups, 0)
-    return centred.bitwise_left_shift_(shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2))), largest
+    return values.bitwise_left_shift_(shifts.reshape(*codes.shape[:2], *[1] * (codes.dim() - 2))), largest
 
 
 def shift_fits_int8(bits: int, symmetric: bool, largest_exponent: int) -> bool:

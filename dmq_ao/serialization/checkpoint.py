@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmq_ao.config import InvalidFile, as_json
 
-_HEADER = "dmq_ao.state"
+_STATE_KEY = "dmq_ao.state"
 
 
 def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -27,7 +27,7 @@ def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mappin
         tensors: by name, of any shapes [...].
     """
     partial = file.with_suffix(".partial")
-    header = {_HEADER: json.dumps({"digest": digest, "meta": dict(meta)})}
+    header = {_STATE_KEY: json.dumps({"digest": digest, "meta": dict(meta)})}
     save_file({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, partial, header)
     os.replace(partial, file)
 
@@ -47,13 +47,13 @@ def load_state(file: Path | None, digest: str, what: str) -> tuple[dict[str, Any
     if file is None or not file.exists():
         return None
     try:
-        with safe_open(file, "pt") as opened:
-            header = as_json.parse((opened.metadata() or {})[_HEADER])
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        found, meta = header["digest"], dict(header["meta"])
+        with safe_open(file, "pt") as archive:
+            header = as_json.parse((archive.metadata() or {})[_STATE_KEY])
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+        file_digest, meta = header["digest"], dict(header["meta"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(f"{file}: not {what} ({error}); delete it to start again") from error
-    if found != digest:
+    if file_digest != digest:
         raise ValueError(
             f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same; delete"
             " the folder to start again, or give another state_dir"

@@ -31,7 +31,7 @@ from dmq_ao.serialization.graph import read_dtype
 from dmq_ao.serialization.layers import layer_configs, layer_tensors, stored_layers
 from dmq_ao.serialization.records import StoredRecords
 
-FORMAT_VERSION = 1
+FOLDER_VERSION = 1
 CONFIG = "config.json"
 TENSORS = "diffusion_pytorch_model.safetensors"
 GRAPH = "graph.json"
@@ -152,7 +152,7 @@ def read(folder: str | Path) -> Stored:
     """
     folder = Path(folder)
     whole, data = _read_config(folder / CONFIG)
-    checksums = manifest.read(folder)
+    checksums = manifest.read_manifest(folder)
     if checksums is not None:
         checksums.check_file(folder / CONFIG, data)
     try:
@@ -180,10 +180,10 @@ def _read_files(folder: Path, config: _Config, checksums: manifest.Manifest | No
             )
         if name == GRAPH:
             data = as_json.read_bytes(file)
-            changed, graph = hashlib.sha256(data).hexdigest() != config.graph_sha256, data.decode()
+            differs, graph = hashlib.sha256(data).hexdigest() != config.graph_sha256, data.decode()
         else:
-            changed = checksums is None and manifest.sha256(file) != config.sha256
-        if changed:
+            differs = checksums is None and manifest.sha256(file) != config.sha256
+        if differs:
             raise InvalidFile(
                 f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy both"
                 " again"
@@ -206,9 +206,9 @@ def _read_config(file: Path) -> tuple[dict[str, Any], bytes]:
         raise InvalidFile(
             f"{file}: no {KEY} of dmq_ao in it; this is a float model or another tool's, quantize it first"
         )
-    if mine.get("format_version") != FORMAT_VERSION:
+    if mine.get("format_version") != FOLDER_VERSION:
         raise InvalidFile(
-            f"{file}: format_version {mine.get('format_version')}, this dmq_ao reads {FORMAT_VERSION}; it was written"
+            f"{file}: format_version {mine.get('format_version')}, this dmq_ao reads {FOLDER_VERSION}; it was written"
             f" by {mine.get('producer')}: install that version, or quantize again"
         )
     return dict(config), data
@@ -218,7 +218,7 @@ def _config(stored: Stored, layers: Mapping[str, Any], checksums: Mapping[str, s
     producer = {name: importlib.metadata.version(name) for name in ("dmq_ao", "torch", "torchao")}
     mine = {
         "quant_method": "dmq_ao",
-        "format_version": FORMAT_VERSION,
+        "format_version": FOLDER_VERSION,
         "producer": producer,
         "sha256": checksums[TENSORS],
         "graph_sha256": checksums.get(GRAPH),

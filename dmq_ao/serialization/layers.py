@@ -119,7 +119,7 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
     for name, record in records.items():
         weight, activation = record.weight, record.activation
         widths = None if weight.channel_bits is None else weight.channel_bits.cpu()
-        tensors[f"{name}.weight"] = _packed(weight, widths)
+        tensors[f"{name}.weight"] = _pack_codes(weight, widths)
         if widths is not None:
             tensors[f"{name}.weight_bits"] = widths
         tensors[f"{name}.weight_scale"] = weight.scale.cpu()
@@ -141,11 +141,11 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
 
 
-def _packed(weight: WeightRecord, widths: Tensor | None) -> Tensor:
-    codes, signed = weight.codes.cpu(), weight.symmetric
+def _pack_codes(weight: WeightRecord, widths: Tensor | None) -> Tensor:
+    codes, symmetric = weight.codes.cpu(), weight.symmetric
     if weight.float8:
-        codes, signed = codes.view(torch.uint8), False
-    return pack_segments(codes, weight.segments, widths, signed)
+        codes, symmetric = codes.view(torch.uint8), False
+    return pack_segments(codes, weight.segments, widths, symmetric)
 
 
 def layer_records(configs: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LayerRecord]:
@@ -190,18 +190,18 @@ def _with_codes(name: str, layer: StoredLayer, tensors: dict[str, Tensor], codes
     return LayerRecord(name, layer.kind, weight, _activation(name, layer.input, tensors), bias)
 
 
-def _activation(name: str, stored: StoredInput | None, tensors: dict[str, Tensor]) -> ActivationRecord | None:
-    if stored is None:
+def _activation(name: str, config: StoredInput | None, tensors: dict[str, Tensor]) -> ActivationRecord | None:
+    if config is None:
         return None
-    dynamic = stored.ranges is Ranges.DYNAMIC
+    dynamic = config.ranges is Ranges.DYNAMIC
     return ActivationRecord(
-        bits=stored.bits,
-        ch_axis=stored.ch_axis,
-        ranges=stored.ranges,
+        bits=config.bits,
+        ch_axis=config.ch_axis,
+        ranges=config.ranges,
         scale=torch.zeros(0) if dynamic else tensors.pop(f"{name}.input_scale"),
         zero_point=(torch.zeros(0) if dynamic else tensors.pop(f"{name}.input_zero_point")).to(torch.int32),
-        timesteps=tensors.pop(f"{name}.input_timesteps") if stored.ranges is Ranges.PER_STEP else None,
+        timesteps=tensors.pop(f"{name}.input_timesteps") if config.ranges is Ranges.PER_STEP else None,
         exponents=tensors.pop(f"{name}.input_exponents", None),
         channel_scale=tensors.pop(f"{name}.input_channel_scale", None),
-        float8=stored.float8,
+        float8=config.float8,
     )

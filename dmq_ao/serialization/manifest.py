@@ -80,7 +80,7 @@ def text(files: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     return json.dumps(data, indent=0, sort_keys=True) + "\n"
 
 
-def read(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder; None where it has none, as those of dmq_ao 0.1 before November 2026.
 
     Raises:
@@ -88,7 +88,7 @@ def read(folder: Path) -> Manifest | None:
     """
     file = folder / MANIFEST
     try:
-        data = as_json.read(file)
+        data = as_json.read_json(file)
         if data["format"] != _FORMAT or data["version"] != _VERSION:
             raise ValueError(f"format {data['format']!r} {data['version']!r}, this dmq_ao reads {_FORMAT} {_VERSION}")
         return Manifest(_digests(data["files"]), _digests(data["tensors"]))
@@ -113,9 +113,9 @@ def digest(tensor: Tensor) -> str:
 
 def sha256(file: Path) -> str:
     """SHA-256, in hex, of a file's bytes: as many as it says that it has, for some are read without end."""
-    sha, left = hashlib.sha256(), file.stat().st_size
-    with file.open("rb") as opened:
-        while left > 0 and (chunk := opened.read(min(left, 2**20))):
+    sha, remaining = hashlib.sha256(), file.stat().st_size
+    with file.open("rb") as stream:
+        while remaining > 0 and (chunk := stream.read(min(remaining, 2**20))):
             sha.update(chunk)
-            left -= len(chunk)
+            remaining -= len(chunk)
     return sha.hexdigest()

@@ -41,8 +41,8 @@ class GraphTensors:
         tensor = records.record_tensor(self.outlines[name], field)
         shape, dtype = home["shape"], read_dtype(home["dtype"])
         # Two are made to measure: a divisor lies along its axis, a bias has the dtype of its layer.
-        turned, cast = field == "channel_scale", field == "corrected_bias"
-        if not turned and list(tensor.shape) != shape or not cast and tensor.dtype != dtype:
+        is_reshaped, is_cast = field == "channel_scale", field == "corrected_bias"
+        if not is_reshaped and list(tensor.shape) != shape or not is_cast and tensor.dtype != dtype:
             raise ValueError(
                 f"{field} of {name} is {list(tensor.shape)} {tensor.dtype}, the graph says {shape} {dtype}"
             )

@@ -679,5 +679,5 @@ def test_a_folder_of_november_2026_gives_the_same_answer(name: str, backend: str
 
 def test_what_a_signature_does_not_say_comes_from_the_rest(saved: Path) -> None:
     loaded = dmq_ao.load(saved)
-    again = signature.to_json(loaded.signature)
+    again = signature.signature_to_json(loaded.signature)
     assert again == json.loads((saved / GRAPH).read_text())["signature"]
