@@ -156,6 +156,7 @@ def dmq(
 
 
 def _reference_dmq(bits: str, rounding: RoundingMethod, step_weights: StepWeights | None) -> Recipe:
+    """DMQ as published: samples, batch, agreement and exponents of the paper's Table 8, steps of its code."""
     votes = PowerOfTwo(guard=False, ties=Ties.FINE, per_step=True)
     base = minmax(bits, ranges=Ranges.PER_STEP, power_of_two=votes)
     weight = dataclasses.replace(base.config.weight, observer="mse", symmetric=False)

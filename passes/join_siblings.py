@@ -28,7 +28,7 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
         records: of the layers that may be joined.
 
     Returns:
-        Names of the joint layers, ``a+b+c``, and their members; ``layer.joined`` makes their records.
+        Names of the joint layers, ``a+b+c``, and their members; ``records.joint_record`` makes their records.
     """
     nodes = {name: node for name, node in graph.layer_nodes(gm).items() if name in records}
     families: dict[tuple[object, ...], list[str]] = {}

@@ -135,11 +135,11 @@ def test_one_text_is_for_all(painter: Painter) -> None:
 
 
 def test_pipelines_say_what_they_want(painter: Painter, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    with pytest.raises(ValueError, match="Painter draws from a prompt; give one"):
+    with pytest.raises(ValueError, match="Painter needs a prompt; give one"):
         diffusers_adapter.record_pipeline(painter, num_samples=2)
     plain = quiet(diffusers.DDPMPipeline(tiny_unet2d[0], diffusers.DDPMScheduler()))
     assert call_arguments(plain, [5, 6, 7], None) == {"batch_size": 3}
-    with pytest.raises(ValueError, match="DDPMPipeline takes no prompt; leave it out"):
+    with pytest.raises(ValueError, match="DDPMPipeline does not take a prompt; leave it out"):
         call_arguments(plain, [0], ["a"])
     with pytest.raises(ValueError, match=r"takes image, num_inference_steps, neither a prompt .* dmq_ao.record"):
         call_arguments(Upscaling(tiny_unet2d[0]), [0], None)
@@ -149,7 +149,7 @@ def test_what_draws_no_images_can_be_recorded_but_not_shown(painter: Painter) ->
     filming = quiet(Filming(painter.unet, painter.scheduler))
     samples = diffusers_adapter.record_pipeline(filming, num_samples=4, steps=2, prompt="a", trajectories=2)
     assert len(samples) == 4
-    with pytest.raises(TypeError, match="Filming returns frames, and no images"):
+    with pytest.raises(TypeError, match="Filming returns frames, not images"):
         diffusers_adapter.sample(filming, [0], steps=2, prompt="a")
 
 
@@ -158,7 +158,9 @@ def test_classes_by_seed_number_and_name(dit_folder: Path) -> None:
     assert call_arguments(pipeline, [3, 1002], None) == {"class_labels": [3, 2]}
     assert call_arguments(pipeline, [0, 1, 2], ["207", "cock", "Tinca tinca"]) == {"class_labels": [207, 7, 0]}
     for wrong in ("1000", "fox", "-1"):
-        with pytest.raises(ValueError, match="draws classes: 0 to 999 or one of 3 names, such as 'Tinca tinca'; got"):
+        with pytest.raises(
+            ValueError, match="takes class numbers 0 to 999 or one of 3 names, such as 'Tinca tinca'; got"
+        ):
             call_arguments(pipeline, [0], wrong)
 
 
@@ -211,15 +213,15 @@ def test_a_pipeline_in_bfloat16_stays_so(dit_folder: Path, full: tuple[Path, dic
     assert diffusers_adapter.sample(quiet(pipeline), [0], steps=2).dtype == torch.float32
     [row] = document("compare", dit_folder, half, "--images", 2, "--steps", 2)["variants"]
     assert row["one_step_error"] < 0.1
-    assert "several dtypes" in failure(1, "compare", dit_folder, half, full[0])
+    assert "must have the same dtype" in failure(1, "compare", dit_folder, half, full[0])
 
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (("--prompt", "fox"), "DiTPipeline draws classes: 0 to 999"),
+        (("--prompt", "fox"), "DiTPipeline takes class numbers 0 to 999"),
         (("--prompt", "@no_such_file.txt"), "no_such_file.txt cannot be read as text"),
-        (("--prompt", "@{empty}"), "holds no text; write one prompt a line"),
+        (("--prompt", "@{empty}"), "is empty; write one prompt a line"),
     ],
 )
 def test_wrong_prompts_are_usage_errors(prompt: tuple[str, str], words: str, dit_folder: Path, tmp_path: Path) -> None:

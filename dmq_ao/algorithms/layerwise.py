@@ -40,7 +40,7 @@ from dmq_ao.graph.geometry import Geometry, geometry
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.observers import ActivationObserver, VoteReport
 from dmq_ao.quantizer.quantizer import PLAN, SCALED, attention_observers, float_bias, observers, readers
-from dmq_ao.records import LayerRecord, WeightRecord, moved
+from dmq_ao.records import LayerRecord, WeightRecord, on_device
 from dmq_ao.serialization.checkpoint import load_state, save_state
 from dmq_ao.serialization.layers import layer_configs, layer_records, layer_tensors
 
@@ -417,7 +417,7 @@ class Reconstruction:
     def _take(self, records: Mapping[str, LayerRecord]) -> None:
         for name, record in records.items():
             weight, activation = self.watchers[name]
-            there = moved(record, self.device)
+            there = on_device(record, self.device)
             weight.restore(there.weight, there.bias)
             if activation is not None and record.activation is not None:
                 activation.channel_scale = record.activation.channel_scale

@@ -35,7 +35,7 @@ from dmq_ao.quantizer.quantizer import (
     observers,
     tables,
 )
-from dmq_ao.records import LayerRecord, PackedRecords, moved, packed_record
+from dmq_ao.records import LayerRecord, PackedRecords, on_device, packed_record
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
@@ -197,7 +197,7 @@ def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
         kind = prepared.meta[PLAN][name].kind
         inputs = activation.record() if activation is not None else None
         record = LayerRecord(name, kind, decided, inputs, weight.bias)
-        records[name] = moved(record, device)  # ranges are kept on the CPU while they are observed
+        records[name] = on_device(record, device)  # ranges are kept on the CPU while they are observed
     return records
 
 

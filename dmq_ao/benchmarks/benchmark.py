@@ -94,7 +94,7 @@ def run_benchmark(
     recipe = recipes.minmax(bits, power_of_two=power_of_two)
     check_installed(peers)
     if peers and _is_quantized_folder(model):
-        raise ValueError(f"{model} holds no float weights, and peers start from those; give the float model instead")
+        raise ValueError(f"{model} has no float weights, which the peers start from; give the float model instead")
     rows = batch_size or (NAMED[model].batch_size if model in NAMED else BATCH_SIZE)
     settings = _Settings(recipe, rows, repeats, backend, mode, prompt, progress, say)
     with _threads(threads):

@@ -89,7 +89,9 @@ def compare(
 def _common_dtype(quantized: Mapping[str, QuantizedDenoiser]) -> torch.dtype:
     dtypes = {name: denoiser.dtype for name, denoiser in quantized.items()}
     if len(set(dtypes.values())) > 1:
-        raise ValueError(f"the denoisers are of several dtypes, {dtypes}; compare those of each by themselves")
+        raise ValueError(
+            f"the denoisers must have the same dtype, got {dtypes}; compare those of each dtype separately"
+        )
     return next(iter(dtypes.values()), torch.float32)
 
 

@@ -170,5 +170,5 @@ def named_denoiser(name: str) -> tuple[nn.Module, CalibrationSet]:
         ValueError: for an unknown name.
     """
     if name not in NAMED:
-        raise ValueError(f"no denoiser is called {name!r}; there are {sorted(NAMED)}")
+        raise ValueError(f"denoiser {name!r} is not known; the denoisers are {sorted(NAMED)}")
     return NAMED[name].build(), noise_samples(NAMED[name])

@@ -90,7 +90,7 @@ def chosen_peers(patterns: Iterable[str], among: Mapping[str, Peer] | None = Non
     for pattern in patterns:
         matches = {name for name in peers if fnmatchcase(name.lower(), pattern.lower())}
         if not matches:
-            raise ValueError(f"{pattern!r} matches no peer; there are {', '.join(map(repr, peers))}")
+            raise ValueError(f"{pattern!r} matches no peer; the peers are {', '.join(map(repr, peers))}")
         names |= matches
     return [name for name in peers if name in names]
 
@@ -115,8 +115,8 @@ def check_installed(names: Iterable[str], among: Mapping[str, Peer] | None = Non
         packages = ", ".join(dict.fromkeys(package for missing in absent.values() for package in missing))
         rest = ", ".join(repr(name) for name, peer in peers.items() if not peer.packages)
         raise MissingPackage(
-            f'{packages} not installed, which {", ".join(map(repr, absent))} need: pip install "dmq_ao[bench]". Peers'
-            f" that need nothing more: {rest}"
+            f'unavailable: {", ".join(map(repr, absent))} need {packages}; install with: pip install "dmq_ao[bench]".'
+            f" Peers that need no other package: {rest}"
         )
 
 

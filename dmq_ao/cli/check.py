@@ -59,10 +59,10 @@ def inspect_command(
 
 def verify_command(
     quantized: Quantized,
-    signature: Annotated[Path | None, typer.Option(help="Of the folder; model.sig in it if not given.")] = None,
+    signature: Annotated[Path | None, typer.Option(help="Signature file; default: model.sig in the folder.")] = None,
     public_key: Annotated[Path | None, typer.Option(help="PEM file of the signer's key.")] = None,
-    identity: Annotated[str | None, typer.Option(help="Of the signer by Sigstore, instead of a key.")] = None,
-    issuer: Annotated[str | None, typer.Option(help="Of that identity (OpenID Connect).")] = None,
+    identity: Annotated[str | None, typer.Option(help="Identity of the signer (Sigstore), instead of a key.")] = None,
+    issuer: Annotated[str | None, typer.Option(help="OpenID Connect issuer of that identity.")] = None,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
 ) -> None:

@@ -92,7 +92,7 @@ def benchmark_command(
         int | None, typer.Option(min=1, help="Rows of a call; 4 by default, 2 of `sd15-unet`.")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed calls of each.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of torch, and of the peers.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch and of the peers.")] = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="Time torch, torchao, OpenVINO with NNCF and ONNX Runtime too.")
     ] = False,
@@ -143,7 +143,9 @@ def benchmark_command(
 def demo_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("demo_report"),
     backend: BackendOption = BackendName.AUTO,
-    mode: Annotated[CompileMode | None, typer.Option("--mode", help="Of compilation; max where it can.")] = None,
+    mode: Annotated[
+        CompileMode | None, typer.Option("--mode", help="Compilation mode; default: max where it is available.")
+    ] = None,
     images: Images = 16,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Compile and time; most of the run.")] = True,
     form: FormatOption = Format.HUMAN,

@@ -62,14 +62,20 @@ Prompt = Annotated[
         help="What to draw, or a class (number or name); repeatable, or a file, one a line. Seeds take them in turn.",
     ),
 ]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the float pipeline.")]
-Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")]
-BackendOption = Annotated[BackendName, typer.Option(help="What runs the integers; auto takes the fastest that can.")]
-ModeOption = Annotated[
-    CompileMode, typer.Option("--mode", help="Of compilation; max is the fastest on CPUs (bfloat16 between layers).")
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the float pipeline.")]
+Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1 ...")]
+BackendOption = Annotated[
+    BackendName, typer.Option(help="Backend of the quantized layers; auto takes the fastest that supports them.")
 ]
-FormatOption = Annotated[Format, typer.Option("--format", help="Of the result on stdout; all else goes to stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", callback=debug, help="Tracebacks, and warnings of other libraries.")]
+ModeOption = Annotated[
+    CompileMode, typer.Option("--mode", help="Compilation mode; max is the fastest on CPUs (bfloat16 between layers).")
+]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="Format of the result on stdout; all else goes to stderr.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=debug, help="Show tracebacks, and warnings of other libraries.")
+]
 Images = Annotated[int, typer.Option(min=1, help="Images from the same seeds, float and quantized.")]
 
 

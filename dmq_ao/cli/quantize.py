@@ -111,7 +111,7 @@ def quantize_command(
         if mean_bits is not None:
             method = replace(method, allocation=replace(method.allocation or BitAllocation(), mean_bits=mean_bits))
     if out is None and not dry_run:
-        raise typer.BadParameter("where to write; only --dry-run does without", param_hint="--output")
+        raise typer.BadParameter("required, unless --dry-run is given", param_hint="--output")
     from dmq_ao.cli import output
     from dmq_ao.mixed_precision.bit_plan import BitPlan
     from dmq_ao.pipelines import ptq
@@ -154,7 +154,7 @@ def _recipe(name: str, bits: str, parameters: dict[str, Any], keep_float: list[s
     arguments = {key: value for key, value in parameters.items() if value is not None}
     foreign = sorted(arguments.keys() - inspect.signature(build).parameters.keys())
     if foreign:
-        raise ValueError(f"the recipe {name!r} decides {', '.join(foreign)} itself; leave the options out")
+        raise ValueError(f"recipe {name!r} sets {', '.join(foreign)} itself; leave the options out")
     recipe = build(bits, **arguments)
     overrides = (Override(pattern, keep_float=True) for pattern in keep_float)  # last, so that they win
     config = replace(recipe.config, overrides=(*recipe.config.overrides, *overrides))

@@ -44,7 +44,7 @@ def sample_command(
     device: Device = "cpu",
     dtype: Annotated[
         Dtype | None,
-        typer.Option("--dtype", help="Of what is float; that which a quantized denoiser takes, and else float32."),
+        typer.Option("--dtype", help="Dtype of the float parts; default: that of a quantized denoiser, else float32."),
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser first.")] = False,
     form: FormatOption = Format.HUMAN,

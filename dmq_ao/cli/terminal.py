@@ -65,7 +65,7 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{file} cannot be read as text: {error}") from error
     if not any(lines):
-        raise typer.BadParameter(f"{file} holds no text; write one prompt a line")
+        raise typer.BadParameter(f"{file} is empty; write one prompt a line")
     return [line for line in lines if line]
 
 

@@ -39,11 +39,11 @@ def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """
     size = file.stat().st_size
     if not file.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("not a regular file")
     with file.open("rb") as stream:
         data = stream.read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(data) > max_bytes:
-        raise ValueError(f"{max(size, len(data))} bytes, at most {max_bytes} are read")
+        raise ValueError(f"expected at most {max_bytes} bytes, got {max(size, len(data))}")
     return data
 
 
@@ -62,19 +62,19 @@ def parse(text: str | bytes) -> Any:
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is beyond the numbers of 64 bits")
+        raise ValueError(f"{text} is out of range of float64")
     return number
 
 
 def _int64(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{text[:20]} is beyond the integers of 64 bits")
+        raise ValueError(f"{text[:20]} is out of range of int64")
     return int(text)
 
 
@@ -82,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+        raise ValueError(f"duplicate key {twice[0]!r} in one object")
     return data
 
 
@@ -156,7 +156,7 @@ def _typed_value(hint: Any, value: Any, where: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is float and not math.isfinite(value):
-        raise ValueError(f"{where}: {value} is no finite number")
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     if type(value) is not hint:
         raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
     return value

@@ -49,9 +49,9 @@ def latency(
         ValueError: ``calls`` is empty, ``repeats`` is below 1 or ``warmup`` below 0.
     """
     if not calls:
-        raise ValueError("calls: wanted at least one call to time, got none")
+        raise ValueError("calls: expected at least one call to time, got none")
     if repeats < 1 or warmup < 0:
-        raise ValueError(f"wanted repeats >= 1 and warmup >= 0, got repeats={repeats} and warmup={warmup}")
+        raise ValueError(f"expected repeats >= 1 and warmup >= 0, got repeats={repeats} and warmup={warmup}")
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in tqdm(range(-warmup, repeats), desc="latency", unit="round", disable=not progress):
@@ -93,7 +93,7 @@ def speedup(latencies: Mapping[str, Latency], baseline: str) -> dict[str, float]
         ValueError: ``baseline`` was not timed.
     """
     if baseline not in latencies:
-        raise ValueError(f"baseline: wanted one of {sorted(latencies)}, got {baseline!r}")
+        raise ValueError(f"baseline: expected one of {sorted(latencies)}, got {baseline!r}")
     return {name: latencies[baseline].median_ms / times.median_ms for name, times in latencies.items()}
 
 
@@ -129,7 +129,9 @@ def folder_bytes(path: str | os.PathLike[str]) -> int:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: wanted a folder, got {'a file' if folder.exists() else 'nothing there'}")
+        raise NotADirectoryError(
+            f"{folder}: expected a folder, got {'a file' if folder.exists() else 'nothing there'}"
+        )
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -165,7 +167,7 @@ class StoredTensor:
     def __post_init__(self) -> None:
         if self.numel < 0 or self.bits < 0:
             raise ValueError(
-                f"StoredTensor: wanted numel >= 0 and bits >= 0, got numel={self.numel}, bits={self.bits}"
+                f"StoredTensor: expected numel >= 0 and bits >= 0, got numel={self.numel}, bits={self.bits}"
             )
 
 
@@ -178,7 +180,7 @@ def mean_bits(stored: Iterable[StoredTensor]) -> float:
     tensors = list(stored)
     numel = sum(tensor.numel for tensor in tensors)
     if not numel:
-        raise ValueError(f"stored: wanted at least one weight, got {len(tensors)} tensors with no numbers in them")
+        raise ValueError(f"stored: expected at least one weight, got {len(tensors)} tensors with no numbers in them")
     return sum(tensor.numel * tensor.bits for tensor in tensors) / numel
 
 

@@ -40,7 +40,7 @@ def image_grid(rows: Mapping[str, Tensor], scale: int | None = None) -> bytes:
 
     pixels = pixel_rows(rows)
     if not pixels:
-        raise ValueError("rows: wanted at least one row of images, got none")
+        raise ValueError("rows: expected at least one row of images, got none")
     count, height, width = next(iter(pixels.values())).shape[:3]
     scale = scale or max(1, CELL // max(height, width))
     height, width, gap = height * scale, width * scale, 4
@@ -69,9 +69,9 @@ def in_order(entries: Iterable[Mapping[str, Any]], images: Mapping[str, Tensor])
     names = [entry["name"] for entry in entries]
     unknown = sorted(images.keys() - set(names))
     if unknown:
-        raise ValueError(f"images: wanted rows named like the variants, {names}, got {unknown} besides")
+        raise ValueError(f"images: expected rows named like the variants, {names}, got {unknown} besides")
     if FLOAT_ROW not in images:
-        raise ValueError(f"images: wanted a row named {FLOAT_ROW!r} to compare with, got {sorted(images)}")
+        raise ValueError(f"images: expected a row named {FLOAT_ROW!r} to compare with, got {sorted(images)}")
     return {name: images[name] for name in names if name in images}
 
 
@@ -92,19 +92,19 @@ def pixel_rows(rows: Mapping[str, Tensor]) -> dict[str, Pixels]:
     first = next(iter(shapes.values()), [])
     for name, shape in shapes.items():
         if len(shape) != 4 or 0 in shape or shape[1] not in (1, 3):
-            raise ValueError(f"images {name!r}: wanted [N, C, H, W] with C 1 or 3, got {shape}")
+            raise ValueError(f"images {name!r}: expected [N, C, H, W] with C 1 or 3, got {shape}")
         if shape != first:
-            raise ValueError(f"images {name!r}: wanted the shape of the first row, {first}, got {shape}")
+            raise ValueError(f"images {name!r}: expected the shape of the first row, {first}, got {shape}")
     return {name: _as_pixels(name, images) for name, images in rows.items()}
 
 
 def _as_pixels(name: str, images: Tensor) -> Pixels:
     if not images.is_floating_point():
-        raise TypeError(f"images {name!r}: wanted floating point in 0..1, got {images.dtype}")
+        raise TypeError(f"images {name!r}: expected floating point in 0..1, got {images.dtype}")
     values = images.detach().cpu().float()
     low, high = values.min().item(), values.max().item()
     if not (low >= -0.01 and high <= 1.01):  # a little overshoot is rounding; -1..1 is another convention
-        raise ValueError(f"images {name!r}: wanted values in 0..1, got {low:.3g}..{high:.3g}")
+        raise ValueError(f"images {name!r}: expected values in 0..1, got {low:.3g}..{high:.3g}")
     bytes_ = values.clamp(0, 1).mul(255).round().byte()
     return bytes_.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 

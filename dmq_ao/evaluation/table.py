@@ -33,10 +33,10 @@ def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     missing = [key for key in ("title", "variants") if not report.get(key)]
     if missing:
-        raise ValueError(f"report: wanted 'title' and at least one of 'variants', got no {' and no '.join(missing)}")
+        raise ValueError(f"report: expected 'title' and at least one of 'variants', got no {' and no '.join(missing)}")
     names = [variant.get("name") for variant in report["variants"]]
     if not all(names) or len({FLOAT_ROW, *names}) != len(names) + 1:
-        raise ValueError(f"report: wanted variants with distinct names other than {FLOAT_ROW!r}, got {names}")
+        raise ValueError(f"report: expected variants with distinct names other than {FLOAT_ROW!r}, got {names}")
     teacher = dict(report.get("float") or {})
     same = {"size_ratio": 1.0, "speedup": None if teacher.get("latency_ms") is None else 1.0}
     return [{**same, **teacher, "name": FLOAT_ROW}, *(dict(variant) for variant in report["variants"])]

@@ -75,7 +75,7 @@ def load_pipeline(
         return _without_progress_bar(whole.to(device))
     if not (folder / INDEX).exists():
         raise InvalidFile(
-            f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
+            f"{folder} has no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     _check_parts(folder / INDEX)
     names = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
@@ -106,14 +106,15 @@ def _check_parts(index: Path) -> None:
     try:
         parts = dict(as_json.read_json(index))
     except (TypeError, ValueError) as error:
-        raise InvalidFile(f"{index}: no index of a pipeline ({error}); copy it again") from error
+        raise InvalidFile(f"{index}: not a pipeline index ({error}); copy it again") from error
     for name, part in parts.items():
         if isinstance(part, list) and len(part) == 2 and not name.startswith("_"):
             library = str(part[0])
             own = library.isidentifier() and hasattr(diffusers.pipelines, library)
             if part[0] is not None and library not in _LIBRARIES and not own:
                 raise InvalidFile(
-                    f"{index}: {name} is of {library!r}; parts of {_LIBRARIES} and of diffusers' pipelines are loaded"
+                    f"{index}: {name} is from {library!r}; only parts of {_LIBRARIES} and of diffusers' pipelines are"
+                    " loaded"
                 )
 
 
@@ -144,7 +145,7 @@ def denoiser_folder(folder: str | Path) -> Path:
     for name in DENOISER_NAMES:
         if (folder / name).is_dir():
             return folder / name
-    raise InvalidFile(f"{folder} is a pipeline without {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
+    raise InvalidFile(f"{folder} is a pipeline without a {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
 
 
 def is_quantized(folder: Path) -> bool:
@@ -242,7 +243,7 @@ def sample(
             chunk = seeds[start : start + batch_size]
             result = _run(pipeline, chunk, steps, prompt, "np")
             if not hasattr(result, "images"):
-                raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, and no images")
+                raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, not images")
             images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
             bar.update(len(chunk))
     return torch.cat(images).contiguous()

@@ -31,13 +31,13 @@ def call_arguments(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict
         labels = [_label(pipeline, text, classes) for text in prompts] or classes
         return {"class_labels": [labels[seed % len(labels)] for seed in seeds], **count}
     if prompts and "prompt" not in parameters:
-        raise ValueError(f"{name} takes no prompt; leave it out")
+        raise ValueError(f"{name} does not take a prompt; leave it out")
     if prompts:
         return {"prompt": [prompts[seed % len(prompts)] for seed in seeds]}
     if count:
         return count
     if "prompt" in parameters:
-        raise ValueError(f"{name} draws from a prompt; give one (prompt=, or --prompt)")
+        raise ValueError(f"{name} needs a prompt; give one (prompt=, or --prompt)")
     raise ValueError(
         f"{name} takes {', '.join(parameters)}, neither a prompt nor class_labels nor batch_size; wrap its own loop in"
         " dmq_ao.record(denoiser), then prepare, calibrate and convert the denoiser"
@@ -55,5 +55,5 @@ def _label(pipeline: Any, text: str, classes: range) -> int:
     label = labels.get(text, int(text) if text.isdecimal() else None)
     if label is None or label not in classes:
         names = f" or one of {len(labels)} names, such as {next(iter(labels))!r}" if labels else ""
-        raise ValueError(f"{type(pipeline).__name__} draws classes: 0 to {classes[-1]}{names}; got {text!r}")
+        raise ValueError(f"{type(pipeline).__name__} takes class numbers 0 to {classes[-1]}{names}; got {text!r}")
     return label

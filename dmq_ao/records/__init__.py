@@ -11,8 +11,8 @@ from dmq_ao.records.plan import widest_that_fits as widest_that_fits
 from dmq_ao.records.record import ActivationRecord as ActivationRecord
 from dmq_ao.records.record import LayerRecord as LayerRecord
 from dmq_ao.records.record import WeightRecord as WeightRecord
-from dmq_ao.records.record import joined as joined
-from dmq_ao.records.record import moved as moved
+from dmq_ao.records.record import joint_record as joint_record
+from dmq_ao.records.record import on_device as on_device
 from dmq_ao.records.record import outline as outline
 from dmq_ao.records.record import record_tensor as record_tensor
 from dmq_ao.records.record import with_positive_scale as with_positive_scale

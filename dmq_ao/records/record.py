@@ -198,14 +198,14 @@ class LayerRecord:
         return bits + (0 if activation.exponents is None else 8 * activation.exponents.numel())
 
 
-def moved(record: Record, device: torch.device) -> Record:
+def on_device(record: Record, device: torch.device) -> Record:
     """The record, or a part of it, with all its tensors on a device."""
     tensors: dict[str, Any] = {}
     for name, value in ((field.name, getattr(record, field.name)) for field in fields(record)):
         if isinstance(value, Tensor):
             tensors[name] = value.to(device)
         elif isinstance(value, (WeightRecord, ActivationRecord)):
-            tensors[name] = moved(value, device)
+            tensors[name] = on_device(value, device)
     return replace(record, **tensors)
 
 
@@ -215,7 +215,7 @@ def outline(records: Mapping[str, LayerRecord], name: str) -> LayerRecord:
     return read(name)
 
 
-def joined(records: Sequence[LayerRecord]) -> LayerRecord:
+def joint_record(records: Sequence[LayerRecord]) -> LayerRecord:
     """The record of layers that read the same codes as one layer, their outputs one after the other."""
     if len(records) == 1:
         return records[0]

@@ -66,12 +66,12 @@ class _Check:
         for name, record in self.outlines.items():
             plan = self.plan.get(name)
             if plan is None or plan.weight is None or plan.kind != record.kind:
-                raise Disagreement(f"{name} is quantized as {record.kind}, which the plan does not say")
+                raise Disagreement(f"{name} is quantized as {record.kind}, and the plan does not quantize it so")
             _check_plan(name, plan, record)
         nodes = graph.layer_nodes(self.gm)
         for name, record in self.outlines.items():
             if name not in nodes:
-                raise Disagreement(f"no operator of the graph is called {name!r}, which has codes")
+                raise Disagreement(f"the graph has no operator for layer {name!r}, which has codes")
             self._check_layer(name, record, nodes[name])
         self._check_readers(nodes)
 
@@ -82,7 +82,7 @@ class _Check:
             raise Disagreement("each layer is one operator of the graph, and one only")
         unknown = sorted(set(names) - set(self.plan))
         if unknown:
-            raise Disagreement(f"the plan knows no layers {unknown}")
+            raise Disagreement(f"layers {unknown} are not in the plan")
 
     def _check_layer(self, name: str, record: LayerRecord, node: Node) -> None:
         if _KINDS.get(node.target) != record.kind:

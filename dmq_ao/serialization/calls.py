@@ -60,7 +60,7 @@ def check_arguments(target: Callable[..., Any], args: tuple[Any, ...], kwargs: M
         _check_division(arguments)
     elif target in _PADS or target is aten.pad.default and arguments.get("mode", "constant") != "constant":
         if any(size < 0 for size in arguments.get("pad", arguments.get("padding"))):  # type: ignore[union-attr]
-            raise ValueError("only constants are padded by less than nothing")
+            raise ValueError("negative padding is only possible in mode constant")
     elif target.name().startswith("aten::upsample"):
         _check_resampling(arguments)
     elif target in _CONVOLUTIONS | _TRANSPOSED | _MATRICES | _ADDED | {graph.LINEAR, _ATTENTION}:
@@ -96,7 +96,7 @@ def _check_arithmetic(target: Callable[..., Any], args: tuple[Any, ...]) -> None
         if not isinstance(whole, (tuple, list)) or type(place) is not int:
             raise TypeError(f"getitem takes one of several results by its number, got {place!r}")
     elif not all(isinstance(value, (int, float, Tensor)) for value in args):
-        raise TypeError("sizes are numbers")
+        raise TypeError("sizes must be numbers")
     elif target is operator.pow and not (type(args[1]) is int and 0 <= args[1] <= MAX_POWER):
         raise ValueError(f"sizes are taken to powers of 0 to {MAX_POWER}")
 

@@ -255,9 +255,9 @@ def _from_parts(whole: dict[str, Any], config: _Config, records: StoredRecords, 
         _check_names(names)
     _check_float_tensors(rest, config.float_tensors, config.parameters)
     if config.timestep_arg is not None and config.timestep_arg not in config.example:
-        raise ValueError(f"timestep_arg {config.timestep_arg!r} is none of the arguments {sorted(config.example)}")
+        raise ValueError(f"timestep_arg {config.timestep_arg!r} is not one of the arguments {sorted(config.example)}")
     if any(not isinstance(value, (bool, int, float, str, type(None))) for value in config.constants.values()):
-        raise TypeError("constants are numbers, texts, true, false or null")
+        raise TypeError("constants must be numbers, strings, true, false or null")
     unflatten_inputs(config.example | config.constants)
     return Stored(
         recipe=config.recipe,
@@ -279,7 +279,7 @@ def _check_names(names: Mapping[str, Any]) -> None:
     """Paths of modules, parameters and arguments."""
     for name in names:
         if not name.isprintable() or len(name) > _LONGEST_NAME or not all(name.split(".")):
-            raise ValueError(f"{name[:80]!r} is no dotted name")
+            raise ValueError(f"{name[:80]!r} is not a dotted name")
 
 
 def _db(name: str, value: Any) -> float:

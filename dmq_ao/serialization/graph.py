@@ -253,7 +253,7 @@ def _argument_from_json(value: Any, nodes: Mapping[str, Node], depth: int = 0) -
 def _literal(word: str, name: Any) -> Any:
     value = getattr(torch, name, None) if isinstance(name, str) else None
     if word not in _LITERALS or not isinstance(value, _LITERALS[word]) or word == "dtype" and name not in DTYPES:
-        raise ValueError(f"no {word} of stored graphs is called {name!r}")
+        raise ValueError(f"{name!r} is not a {word} of stored graphs")
     return value
 
 

@@ -171,7 +171,7 @@ def layer_record(name: str, layer: StoredLayer, tensors: dict[str, Tensor]) -> L
     if layer.float8:
         codes = codes.view(numerics.FLOAT8)
         if bool(codes.float().isnan().any()):
-            raise ValueError("codes of float8 are numbers, and some of these are none")
+            raise ValueError("float8 codes must not be NaN")
     return _with_codes(name, layer, tensors, codes)
 
 

@@ -95,12 +95,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InvalidFile(f"{file}: no manifest ({error!r}); it is damaged or was edited, copy it again") from error
+        raise InvalidFile(f"{file}: not a manifest ({error!r}); it is damaged or was edited, copy it again") from error
 
 
 def _digests(data: Any) -> dict[str, str]:
     if not isinstance(data, dict) or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in data.values()):
-        raise ValueError("checksums are 64 hex digits by name")
+        raise ValueError("expected checksums of 64 hex digits by name")
     return data
 
 

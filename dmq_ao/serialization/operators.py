@@ -161,7 +161,7 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
         if value is not None and not isinstance(value, literal):  # torch would take a number for it
             raise TypeError(f"{name} takes a {literal.__name__} as {argument}, got {value!r}")
     if kwargs.get("pin_memory"):
-        raise ValueError(f"{name} with pin_memory, which a stored graph has not")
+        raise ValueError(f"{name} with pin_memory, which a stored graph must not have")
     if name in _REQUIRED:
         place, argument, constant = _REQUIRED[name]
         value = args[place] if len(args) > place else kwargs.get(argument, constant)

@@ -62,7 +62,7 @@ def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> S
     if len(parts.names) != len(shapes) or set(parts.names) != set(shapes):
         raise ValueError(f"signature.names: expected {sorted(shapes)}, got {list(parts.names)}")
     if parts.batch not in shapes or not shapes[parts.batch]:
-        raise ValueError(f"signature.batch: {parts.batch!r} is none of {sorted(shapes)}, or has no axis")
+        raise ValueError(f"signature.batch: {parts.batch!r} must be one of {sorted(shapes)} and have an axis")
     if parts.timestep_per_row and (stored.timestep_arg is None or len(shapes[stored.timestep_arg]) > 1):
         raise ValueError("signature.timestep_per_row: there is no timestep, or it has more than one axis")
     if not all(name.isidentifier() for name in parts.parameters):
@@ -117,11 +117,11 @@ def _answer_class(path: tuple[str, ...], model: nn.Module | None) -> type:
         except ImportError:
             kind = None
         if kind is None:
-            raise NotReadable(f"this diffusers has no {module}.{name}, the class of the answer")
+            raise NotReadable(f"this version of diffusers has no {module}.{name}, the class that the denoiser returns")
     else:
         kind = _own_class(module, name, model)
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind) or kind.__module__ != module:
-        raise Forbidden(f"signature.return_type: {module}.{name} is no dataclass that a denoiser answers with")
+        raise Forbidden(f"signature.return_type: {module}.{name} is not a dataclass that a denoiser may return")
     return kind
 
 

@@ -49,7 +49,7 @@ def stored_skeleton(stored: Stored, model: nn.Module | None, folder: str | Path)
         try:
             module = _names_and_shapes(stored.parameters)
         except (KeyError, RuntimeError, TypeError) as error:
-            raise InvalidFile(f"{Path(folder) / CONFIG}: parameters that no module has ({error})") from error
+            raise InvalidFile(f"{Path(folder) / CONFIG}: invalid parameter names or shapes ({error})") from error
     else:
         try:
             with torch.device("meta"):

@@ -36,7 +36,7 @@ class GraphTensors:
             return self.stored.graph_constants[home["constant"]]
         name, field = home["record"]
         if name not in self.records:
-            raise ValueError(f"no layer is called {name!r}")
+            raise ValueError(f"layer {name!r} is not known")
         self.sources[target] = (name, field)
         tensor = records.record_tensor(self.outlines[name], field)
         shape, dtype = home["shape"], read_dtype(home["dtype"])

@@ -50,7 +50,7 @@ def example_inputs(shapes: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[
     inputs = []
     for shape, dtype in shapes:
         if any(type(size) is not int or not 0 <= size <= MAX_INPUT for size in shape) or len(shape) > 16:
-            raise ValueError(f"no example input has the shape {list(shape)}")
+            raise ValueError(f"invalid shape {list(shape)} of an example input")
         inputs.append(torch.empty(tuple(shape), dtype=dtype, device=_META))
     if sum(x.numel() for x in inputs) > MAX_INPUT:
         raise ValueError(f"the example inputs hold more than {MAX_INPUT} elements")
@@ -91,7 +91,7 @@ class Program:
         """
         nodes = list(gm.graph.nodes)
         if sum(node.op == "placeholder" for node in nodes) != len(inputs):
-            raise ValueError(f"the graph takes other than the {len(inputs)} tensors of its signature")
+            raise ValueError(f"the graph must take the {len(inputs)} tensors of its signature")
         numbers = {node: number for number, node in enumerate(nodes)}
         last = {source: node for node in nodes for source in node.all_input_nodes}
         last_uses: dict[Node, list[int]] = {}
@@ -204,7 +204,7 @@ class _Trial:
     def account(self, target: Callable[..., Any], args: tuple[Any, ...], result: Any, *, stays: bool = True) -> None:
         """Add what a call takes, and refuse it where it is too much."""
         if isinstance(result, (int, float)) and not -(2**63) <= result < 2**63:
-            raise ValueError("a size beyond 64 bits")
+            raise ValueError("a size out of range of int64")
         for one in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(one, Tensor) and (not one.is_meta or max(one.shape, default=0) > _MAX_AXIS):
                 raise ValueError(f"a result of shape {list(one.shape)} is too large for this model and its inputs")

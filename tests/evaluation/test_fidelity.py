@@ -90,19 +90,19 @@ def test_half_precision_is_measured_in_double() -> None:
 
 @pytest.mark.parametrize("measure", [paired_error, paired_sqnr, lambda a, e: psnr(a, e, 1.0)])
 def test_a_pair_must_match(measure: Callable[[Tensor, Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"actual: wanted the shape of expected, \[2, 3\], got \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"must have the same shape, got \[3, 2\] and \[2, 3\]"):
         measure(torch.rand(3, 2), torch.rand(2, 3))
-    with pytest.raises(ValueError, match="wanted a batch axis"):
+    with pytest.raises(ValueError, match="must have a batch axis"):
         measure(torch.tensor(1.0), torch.tensor(1.0))
-    with pytest.raises(TypeError, match=r"actual: wanted the dtype of expected, torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"must have the same dtype, got torch.float64 and torch.float32"):
         measure(torch.rand(2, 3).double(), torch.rand(2, 3))
-    with pytest.raises(TypeError, match="expected: wanted floating point, got torch.uint8; divide integer images"):
+    with pytest.raises(TypeError, match="expected must be floating point, got torch.uint8; divide integer images"):
         measure(torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("data_range", [0.0, -1.0, math.inf, math.nan])
 def test_psnr_wants_a_range(data_range: float) -> None:
-    with pytest.raises(ValueError, match=rf"data_range: wanted a positive finite number .*, got {data_range}"):
+    with pytest.raises(ValueError, match=rf"data_range: expected a positive finite number .*, got {data_range}"):
         psnr(torch.rand(1, 2), torch.rand(1, 2), data_range)
 
 
@@ -130,7 +130,7 @@ def test_image_fidelity_of_equal_images() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (0, 3, 4, 4)])
 def test_image_fidelity_wants_images(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"actual: wanted images \[N, C, H, W\] with N > 0, got \["):
+    with pytest.raises(ValueError, match=r"actual: expected images \[N, C, H, W\] with N > 0, got \["):
         image_fidelity(torch.zeros(shape), torch.zeros(shape), 1.0)
 
 
@@ -196,9 +196,9 @@ def test_one_step_error_names_the_timestep_of_a_nan() -> None:
 
 
 def test_one_step_error_wants_batches_and_tensors() -> None:
-    with pytest.raises(ValueError, match=r"batches: wanted at least one \(timestep, keyword arguments\) pair"):
+    with pytest.raises(ValueError, match=r"batches: expected at least one \(timestep, keyword arguments\) pair"):
         one_step_error(teacher, teacher, [])
-    with pytest.raises(TypeError, match="student: wanted a Tensor, .*, got dict"):
+    with pytest.raises(TypeError, match="student: expected a Tensor, .*, got dict"):
         one_step_error(teacher, lambda **inputs: {"out": 1}, batches(1.0))
-    with pytest.raises(ValueError, match=r"actual: wanted the shape of expected, \[2, 1, 2, 2\], got \[1, 1, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"must have the same shape, got \[1, 1, 2, 2\] and \[2, 1, 2, 2\]"):
         one_step_error(teacher, lambda sample, timestep: sample[:1], batches(1.0))
