@@ -21,7 +21,7 @@ from dmq_ao.graph.values import VAL
 from dmq_ao.numerics import ops
 from dmq_ao.passes.join_siblings import join_siblings
 from dmq_ao.passes.look_up_codes import look_up_codes
-from dmq_ao.records import Kernel, LayerPlan, LayerRecord, WeightRecord, joined, outline, shift_fits_int8
+from dmq_ao.records import Kernel, LayerPlan, LayerRecord, WeightRecord, joint_record, outline, shift_fits_int8
 
 LOOK_UP = "look-up of codes"  # the kernel of an embedding table
 
@@ -151,7 +151,7 @@ def replace_layers(
     for name, node in graph.layer_nodes(gm).items():
         members = joint.get(name, (name,) if name in outlines else ())
         if members:
-            record = joined([records[member] for member in members])
+            record = joint_record([records[member] for member in members])
             kernels |= dict.fromkeys(members, in_integers(node, record))
     return kernels
 

@@ -40,7 +40,7 @@ from dmq_ao.config import (
 
 # Up to here a symmetric grid wastes too much on one-sided channels, and asymmetric codes still shift into int8.
 LAST_ASYMMETRIC_BITS = 4
-FLOAT8 = "-fp8"
+FLOAT8_SUFFIX = "-fp8"
 
 
 def parse_bits(bits: str) -> tuple[int, int]:
@@ -49,8 +49,8 @@ def parse_bits(bits: str) -> tuple[int, int]:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(r"w(\d+)a(\d+)", bits.lower())
-    widths = tuple(int(group) for group in found.groups()) if found else (0, 0)
+    match = re.fullmatch(r"w(\d+)a(\d+)", bits.lower())
+    widths = tuple(int(group) for group in match.groups()) if match else (0, 0)
     limits = (MAX_BITS, MAX_INPUT_BITS)
     if any(not (1 <= width <= most or width == FLOAT_BITS) for width, most in zip(widths, limits, strict=True)):
         raise ValueError(
@@ -84,7 +84,7 @@ def minmax(
     Raises:
         ValueError: for a scheme that is not of this form.
     """
-    widths, float8 = bits.lower().removesuffix(FLOAT8), bits.lower().endswith(FLOAT8)
+    widths, float8 = bits.lower().removesuffix(FLOAT8_SUFFIX), bits.lower().endswith(FLOAT8_SUFFIX)
     weight_bits, activation_bits = parse_bits(widths)
     config = QuantConfig(
         weight=TensorConfig(
@@ -142,7 +142,7 @@ def dmq(
     if compat not in (None, "reference"):
         raise ValueError(f"compat must be None or 'reference', got {compat!r}")
     if compat == "reference":
-        return _published(bits, rounding, step_weights)
+        return _reference_dmq(bits, rounding, step_weights)
     base = minmax(bits, ranges=Ranges.PER_STEP, power_of_two=True)
     weight = dataclasses.replace(base.config.weight, observer="mse")
     return dataclasses.replace(
@@ -155,7 +155,8 @@ def dmq(
     )
 
 
-def _published(bits: str, rounding: RoundingMethod, step_weights: StepWeights | None) -> Recipe:
+def _reference_dmq(bits: str, rounding: RoundingMethod, step_weights: StepWeights | None) -> Recipe:
+    """DMQ as published: samples, batch, agreement and exponents of the paper's Table 8, steps of its code."""
     votes = PowerOfTwo(guard=False, ties=Ties.FINE, per_step=True)
     base = minmax(bits, ranges=Ranges.PER_STEP, power_of_two=votes)
     weight = dataclasses.replace(base.config.weight, observer="mse", symmetric=False)

@@ -80,19 +80,19 @@ class ActivationObserver(ObserverBase):
                 f"{self.layer}: its input has {len(x)} rows and there are {timestep.numel()} timesteps; per_step"
                 " ranges need one a row, use static or dynamic ranges for this layer"
             )
-        observed = _divided(x, self.channel_scale, self.ch_axis)
+        quotient = _over_scale(x, self.channel_scale, self.ch_axis)
         if self.vote is not None and self.decided is not None:
             scale, zero_point = self._rows(x, timestep, self.decided)
             limit = self.vote.config.max_exponent
-            errors = candidate_errors(observed, scale, zero_point, self.config.bits, self.ch_axis, limit)
+            errors = candidate_errors(quotient, scale, zero_point, self.config.bits, self.ch_axis, limit)
             self.vote.update(errors, timestep)
         elif self.decided is None and self.config.ranges is not Ranges.DYNAMIC:
-            self.ranges.update(observed, timestep)
+            self.ranges.update(quotient, timestep)
         return x
 
     def _rows(self, x: Tensor, timestep: Tensor | None, record: ActivationRecord) -> tuple[Tensor, Tensor]:
         if record.ranges is Ranges.DYNAMIC:
-            scale, zero_point = ops.dynamic_qparams(_divided(x, record.channel_scale, self.ch_axis), record.bits)
+            scale, zero_point = ops.dynamic_qparams(_over_scale(x, record.channel_scale, self.ch_axis), record.bits)
             return scale, zero_point
         scale, zero_point = record.scale.to(x.device), record.zero_point.to(x.device)
         if record.timesteps is None or timestep is None:
@@ -141,17 +141,17 @@ class ActivationObserver(ObserverBase):
         record = self.record()
         scale, zero_point = self._rows(x, timestep, record)
         finer, step = (self._steps(s, x, timestep, record) for s in (record.quantize_step, record.channel_step))
-        quantize, args = _quantizing(record, x, scale, zero_point, finer)
+        quantize, args = _quantize_call(record, x, scale, zero_point, finer)
         codes = quantize(*args)
         values: Tensor = ops.dequantize(codes, scale, zero_point, step, record.ch_axis, x.dtype)
         return values
 
     def scaled(self, x: Tensor) -> Tensor:
-        """``x / channel_scale``, what is quantized."""
-        return _divided(x, self.record().channel_scale, self.ch_axis)
+        """``x / channel_scale`` [B, ...], what is quantized."""
+        return _over_scale(x, self.record().channel_scale, self.ch_axis)
 
     def straight_through(self, x: Tensor, timestep: Tensor | None = None) -> Tensor:
-        """``simulate`` with a gradient: that of ``x / channel_scale`` inside the range, none beyond it."""
+        """``simulate`` [B, ...] with a gradient: that of ``x / channel_scale`` inside the range, none beyond it."""
         record = self.record()
         with torch.no_grad():
             values = self.simulate(x, timestep)
@@ -160,13 +160,13 @@ class ActivationObserver(ObserverBase):
             if step is not None:
                 scale = scale * ops.channel_factor(step, record.ch_axis, x.dim())
             low, high = -zero_point * scale, (2**record.bits - 1 - zero_point) * scale
-            divided = self.scaled(x)
-            inside = (divided >= low) & (divided <= high)
+            quotient = self.scaled(x)
+            inside = (quotient >= low) & (quotient <= high)
             divisor = None
             if record.channel_scale is not None:
                 divisor = numerics.along(record.channel_scale.to(x), self.ch_axis, x.dim())
-        passed: Tensor = _Inside.apply(x, values, inside, divisor)  # type: ignore[no-untyped-call]
-        return passed
+        result: Tensor = _Inside.apply(x, values, inside, divisor)  # type: ignore[no-untyped-call]
+        return result
 
     def adjustable(self, x: Tensor, timestep: Tensor | None, factor: Tensor) -> Tensor:
         """``simulate`` with every step times ``factor`` [rows], one a row of the table; both get a gradient.
@@ -185,7 +185,7 @@ class ActivationObserver(ObserverBase):
         return ((codes - zero_point) * multiplier).to(x.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """Statistics of the pass under way and what earlier passes froze, as tensors."""
+        """Statistics of the pass under way, and whether ranges are frozen: [rows, ...] by path."""
         tensors = {f"range/{key}": value for key, value in self.ranges.state().items()}
         tensors["frozen"] = torch.tensor(self.decided is not None)
         if self.vote is not None:
@@ -193,7 +193,7 @@ class ActivationObserver(ObserverBase):
         return tensors
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned, [rows, ...] by path."""
         self.start_ranges()
         parts = {
             kind: {k.removeprefix(kind): v for k, v in state.items() if k.startswith(kind)}
@@ -245,7 +245,7 @@ class ActivationObserver(ObserverBase):
             step = finer
             if record.channel_scale is not None:
                 step = self._emit_step(model, node, "dequantize_step", record.channel_step, record)
-            codes = model.graph.call_function(*_quantizing(record, source, scale, zero_point, finer))
+            codes = model.graph.call_function(*_quantize_call(record, source, scale, zero_point, finer))
             dtype = source.meta["val"].dtype
             real = model.graph.call_function(ops.dequantize, (codes, scale, zero_point, step, record.ch_axis, dtype))
         node.replace_all_uses_with(real)
@@ -301,7 +301,7 @@ class _Inside(torch.autograd.Function):
         return gradient if divisor is None else gradient / divisor, None, None, None
 
 
-def _quantizing(
+def _quantize_call(
     record: ActivationRecord, x: Any, scale: Any, zero_point: Any, step: Any
 ) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     """The operator that makes an input's codes, and its arguments: tensors, or the nodes that stand for them."""
@@ -310,7 +310,7 @@ def _quantizing(
     return ops.quantize, (x, scale, zero_point, step, record.ch_axis, 0, 2**record.bits - 1)
 
 
-def _divided(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
+def _over_scale(x: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
     return x if channel_scale is None else x / numerics.along(channel_scale.to(x.device), ch_axis, x.dim())
 
 
@@ -319,8 +319,8 @@ def _row_node(model: GraphModule, timestep: Node, layer: str, timesteps: Tensor)
     for user in timestep.users:
         if user.target != ops.row:
             continue
-        known = graph.attribute(model, user.args[1])  # type: ignore[arg-type]
-        if torch.equal(known, timesteps.to(known.device)):
+        others = graph.attribute(model, user.args[1])  # type: ignore[arg-type]
+        if torch.equal(others, timesteps.to(others.device)):
             return user
     with model.graph.inserting_after(timestep):
         table = graph.add_record_tensor(model, layer, "timesteps", timesteps)

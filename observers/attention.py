@@ -28,7 +28,7 @@ class AttentionObserver(ObserverBase):
         self.bits, self.unit_range = bits, unit_range
 
     def forward(self, x: Tensor) -> Tensor:
-        """The tensor itself."""
+        """``x`` [B, ...] itself."""
         return x
 
     def simulate(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class AttentionObserver(ObserverBase):
         return scale, torch.zeros(1, dtype=torch.int32, device=device)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Those of the softmax; empty where each sample has its own."""
+        """``scale`` and ``zero_point`` [1] of the softmax; [0] where each sample has its own."""
         return self._unit() if self.unit_range else (torch.zeros(0), torch.zeros(0, dtype=torch.int32))
 
     def convert(self, model: GraphModule, node: Node) -> None:

@@ -1,7 +1,8 @@
 """Learned equivalent scaling: ``(x / scale) @ (weight * scale)`` is the same layer, only easier to quantize.
 
 While the scale is learned both sides are quantized with steps computed from the live tensors, and the gradient flows
-through the step as well as through the straight-through rounding (DMQ, arXiv 2507.12933, section on LES).
+through the step as well as through the straight-through rounding (DMQ, arXiv 2507.12933, learned equivalent scaling;
+folded into codes as in eq. 10 to 11 and 22 to 24).
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from dmq_ao import numerics
 
 
 def round_ste(x: Tensor) -> Tensor:
-    """Round; the gradient passes as if nothing had happened."""
+    """Round ``x`` [...]; the gradient passes as if nothing had happened (straight-through estimator)."""
     return x + (torch.round(x) - x).detach()
 
 
 def fake_quantize_ste(x: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Fake quantization of ``x`` on the range ``[low, high]``, differentiable in all three.
+    """Fake quantization of ``x`` [...] on the range ``[low, high]``, which broadcasts; differentiable in all three.
 
     The step is a function of the range; zero points are integers, hence constants; values beyond the range pass no
     gradient of their own. Zero is in the range, as everywhere (``numerics.choose_qparams``).
@@ -53,9 +54,9 @@ class _FakeQuantize(torch.autograd.Function):
         place = x / scale
         codes = torch.round(place).add_(zero_point)
         inside = (codes >= ctx.limits[0]) & (codes <= ctx.limits[1])
-        passed = gradients[0] * inside
-        for_scale = codes.clamp_(*ctx.limits).sub_(zero_point).mul_(gradients[0]).addcmul_(passed, place, value=-1)
-        return passed, for_scale.sum_to_size(scale.shape), None, None, None
+        for_x = gradients[0] * inside
+        for_scale = codes.clamp_(*ctx.limits).sub_(zero_point).mul_(gradients[0]).addcmul_(for_x, place, value=-1)
+        return for_x, for_scale.sum_to_size(scale.shape), None, None, None
 
 
 def spread(channel_scale: Tensor, out: int, taps: int, groups: int = 1) -> Tensor:
@@ -77,5 +78,5 @@ def closed_form(input_peak: Tensor, weight_peak: Tensor, migration: float, limit
     ratio = input_peak.clamp_min(numerics.EPS).log() * migration
     ratio = ratio - weight_peak.clamp_min(numerics.EPS).log() * (1 - migration)
     centre = ratio[alive].mean() if bool(alive.any()) else ratio.new_zeros(())
-    bound = torch.log(torch.tensor(limit))
-    return torch.where(alive, (ratio - centre).clamp(-bound, bound).exp(), 1.0)
+    log_limit = torch.log(torch.tensor(limit))
+    return torch.where(alive, (ratio - centre).clamp(-log_limit, log_limit).exp(), 1.0)

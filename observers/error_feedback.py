@@ -44,21 +44,21 @@ def round_with_feedback(
     order = moments.diagonal().argsort(stable=True)  # the columns that count most are rounded first, from the end
     lower = torch.linalg.cholesky(moments[order[:, None], order])
     groups = (order // (weight.shape[1] // scale.shape[1])).tolist()
-    ordered = weight.to(moments.dtype)[:, order]
-    limits = numerics.RowLimits.of(bits, symmetric, ordered[:, 0])
-    codes = torch.empty_like(ordered, dtype=torch.int32)
-    owed = torch.zeros_like(ordered)
-    for stop in range(ordered.shape[1], 0, -BLOCK):
+    columns = weight.to(moments.dtype)[:, order]
+    limits = numerics.RowLimits.of(bits, symmetric, columns[:, 0])
+    codes = torch.empty_like(columns, dtype=torch.int32)
+    carry = torch.zeros_like(columns)
+    for stop in range(columns.shape[1], 0, -BLOCK):
         start = max(0, stop - BLOCK)
-        errors = torch.empty_like(ordered[:, start:stop])
+        errors = torch.empty_like(columns[:, start:stop])
         for i in range(stop - 1, start - 1, -1):
             step, zero = scale[:, groups[i]], zero_point[:, groups[i]]
-            code = numerics.quantize_rows(ordered[:, i] + owed[:, i] / lower[i, i], step, zero, limits)
+            code = numerics.quantize_rows(columns[:, i] + carry[:, i] / lower[i, i], step, zero, limits)
             codes[:, i] = code.to(torch.int32)
-            error = ordered[:, i] - numerics.dequantize(code, step, zero)
+            error = columns[:, i] - numerics.dequantize_affine(code, step, zero)
             errors[:, i - start] = error
-            owed[:, start:i] += error[:, None] * lower[i, start:i]
-        owed[:, :start] += errors @ lower[start:stop, :start]
-    unordered = torch.empty_like(codes)
-    unordered[:, order] = codes
-    return unordered
+            carry[:, start:i] += error[:, None] * lower[i, start:i]
+        carry[:, :start] += errors @ lower[start:stop, :start]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result

@@ -23,7 +23,7 @@ class Histogram:
         self.low, self.high = torch.zeros(()), torch.zeros(())
 
     def update(self, x: Tensor) -> None:
-        """See one tensor of any shape; float."""
+        """See one tensor [...] of any shape; float."""
         values = x.detach().float().reshape(-1).cpu()
         low, high = torch.aminmax(values)
         self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)
@@ -36,8 +36,8 @@ class Histogram:
 
     def _grow(self, exponent: int) -> None:
         for _ in range(min(exponent - self.exponent, int(math.log2(BINS)) + 1)):
-            merged = self.counts.reshape(-1, 2).sum(1)
-            self.counts = torch.nn.functional.pad(merged, (BINS // 4, BINS // 4))
+            pairs = self.counts.reshape(-1, 2).sum(1)
+            self.counts = torch.nn.functional.pad(pairs, (BINS // 4, BINS // 4))
         self.exponent = max(self.exponent, exponent)
 
     def centres(self) -> Tensor:
@@ -46,10 +46,10 @@ class Histogram:
         return (torch.arange(BINS, dtype=torch.float64) - BINS // 2 + 0.5) * width
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen, as tensors."""
+        """``counts`` [bins] int64, and scalars [] ``exponent``, ``low`` and ``high``."""
         return {"exponent": torch.tensor(self.exponent), "counts": self.counts, "low": self.low, "high": self.high}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned: ``counts`` [bins] and scalars."""
         self.exponent, self.counts = int(state["exponent"]), state["counts"]
         self.low, self.high = state["low"], state["high"]

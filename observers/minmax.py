@@ -12,22 +12,22 @@ class MinMax:
         self.low, self.high = torch.zeros(()), torch.zeros(())
 
     def update(self, x: Tensor) -> None:
-        """See one tensor of any shape; float."""
+        """See one tensor [...] of any shape; float."""
         low, high = torch.aminmax(x.detach())
         self.low = torch.minimum(self.low, low.float().cpu())
         self.high = torch.maximum(self.high, high.float().cpu())
 
     def range(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value, scalars float32; the width does not matter here."""
+        """Smallest and largest value, scalars [] float32; the width does not matter here."""
         del bits
         return self.low, self.high
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen, as tensors."""
+        """``low`` and ``high``, scalars [] float32."""
         return {"low": self.low, "high": self.high}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned: scalars []."""
         self.low, self.high = state["low"], state["high"]
 
     @staticmethod

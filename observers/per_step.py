@@ -1,4 +1,7 @@
-"""One range per timestep, or one for all: any range estimator as the rows of a table (DMQ, TFMQ-DM)."""
+"""One range per timestep, or one for all: any range estimator as the rows of a table.
+
+Ranges of their own for each denoising step are TFMQ-DM's, and DMQ (arXiv 2507.12933) keeps them.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ class RangeEstimator(Protocol):
     """What ``MinMax``, ``MSE`` and ``Percentile`` have in common."""
 
     def update(self, x: Tensor) -> None:
-        """See one tensor of any shape."""
+        """See one tensor [...] of any shape."""
 
     def range(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value to represent with ``bits`` bits."""
+        """Smallest and largest value to represent with ``bits`` bits; scalars [] float32."""
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen, as tensors."""
+        """Statistics of what was seen: tensors [...] by name."""
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned: tensors [...] by name."""
 
     @staticmethod
     def weight_range(rows: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -66,11 +69,11 @@ class RangeTable:
         return numerics.choose_qparams(low, high, bits, symmetric=False)
 
     def state(self) -> dict[str, Tensor]:
-        """What was seen, as tensors keyed by timestep and statistic."""
+        """Statistics of every row: tensors [...] by timestep and name."""
         return {f"{key}/{name}": value for key, row in self.rows.items() for name, value in row.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned: tensors [...] by timestep and name."""
         rows: dict[float, dict[str, Tensor]] = {}
         for path, value in state.items():
             key, _, name = path.partition("/")

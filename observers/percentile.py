@@ -12,7 +12,7 @@ class Percentile(Histogram):
     """The central 99.99 % of the stream: one hundredth of a percent may be clipped, half on each side."""
 
     def range(self, bits: int) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value kept, scalars float32, never outside what was seen."""
+        """Smallest and largest value inside, scalars [] float32, never outside what was seen."""
         del bits
         total = self.counts.sum()
         below = self.counts.cumsum(0).double() / total.clamp_min(1)

@@ -2,7 +2,8 @@
 
 Channel c gets the step ``scale * 2**-e_c``. Each sample votes for the exponent that quantizes the channel best; a
 winner without enough agreement yields to exponent 0, the plain step. Only finer steps are on offer, so a vote trades
-clipping for resolution, and the guard refuses a trade that costs more than it brings.
+clipping for resolution, and the guard refuses a trade that costs more than it brings. Exponent 0 as the fallback is
+that of the published code; kernels shift codes by eq. 13 and 28 to 29 of the paper (``records.shifts``).
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def elect(counts: Tensor, agreement: float, ties: Ties = Ties.COARSE) -> Tensor:
     count = counts.shape[-1]
     winner = count - 1 - counts.flip(-1).argmax(-1) if ties is Ties.FINE else counts.argmax(-1)
     # A little less than the decimal fraction asks, so that 17 ballots of 20 are an agreement of 0.85.
-    needed = agreement * counts.sum(-1).double() - 1e-6
-    return torch.where(counts.amax(-1) >= needed, winner, torch.zeros_like(winner)).to(torch.int8)
+    quorum = agreement * counts.sum(-1).double() - 1e-6
+    return torch.where(counts.amax(-1) >= quorum, winner, torch.zeros_like(winner)).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Vote:
         self.errors = torch.zeros(0, dtype=torch.float64)
 
     def update(self, errors: Tensor, timestep: Tensor | None = None) -> None:
-        """Count what ``candidate_errors`` returned for some samples, whatever their ``timestep``."""
+        """Count errors [B, channels, exponents] of ``candidate_errors``, whatever the ``timestep``."""
         counts, total = ballots(errors, self.config.ties).cpu(), errors.double().sum(0).cpu()
         self.counts = counts if not len(self.counts) else self.counts + counts
         self.errors = total if not len(self.errors) else self.errors + total
@@ -138,16 +139,16 @@ class Vote:
         share = self.counts.amax(-1) / self.counts.sum(-1).clamp_min(1)
         if not self.config.guard:
             return Election(exponents, share, refused=0)
-        chosen = self.errors.gather(1, exponents.long()[:, None])[:, 0]
-        worse = chosen > self.errors[:, 0]
+        errors = self.errors.gather(1, exponents.long()[:, None])[:, 0]
+        worse = errors > self.errors[:, 0]
         return Election(torch.where(worse, torch.zeros_like(exponents), exponents), share, int(worse.sum()))
 
     def state(self) -> dict[str, Tensor]:
-        """What was counted, as tensors."""
+        """``counts`` and ``errors``, both [channels, exponents]; [0] before the first."""
         return {"counts": self.counts, "errors": self.errors}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned, [channels, exponents] both."""
         self.counts, self.errors = state["counts"], state["errors"]
 
 
@@ -181,11 +182,11 @@ class VoteTable:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """What was counted, as tensors keyed by timestep."""
+        """``counts`` and ``errors`` [channels, exponents] of each vote, by timestep and name."""
         return {f"{key}/{name}": value for key, vote in self.rows.items() for name, value in vote.state().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
+        """Go on from what ``state`` returned, [channels, exponents] each."""
         self.rows = {}
         for path, value in state.items():
             key, _, name = path.partition("/")

@@ -53,7 +53,7 @@ def quantize_weight(
             where = bits == width
             scale[where], zero_point[where] = _qparams(rows[where], width, config.symmetric, estimator)
     if config.float8:
-        codes = numerics.quantize_float8(rows, scale[:, None])
+        codes = numerics.to_float8(rows, scale[:, None])
     else:
         limits = numerics.RowLimits.of(bits, config.symmetric, rows)
         codes = numerics.quantize_rows(rows, scale[:, None], zero_point[:, None], limits)
@@ -93,7 +93,7 @@ class WeightObserver(ObserverBase):
         self.channel_bits: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The weight itself."""
+        """The weight [out, ...] itself."""
         return weight
 
     def record(self, weight: Tensor) -> WeightRecord:
@@ -105,7 +105,11 @@ class WeightObserver(ObserverBase):
         return self.round(weight) if self.decided is None else self.decided
 
     def round(self, weight: Tensor) -> WeightRecord:
-        """The codes nearest to ``weight`` [out, ...], whatever was decided; raises what ``record`` does."""
+        """The codes nearest to ``weight`` [out, ...], whatever was decided.
+
+        Raises:
+            ValueError: as ``record``.
+        """
         self.check(weight)
         try:
             return quantize_weight(weight, self.config, self.estimator, self.channel_bits)
@@ -113,7 +117,11 @@ class WeightObserver(ObserverBase):
             raise ValueError(f"{self.layer}: {error}") from error
 
     def check(self, weight: Tensor) -> None:
-        """Refuse a ``weight`` that is not finite, naming the layer."""
+        """Refuse a ``weight`` [out, ...] that is not finite.
+
+        Raises:
+            ValueError: naming the layer.
+        """
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"{self.layer}: its weight holds NaN or infinity; check the float checkpoint")
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
+from dmq_ao.graph import aten
 
-aten = graph.aten
 PRODUCTS = "dmq_ao.attention"  # in a product's meta: the path of the module that the attention stands in
 
 
@@ -21,24 +21,24 @@ def decompose_attention(gm: GraphModule) -> GraphModule:
     queries stay whole: no denoiser known to us has them.
     """
     for node in list(gm.graph.nodes):
-        if node.target == aten.scaled_dot_product_attention.default and _is_plain(node):
+        if node.target == aten.scaled_dot_product_attention.default and _can_be_written_out(node):
             _write_out(gm, node)
     gm.graph.eliminate_dead_code()
     gm.recompile()
     return gm
 
 
-def _is_plain(node: Node) -> bool:
+def _can_be_written_out(node: Node) -> bool:
     mask, dropout, causal = _options(node)
-    floating = mask is None or (isinstance(mask, Node) and mask.meta["val"].is_floating_point())
-    return floating and not dropout and not causal and not node.kwargs.get("enable_gqa", False)
+    is_float = mask is None or (isinstance(mask, Node) and mask.meta["val"].is_floating_point())
+    return is_float and not dropout and not causal and not node.kwargs.get("enable_gqa", False)
 
 
 def _options(node: Node) -> tuple[Any, ...]:
     """Mask, dropout and causality, given by position or keyword."""
     defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
-    given = dict(zip(defaults, node.args[3:], strict=False))
-    return tuple({**defaults, **given, **{k: v for k, v in node.kwargs.items() if k in defaults}}.values())
+    positional = dict(zip(defaults, node.args[3:], strict=False))
+    return tuple({**defaults, **positional, **{k: v for k, v in node.kwargs.items() if k in defaults}}.values())
 
 
 def _write_out(gm: GraphModule, node: Node) -> None:
@@ -48,11 +48,11 @@ def _write_out(gm: GraphModule, node: Node) -> None:
     scale = node.kwargs.get("scale")
     scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     with gm.graph.inserting_before(node):
-        turned = _call(gm, node, aten.transpose.int, key, -2, -1)
-        scores = _call(gm, node, aten.matmul.default, query, turned)
-        scaled = _call(gm, node, aten.mul.Tensor, scores, scale)
-        masked = scaled if mask is None else _call(gm, node, aten.add.Tensor, scaled, mask)
-        weights = _call(gm, node, aten.softmax.int, masked, -1)
+        key_t = _call(gm, node, aten.transpose.int, key, -2, -1)
+        scores = _call(gm, node, aten.matmul.default, query, key_t)
+        scaled_scores = _call(gm, node, aten.mul.Tensor, scores, scale)
+        logits = scaled_scores if mask is None else _call(gm, node, aten.add.Tensor, scaled_scores, mask)
+        weights = _call(gm, node, aten.softmax.int, logits, -1)
         result = _call(gm, node, aten.matmul.default, weights, value)
     for product in (scores, result):
         product.meta[PRODUCTS] = _module_of(node)

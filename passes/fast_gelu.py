@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-_library = torch.library.Library("dmq_ao", "FRAGMENT")
-_library.define("gelu_tanh(Tensor x) -> Tensor")
+_gelu_library = torch.library.Library("dmq_ao", "FRAGMENT")
+_gelu_library.define("gelu_tanh(Tensor x) -> Tensor")
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return (wide * torch.sigmoid(twice)).to(x.dtype)
 
 
-_library.impl("gelu_tanh", _gelu_tanh, "CompositeImplicitAutograd")
+_gelu_library.impl("gelu_tanh", _gelu_tanh, "CompositeImplicitAutograd")
 
 
 def fast_gelu(gm: GraphModule) -> None:

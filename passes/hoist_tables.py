@@ -19,22 +19,22 @@ def hoist_tables(gm: GraphModule) -> None:
         families: dict[tuple[torch.dtype, torch.Size], list[Node]] = {}
         for read in rows.users:
             if read.target == graph.aten.index_select.default and read.args[1:] == (0, rows):
-                table = _table(gm, read)
+                table = _stored_table(gm, read)
                 if table.dtype in (torch.float32, torch.int32):
                     families.setdefault((table.dtype, table.shape), []).append(read)
-        for chosen in families.values():
+        for reads in families.values():
             with gm.graph.inserting_after(rows):
-                tables = torch.stack([_table(gm, read) for read in chosen])
-                stacked = graph.add_tensor(gm, "tables", tables)
-            with gm.graph.inserting_after(stacked):
-                gathered = gm.graph.call_function(graph.aten.index_select.default, (stacked, 1, rows))
-            for index, read in enumerate(chosen):
-                with gm.graph.inserting_after(gathered):
-                    read.replace_all_uses_with(gm.graph.call_function(graph.aten.select.int, (gathered, 0, index)))
+                tables = torch.stack([_stored_table(gm, read) for read in reads])
+                stack = graph.add_tensor(gm, "tables", tables)
+            with gm.graph.inserting_after(stack):
+                looked_up = gm.graph.call_function(graph.aten.index_select.default, (stack, 1, rows))
+            for index, read in enumerate(reads):
+                with gm.graph.inserting_after(looked_up):
+                    read.replace_all_uses_with(gm.graph.call_function(graph.aten.select.int, (looked_up, 0, index)))
                 gm.graph.erase_node(read)
 
 
-def _table(gm: GraphModule, read: Node) -> Tensor:
+def _stored_table(gm: GraphModule, read: Node) -> Tensor:
     """The tensor that an ``index_select`` reads; an empty one when it is computed."""
     source = read.args[0]
     assert isinstance(source, Node)

@@ -28,7 +28,7 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
         records: of the layers that may be joined.
 
     Returns:
-        Names of the joint layers, ``a+b+c``, and their members; ``layer.joined`` makes their records.
+        Names of the joint layers, ``a+b+c``, and their members; ``records.joint_record`` makes their records.
     """
     nodes = {name: node for name, node in graph.layer_nodes(gm).items() if name in records}
     families: dict[tuple[object, ...], list[str]] = {}
@@ -36,10 +36,10 @@ def join_siblings(gm: GraphModule, records: Mapping[str, LayerRecord]) -> dict[s
         record = records[name]
         plain = record.weight.scale.shape[1] == 1 and _has_stored_bias(node)
         if node.target == graph.LINEAR and plain and not _is_flattened(node):
-            voted = record.activation is not None and record.activation.exponents is not None
+            has_votes = record.activation is not None and record.activation.exponents is not None
             # Wider codes may not be shifted; where nothing is, the width does not matter.
             weight = record.weight
-            key = (node.args[0], weight.bits if voted else None, weight.symmetric, weight.float8)
+            key = (node.args[0], weight.bits if has_votes else None, weight.symmetric, weight.float8)
             families.setdefault(key, []).append(name)
     joint = {}
     for members in families.values():
@@ -78,18 +78,18 @@ def _has_stored_bias(node: Node) -> bool:
 def _is_projection(node: Node) -> bool:
     vector, *tensors = node.all_input_nodes
     value = vector.meta.get(VAL)
-    stored = all(tensor.op == "get_attr" for tensor in tensors)
-    return stored and isinstance(value, Value) and value.dim() == 2 and value.dtype.is_floating_point
+    is_stored = all(tensor.op == "get_attr" for tensor in tensors)
+    return is_stored and isinstance(value, Value) and value.dim() == 2 and value.dtype.is_floating_point
 
 
 def _join_floats(gm: GraphModule, nodes: Sequence[Node]) -> None:
     columns = zip(*(node.all_input_nodes[1:] for node in nodes), strict=True)
-    stacked = [torch.cat([graph.attribute(gm, read).detach() for read in column]) for column in columns]
+    tensors = [torch.cat([graph.attribute(gm, read).detach() for read in column]) for column in columns]
     sizes = [len(graph.attribute(gm, node.all_input_nodes[1])) for node in nodes]
     with gm.graph.inserting_before(nodes[0]):
-        reads = [graph.add_tensor(gm, "projections", tensor) for tensor in stacked]
+        reads = [graph.add_tensor(gm, "projections", tensor) for tensor in tensors]
         total = gm.graph.call_function(graph.LINEAR, (nodes[0].args[0], *reads))
-        _split(gm, total, nodes, sizes)
+        _replace_by_parts(gm, total, nodes, sizes)
 
 
 def _is_flattened(node: Node) -> bool:
@@ -109,10 +109,10 @@ def _join(gm: GraphModule, name: str, nodes: Sequence[Node], records: Collection
         bias = _bias(gm, name, nodes, sizes, first.dtype)
         total = call(graph.LINEAR, (nodes[0].args[0], nodes[0].args[1], bias))
         total.meta[graph.LAYER] = name
-        _split(gm, total, nodes, sizes)
+        _replace_by_parts(gm, total, nodes, sizes)
 
 
-def _split(gm: GraphModule, total: Node, nodes: Sequence[Node], sizes: Sequence[int]) -> None:
+def _replace_by_parts(gm: GraphModule, total: Node, nodes: Sequence[Node], sizes: Sequence[int]) -> None:
     """Replace ``nodes`` by the parts of ``total``, at the insertion point."""
     first: Value = nodes[0].meta[VAL]
     total.meta[VAL] = Value((*first.shape[:-1], sum(sizes)), first.dtype)
@@ -127,11 +127,11 @@ def _split(gm: GraphModule, total: Node, nodes: Sequence[Node], sizes: Sequence[
 
 
 def _bias(gm: GraphModule, name: str, nodes: Sequence[Node], sizes: Sequence[int], dtype: torch.dtype) -> Node | None:
-    given = [node.args[2] if len(node.args) > 2 else None for node in nodes]
-    if not any(isinstance(bias, Node) for bias in given):
+    biases_of = [node.args[2] if len(node.args) > 2 else None for node in nodes]
+    if not any(isinstance(bias, Node) for bias in biases_of):
         return None
     biases: list[Tensor] = [
         graph.attribute(gm, bias).detach() if isinstance(bias, Node) else torch.zeros(size, dtype=dtype)
-        for bias, size in zip(given, sizes, strict=True)
+        for bias, size in zip(biases_of, sizes, strict=True)
     ]
     return graph.add_tensor(gm, f"{name}.bias".replace("+", "_"), torch.cat(biases))

@@ -17,7 +17,7 @@ def look_up_codes(gm: GraphModule) -> list[str]:
     Returns:
         Names of the layers.
     """
-    found = []
+    names = []
     for name, node in graph.layer_nodes(gm).items():
         table = node.args[0]
         if node.target != graph.LOOKUP or not isinstance(table, Node) or table.target != ops.dequantize_weight:
@@ -25,5 +25,5 @@ def look_up_codes(gm: GraphModule) -> list[str]:
         *codes, dtype = table.args
         with gm.graph.inserting_before(node):
             graph.replace_node(node, gm.graph.call_function(ops.look_up, (*codes, node.args[1], dtype)))
-        found.append(name)
-    return found
+        names.append(name)
+    return names

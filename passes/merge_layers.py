@@ -36,16 +36,16 @@ def merge_layers(gm: GraphModule) -> dict[str, str]:
         return {}
     first: dict[Node, graph.Layer] = {}
     values = _values(gm, same)
-    merged = {}
+    stand_ins = {}
     for layer in graph.find_layers(gm):
-        kept = first.setdefault(values[layer.node], layer)
-        if kept is not layer:
-            layer.node.replace_all_uses_with(kept.node)
-            merged[layer.name] = kept.name
-    if merged:
+        twin = first.setdefault(values[layer.node], layer)
+        if twin is not layer:
+            layer.node.replace_all_uses_with(twin.node)
+            stand_ins[layer.name] = twin.name
+    if stand_ins:
         graph.drop_unused(gm)
         graph.name_layers(gm)
-    return merged
+    return stand_ins
 
 
 def _equal_tensors(gm: GraphModule) -> dict[Node, Node]:
@@ -56,7 +56,7 @@ def _equal_tensors(gm: GraphModule) -> dict[Node, Node]:
         tensor = graph.attribute(gm, node) if node.op == "get_attr" else None
         if not isinstance(tensor, Tensor):
             continue
-        others = alike[_likeness(tensor)]
+        others = alike[_fingerprint(tensor)]
         same[node] = next((n for n in others if _equal(graph.attribute(gm, n), tensor)), node)
         if same[node] is node:
             others.append(node)
@@ -67,7 +67,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one is other or (not one.is_meta and torch.equal(one, other))
 
 
-def _likeness(tensor: Tensor) -> Hashable:
+def _fingerprint(tensor: Tensor) -> Hashable:
     """The same for equal tensors, and seldom for others."""
     if tensor.is_meta:
         return tensor.shape, tensor.dtype, tensor.device
@@ -79,12 +79,12 @@ def _likeness(tensor: Tensor) -> Hashable:
 def _values(gm: GraphModule, same: dict[Node, Node]) -> dict[Node, Node]:
     """For every node the first that has the same value."""
     values: dict[Node, Node] = {}
-    computed: dict[Hashable, Node] = {}
+    first_of: dict[Hashable, Node] = {}
     for node in gm.graph.nodes:
         values[node] = same.get(node, node)
         if node.op == "call_function" and not _is_random(node):
             key = (node.target, _key(node.args, values), _key(node.kwargs, values))
-            values[node] = computed.setdefault(key, node)
+            values[node] = first_of.setdefault(key, node)
     return values
 
 

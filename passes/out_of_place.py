@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from dmq_ao.graph import aten
 from dmq_ao.graph.values import VAL, value_of
 
-aten = torch.ops.aten
 # Views that can be written back, and the operator that does it.
 _WRITTEN_BACK = {aten.slice.Tensor: aten.slice_scatter.default, aten.select.int: aten.select_scatter.default}
 
@@ -51,7 +51,7 @@ def _write_back(gm: GraphModule, change: Node, twin: torch._ops.OpOverload | Non
         part = part.all_input_nodes[0]
     if not parts or not _is_fresh(part) or _has_other_views(part, parts, change):
         return
-    if twin is None and _shape(parts[0]) != _shape(change.args[1]):
+    if twin is None and _value_shape(parts[0]) != _value_shape(change.args[1]):
         return
     with gm.graph.inserting_before(change):
         value = change.args[1] if twin is None else gm.graph.call_function(twin, change.args, change.kwargs)
@@ -69,10 +69,10 @@ def _write_back(gm: GraphModule, change: Node, twin: torch._ops.OpOverload | Non
             gm.graph.erase_node(node)
 
 
-def _shape(value: Any) -> Any:
+def _value_shape(value: Any) -> Any:
     """Of a node; nothing else is equal to it."""
-    known = value_of(value.meta.get(VAL)) if isinstance(value, Node) else None
-    return object() if known is None else known.shape
+    description = value_of(value.meta.get(VAL)) if isinstance(value, Node) else None
+    return object() if description is None else description.shape
 
 
 def _has_other_views(whole: Node, parts: list[Node], change: Node) -> bool:
@@ -92,11 +92,11 @@ def _twin(target: Any) -> torch._ops.OpOverload | None:
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
         return None
     name, _, overload = str(target).removeprefix("aten.").partition(".")
-    found = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
-    if not name.endswith("_") or not isinstance(found, torch._ops.OpOverload):
+    twin = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
+    if not name.endswith("_") or not isinstance(twin, torch._ops.OpOverload):
         return None
-    same = [one.name for one in found._schema.arguments] == [one.name for one in target._schema.arguments]
-    return found if same else None
+    same = [one.name for one in twin._schema.arguments] == [one.name for one in target._schema.arguments]
+    return twin if same else None
 
 
 def _is_fresh(value: Node) -> bool:

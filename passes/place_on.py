@@ -17,13 +17,13 @@ def place_on(gm: GraphModule, device: torch.device) -> None:
     gm.to(device)
     others: set[torch.device] = set()
 
-    def moved(value: Any) -> Any:
+    def replace_device(value: Any) -> Any:
         if isinstance(value, torch.device) and value != device:
             others.add(value)
             return device
         return value
 
     for node in gm.graph.nodes:
-        node.args, node.kwargs = map_aggregate(node.args, moved), map_aggregate(node.kwargs, moved)
+        node.args, node.kwargs = map_aggregate(node.args, replace_device), map_aggregate(node.kwargs, replace_device)
     if others:  # writing the code again takes longer than all of this
         gm.recompile()

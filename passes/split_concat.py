@@ -20,7 +20,7 @@ def split_concat(gm: GraphModule, names: list[str]) -> GraphModule:
         layer = layers[name]
         source = roles.concat_source(layer.node, layer.ch_axis)
         if source is not None:
-            _split(gm, layer, source)
+            _split_layer(gm, layer, source)
     for layer in graph.find_layers(gm):
         layer.node.meta[graph.LAYER] = layer.name
     gm.graph.eliminate_dead_code()
@@ -28,7 +28,7 @@ def split_concat(gm: GraphModule, names: list[str]) -> GraphModule:
     return gm
 
 
-def _split(gm: GraphModule, layer: graph.Layer, source: Node) -> None:
+def _split_layer(gm: GraphModule, layer: graph.Layer, source: Node) -> None:
     parts = source.args[0]
     assert isinstance(parts, (list, tuple))
     sizes = [part.meta["val"].shape[layer.ch_axis] for part in parts]  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ from dmq_ao.backends import ALL_BACKENDS
 from dmq_ao.benchmarks import benchmark, demo, peers
 from dmq_ao.benchmarks.named import NAMED
 from dmq_ao.benchmarks.peers import PEERS, Peer, chosen_peers
-from dmq_ao.cli import commands, doctor
+from dmq_ao.cli import doctor, measure, options, quantize
 from dmq_ao.cli import output as cli_output
 from dmq_ao.config import BitAllocation, InvalidFile, Ranges, Recipe, SelectMethod
 from dmq_ao.observers import ALL_OBSERVERS
@@ -344,19 +344,19 @@ def test_a_peer_that_is_not_installed_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(PEERS, "OpenVINO fp32", Peer(peers.openvino, ("no_such_package",)))
     monkeypatch.setattr(benchmark, "named_denoiser", lambda name: pytest.fail("built the denoiser"))
     error = failure(1, "benchmark", "cifar-unet", "--peer", "openvino fp32")
-    assert error.startswith("error: no_such_package not installed, which 'OpenVINO fp32' need")
+    assert error.startswith("error: unavailable: 'OpenVINO fp32' need no_such_package; install with: pip install")
     assert 'pip install "dmq_ao[bench]"' in error
 
 
 def test_an_unknown_peer_is_a_usage_error() -> None:
-    assert "'tensorrt*' matches no peer; there are 'torch fp32'," in failure(
+    assert "'tensorrt*' matches no peer; the peers are 'torch fp32'," in failure(
         2, "benchmark", "cifar-unet", "--peer", "tensorrt*"
     )
 
 
 def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
     error = failure(1, "benchmark", made[0], "--peer", "torch fp32")
-    assert f"{made[0]} holds no float weights" in error
+    assert f"{made[0]} has no float weights" in error
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_peers_want_float_weights(made: tuple[Path, dict[str, Any]]) -> None:
         pytest.param(
             ("--recipe", "magic"), "the recipes are ['default', 'dmq', 'eda_dm', 'minmax', 'mpq_dm']", id="recipe"
         ),
-        pytest.param(("--prompt", "a fox"), "takes no prompt", id="prompt"),
+        pytest.param(("--prompt", "a fox"), "does not take a prompt", id="prompt"),
         pytest.param(("--steps", "0"), "--steps", id="steps"),
         pytest.param((*QUICK, "--keep-float", "nothing*"), "'nothing*' matches no layer", id="pattern"),
     ],
@@ -384,11 +384,11 @@ def test_an_output_is_wanted() -> None:
 def test_a_recipe_keeps_what_it_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(recipes.ALL_RECIPES, "fixed", lambda bits: recipes.minmax(bits))
     words = failure(2, "quantize", "demo", "--dry-run", "--recipe", "fixed", "--ranges", "dynamic")
-    assert "the recipe 'fixed' decides ranges itself" in words
+    assert "recipe 'fixed' sets ranges itself" in words
 
 
 def test_a_taken_folder_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_pipeline", lambda *args: pytest.fail("loaded the pipeline"))
+    monkeypatch.setattr(quantize, "open_pipeline", lambda *args: pytest.fail("loaded the pipeline"))
     (tmp_path / "mine.txt").write_text("mine")
     error = failure(1, "quantize", "demo", "-o", tmp_path)
     assert error == f"error: {tmp_path} exists and is not an empty folder; give another one, or remove it first"
@@ -424,7 +424,7 @@ def test_a_foreign_folder_is_one_line(tmp_path: Path, command: str, files: dict[
 
 
 def test_a_folder_that_is_no_pipeline_is_one_line(tmp_path: Path) -> None:
-    assert "holds no model_index.json" in failure(1, "sample", tmp_path, "-o", tmp_path / "x.png")
+    assert "has no model_index.json" in failure(1, "sample", tmp_path, "-o", tmp_path / "x.png")
 
 
 def test_a_float_denoiser_cannot_be_inspected() -> None:
@@ -458,16 +458,18 @@ def test_samples_are_selected_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert {item.value for item in commands.Backend} == {"auto", *ALL_BACKENDS}
-    assert {item.value for item in commands.Observer} == set(ALL_OBSERVERS)
-    assert {item.value for item in commands.Mode} == set(get_args(api_compile.Mode))
+    assert {item.value for item in options.BackendName} == {"auto", *ALL_BACKENDS}
+    assert {item.value for item in options.ObserverName} == set(ALL_OBSERVERS)
+    assert {item.value for item in options.CompileMode} == set(get_args(api_compile.Mode))
 
 
 def test_the_help_names_what_the_library_has() -> None:
     """Recipes, denoisers and peers are taken by name, and new ones without a change of the command line."""
-    arguments = {name: get_args(hint) for name, hint in get_type_hints(commands.quantize, include_extras=True).items()}
+    arguments = {
+        name: get_args(hint) for name, hint in get_type_hints(quantize.quantize_command, include_extras=True).items()
+    }
     assert arguments["recipe"][1].help == f"Method: {', '.join(recipes.ALL_RECIPES)}."
-    hints = get_type_hints(commands.benchmark, include_extras=True)
+    hints = get_type_hints(measure.benchmark_command, include_extras=True)
     named = re.findall(r"`([\w-]+)`", get_args(hints["model"])[1].help)
     assert set(named) - {"quantize"} == set(NAMED)
     assert chosen_peers(["*"]) == list(PEERS)

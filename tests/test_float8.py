@@ -35,7 +35,7 @@ def e4m3_values() -> Tensor:
 @given(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40), st.floats(2**-10, 2**10, width=32))
 def test_codes_are_the_nearest_numbers_of_the_format(values: list[float], scale: float) -> None:
     x, step = torch.tensor(values), torch.tensor(scale)
-    codes = numerics.quantize_float8(x, step)
+    codes = numerics.to_float8(x, step)
     scaled = (x / step).double()
     nearest = (scaled[:, None] - e4m3_values()).abs().amin(1)
     assert torch.equal((codes.double() - scaled).abs(), nearest)
@@ -46,7 +46,7 @@ def test_the_largest_magnitude_is_the_largest_number(low: float, high: float) ->
     ends = torch.tensor([low, high])
     scale, zero_point = numerics.float8_qparams(ends[0], ends[1])
     assert int(zero_point) == 0
-    largest = numerics.quantize_float8(ends, scale).double().abs().max()
+    largest = numerics.to_float8(ends, scale).double().abs().max()
     assert float(largest) == pytest.approx(448.0) or float(ends.abs().max()) < 448 * numerics.EPS
 
 
@@ -120,8 +120,8 @@ def test_one_product_against_float64(rows: int) -> None:
     x, weight = torch.randn(3, 5, 32), torch.randn(48, 32)
     scale = torch.full((rows,), 0.01) * torch.arange(1, rows + 1)
     weight_scale, bias = torch.rand(48) + 0.1, torch.randn(48)
-    codes = numerics.quantize_float8(x, scale.reshape(-1, 1, 1))
-    coded = numerics.quantize_float8(weight, torch.tensor(0.01))
+    codes = numerics.to_float8(x, scale.reshape(-1, 1, 1))
+    coded = numerics.to_float8(weight, torch.tensor(0.01))
     expected = (codes.double() * scale.reshape(-1, 1, 1)) @ (coded.double() * weight_scale[:, None]).T + bias
     actual = cuda_ops.float8_linear(codes, scale, coded, weight_scale, bias, torch.float32)
     assert relative(actual, expected) < 2**-8

@@ -26,8 +26,6 @@ KERNELS = re.compile(r"torch\.ops\.(?:dmq_ao_cpu|onednn)\.\w+|\bint_(?:conv|line
 KNOWN_STRANGERS = ["dmq_ao/benchmarks/roofline.py", "passes/lower_precision.py"]
 LONG_FILES = {
     "backends/onednn/fused.py",
-    "dmq_ao/cli/commands.py",
-    "dmq_ao/records.py",
     "dmq_ao/samples/record.py",
 }
 LONG_FUNCTIONS = [
@@ -35,7 +33,6 @@ LONG_FUNCTIONS = [
     "backends/onednn/backend.py: _int_conv",
     "backends/onednn/backend.py: fake_conv",
     "dmq_ao/denoiser.py: __init__",
-    "dmq_ao/pipelines/ptq.py: quantize_pipeline",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 

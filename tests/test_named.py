@@ -59,5 +59,5 @@ def test_weights_are_the_same_each_time_and_make_an_output() -> None:
 
 
 def test_an_unknown_name_is_told() -> None:
-    with pytest.raises(ValueError, match=r"no denoiser is called 'x'; there are \['cifar-unet'"):
+    with pytest.raises(ValueError, match=r"denoiser 'x' is not known; the denoisers are \['cifar-unet'"):
         named_denoiser("x")

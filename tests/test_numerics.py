@@ -15,11 +15,11 @@ from dmq_ao.numerics import (
     affine,
     choose_qparams,
     code_range,
-    dequantize,
+    dequantize_affine,
     fake_quantize,
     pack,
     pack_rows,
-    quantize,
+    quantize_affine,
     sqnr,
     unpack,
     unpack_rows,
@@ -65,7 +65,7 @@ def test_zero_is_a_code(given_range: tuple[float, float, int, bool]) -> None:
     scale, zero_point = qparams(*given_range)
     quant_min, quant_max = code_range(bits, symmetric)
     assert quant_min <= int(zero_point) <= quant_max
-    assert int(quantize(torch.zeros(()), scale, zero_point, quant_min, quant_max)) == int(zero_point)
+    assert int(quantize_affine(torch.zeros(()), scale, zero_point, quant_min, quant_max)) == int(zero_point)
     assert float(fake_quantize(torch.zeros(()), scale, zero_point, quant_min, quant_max)) == 0.0
 
 
@@ -73,7 +73,9 @@ def test_zero_is_a_code(given_range: tuple[float, float, int, bool]) -> None:
 def test_the_range_and_zero_are_represented(given_range: tuple[float, float, int, bool]) -> None:
     low, high, bits, symmetric = given_range
     scale, zero_point = qparams(*given_range)
-    smallest, largest = (float(dequantize(torch.tensor(q), scale, zero_point)) for q in code_range(bits, symmetric))
+    smallest, largest = (
+        float(dequantize_affine(torch.tensor(q), scale, zero_point)) for q in code_range(bits, symmetric)
+    )
     slack = float(scale) * (0.5 + 1e-4)
     assert smallest - slack <= min(low, 0.0)
     assert largest + slack >= max(high, 0.0)
@@ -85,7 +87,7 @@ def test_quantize_rounds_the_quotient(given_range: tuple[float, float, int, bool
     scale, zero_point = qparams(*given_range)
     limits = code_range(*given_range[2:])
     x = torch.randn(50, generator=torch.Generator().manual_seed(seed)) * float(scale) * 2 ** given_range[2]
-    for value, code in zip(x.tolist(), quantize(x, scale, zero_point, *limits).tolist(), strict=True):
+    for value, code in zip(x.tolist(), quantize_affine(x, scale, zero_point, *limits).tolist(), strict=True):
         exact = value / float(scale) + int(zero_point)
         clamped = min(max(exact, limits[0]), limits[1])
         assert code == int(code)
@@ -97,7 +99,7 @@ def test_quantize_ties_go_to_even(sixteenths: list[int], exponent: int, zero_poi
     scale = 2.0**exponent  # powers of two: the quotient is exact, so that ties are ties
     x = [n / 16 * scale for n in sixteenths]
     expected = [min(max(round(n / 16) + zero_point, 0), 255) for n in sixteenths]
-    codes = quantize(torch.tensor(x), torch.tensor(scale), torch.tensor(zero_point), 0, 255)
+    codes = quantize_affine(torch.tensor(x), torch.tensor(scale), torch.tensor(zero_point), 0, 255)
     assert codes.tolist() == expected
 
 
@@ -107,7 +109,7 @@ def test_dequantize_is_the_equation(given_range: tuple[float, float, int, bool])
     quant_min, quant_max = code_range(*given_range[2:])
     codes = torch.arange(quant_min, quant_max + 1)
     expected = [(q - int(zero_point)) * float(scale) for q in codes.tolist()]
-    assert dequantize(codes, scale, zero_point).tolist() == pytest.approx(expected, rel=1e-6)
+    assert dequantize_affine(codes, scale, zero_point).tolist() == pytest.approx(expected, rel=1e-6)
 
 
 @given(RANGES, SEEDS)
@@ -146,8 +148,8 @@ def test_quantization_is_scale_equivariant(
     assert torch.equal(scaled, scale * 2.0**exponent)
     assert torch.equal(scaled_zero_point, zero_point)
     limits = code_range(bits, symmetric)
-    expected = quantize(x, scale, zero_point, *limits)
-    assert torch.equal(quantize(x * 2.0**exponent, scaled, zero_point, *limits), expected)
+    expected = quantize_affine(x, scale, zero_point, *limits)
+    assert torch.equal(quantize_affine(x * 2.0**exponent, scaled, zero_point, *limits), expected)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -172,9 +174,9 @@ def test_one_symmetric_bit_is_refused() -> None:
 def test_half_precision_is_quantized_in_float32() -> None:
     x = torch.randn(1000).bfloat16()
     scale, zero_point = torch.tensor(0.0371), torch.tensor(100)
-    codes = quantize(x, scale, zero_point, 0, 255)
+    codes = quantize_affine(x, scale, zero_point, 0, 255)
     assert codes.dtype == torch.float32
-    assert torch.equal(codes, quantize(x.float(), scale, zero_point, 0, 255))
+    assert torch.equal(codes, quantize_affine(x.float(), scale, zero_point, 0, 255))
 
 
 def test_along_puts_values_on_an_axis() -> None:

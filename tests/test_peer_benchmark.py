@@ -14,7 +14,7 @@ import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.backends.onednn import backend as onednn
 from dmq_ao.benchmarks.benchmark import first_rows, run_benchmark
-from dmq_ao.benchmarks.named import NAMED, Named
+from dmq_ao.benchmarks.named import NAMED, NamedDenoiser
 from dmq_ao.benchmarks.peer_benchmark import Case, Ours, Padded, side_by_side, stored_bytes
 from dmq_ao.benchmarks.peers import COMPILED_FP32, PEERS, Artifact, Peer
 from dmq_ao.evaluation import folder_bytes
@@ -126,7 +126,7 @@ def test_calibration_calls_have_the_size_of_the_call() -> None:
 
 
 def test_a_benchmark_with_peers_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NAMED, "tiny", Named(lambda: seeded(Renamed), noise, batch_size=2, samples=4))
+    monkeypatch.setitem(NAMED, "tiny", NamedDenoiser(lambda: seeded(Renamed), noise, batch_size=2, samples=4))
     report = run_benchmark("tiny", "w8a8", repeats=1, peers=["torch fp32"], say=lambda _: None)
     assert list(report["rows"]) == ["dmq_ao W8A8", COMPILED_FP32, "torch fp32"]
     assert (report["model"], report["batch_size"], report["mode"]) == ("tiny", 2, "default")
@@ -135,7 +135,7 @@ def test_a_benchmark_with_peers_has_a_row_for_each(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_benchmark_without_peers_times_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(NAMED, "tiny", Named(lambda: seeded(Renamed), noise, batch_size=3, samples=4))
+    monkeypatch.setitem(NAMED, "tiny", NamedDenoiser(lambda: seeded(Renamed), noise, batch_size=3, samples=4))
     report = run_benchmark("tiny", "w4a16", repeats=1, say=lambda _: None)
     assert report["latency_ms"].keys() == report["compile_seconds"].keys() == {"float", "quantized"}
     assert report["batch_size"] == 3

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dmq_ao.pipelines import adapter as diffusers_adapter
-from dmq_ao.pipelines.prompts import told
+from dmq_ao.pipelines.prompts import call_arguments
 
 QUICK = ("--steps", "3", "--samples", "8")
 
@@ -106,8 +106,8 @@ def test_a_seed_has_the_same_prompt_in_any_batch(prompts: list[str], seeds: list
     class Takes:
         def __call__(self, prompt: list[str]) -> None: ...
 
-    whole = told(Takes(), seeds, prompts)["prompt"]
-    parts = [told(Takes(), seeds[i : i + size], prompts)["prompt"] for i in range(0, len(seeds), size)]
+    whole = call_arguments(Takes(), seeds, prompts)["prompt"]
+    parts = [call_arguments(Takes(), seeds[i : i + size], prompts)["prompt"] for i in range(0, len(seeds), size)]
     assert [text for part in parts for text in part] == whole
     assert dict(zip(seeds, whole, strict=True)) == {seed: prompts[seed % len(prompts)] for seed in seeds}
 
@@ -131,35 +131,37 @@ def test_images_depend_on_the_seed_and_its_prompt_alone(painter: Painter) -> Non
 
 
 def test_one_text_is_for_all(painter: Painter) -> None:
-    assert told(painter, [3, 4], "sea") == {"prompt": ["sea", "sea"]}
+    assert call_arguments(painter, [3, 4], "sea") == {"prompt": ["sea", "sea"]}
 
 
 def test_pipelines_say_what_they_want(painter: Painter, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    with pytest.raises(ValueError, match="Painter draws from a prompt; give one"):
+    with pytest.raises(ValueError, match="Painter needs a prompt; give one"):
         diffusers_adapter.record_pipeline(painter, num_samples=2)
     plain = quiet(diffusers.DDPMPipeline(tiny_unet2d[0], diffusers.DDPMScheduler()))
-    assert told(plain, [5, 6, 7], None) == {"batch_size": 3}
-    with pytest.raises(ValueError, match="DDPMPipeline takes no prompt; leave it out"):
-        told(plain, [0], ["a"])
+    assert call_arguments(plain, [5, 6, 7], None) == {"batch_size": 3}
+    with pytest.raises(ValueError, match="DDPMPipeline does not take a prompt; leave it out"):
+        call_arguments(plain, [0], ["a"])
     with pytest.raises(ValueError, match=r"takes image, num_inference_steps, neither a prompt .* dmq_ao.record"):
-        told(Upscaling(tiny_unet2d[0]), [0], None)
+        call_arguments(Upscaling(tiny_unet2d[0]), [0], None)
 
 
 def test_what_draws_no_images_can_be_recorded_but_not_shown(painter: Painter) -> None:
     filming = quiet(Filming(painter.unet, painter.scheduler))
     samples = diffusers_adapter.record_pipeline(filming, num_samples=4, steps=2, prompt="a", trajectories=2)
     assert len(samples) == 4
-    with pytest.raises(TypeError, match="Filming returns frames, and no images"):
+    with pytest.raises(TypeError, match="Filming returns frames, not images"):
         diffusers_adapter.sample(filming, [0], steps=2, prompt="a")
 
 
 def test_classes_by_seed_number_and_name(dit_folder: Path) -> None:
     pipeline = diffusers_adapter.load_pipeline(dit_folder)
-    assert told(pipeline, [3, 1002], None) == {"class_labels": [3, 2]}
-    assert told(pipeline, [0, 1, 2], ["207", "cock", "Tinca tinca"]) == {"class_labels": [207, 7, 0]}
+    assert call_arguments(pipeline, [3, 1002], None) == {"class_labels": [3, 2]}
+    assert call_arguments(pipeline, [0, 1, 2], ["207", "cock", "Tinca tinca"]) == {"class_labels": [207, 7, 0]}
     for wrong in ("1000", "fox", "-1"):
-        with pytest.raises(ValueError, match="draws classes: 0 to 999 or one of 3 names, such as 'Tinca tinca'; got"):
-            told(pipeline, [0], wrong)
+        with pytest.raises(
+            ValueError, match="takes class numbers 0 to 999 or one of 3 names, such as 'Tinca tinca'; got"
+        ):
+            call_arguments(pipeline, [0], wrong)
 
 
 @pytest.mark.parametrize(("classes", "more"), [(10, {"class_labels": [2, 3]}), (None, {})])
@@ -172,7 +174,7 @@ def test_a_pipeline_that_counts_and_may_draw_classes(classes: int | None, more: 
         num_class_embeds=classes,
     )
     pipeline = diffusers.ConsistencyModelPipeline(unet, diffusers.CMStochasticIterativeScheduler())
-    assert told(pipeline, [2, 13], None) == {"batch_size": 2, **more}
+    assert call_arguments(pipeline, [2, 13], None) == {"batch_size": 2, **more}
 
 
 @pytest.fixture(scope="module")
@@ -211,15 +213,15 @@ def test_a_pipeline_in_bfloat16_stays_so(dit_folder: Path, full: tuple[Path, dic
     assert diffusers_adapter.sample(quiet(pipeline), [0], steps=2).dtype == torch.float32
     [row] = document("compare", dit_folder, half, "--images", 2, "--steps", 2)["variants"]
     assert row["one_step_error"] < 0.1
-    assert "several dtypes" in failure(1, "compare", dit_folder, half, full[0])
+    assert "must have the same dtype" in failure(1, "compare", dit_folder, half, full[0])
 
 
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
-        (("--prompt", "fox"), "DiTPipeline draws classes: 0 to 999"),
+        (("--prompt", "fox"), "DiTPipeline takes class numbers 0 to 999"),
         (("--prompt", "@no_such_file.txt"), "no_such_file.txt cannot be read as text"),
-        (("--prompt", "@{empty}"), "holds no text; write one prompt a line"),
+        (("--prompt", "@{empty}"), "is empty; write one prompt a line"),
     ],
 )
 def test_wrong_prompts_are_usage_errors(prompt: tuple[str, str], words: str, dit_folder: Path, tmp_path: Path) -> None:

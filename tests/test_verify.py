@@ -117,9 +117,9 @@ def test_a_signer_is_asked_for_in_full(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("model_signing")
     with pytest.raises(ValueError, match="give public_key=, or identity= and issuer="):
         verify(folder, signature=tmp_path / "model.sig")
-    with pytest.raises(ValueError, match="a public_key, or an identity and its issuer"):
+    with pytest.raises(ValueError, match="either public_key=, or identity= with issuer="):
         verify(folder, identity="me@example.org")
-    with pytest.raises(ValueError, match="a public_key, or an identity and its issuer"):
+    with pytest.raises(ValueError, match="either public_key=, or identity= with issuer="):
         verify(folder, public_key=tmp_path, identity="me@example.org", issuer="https://example.org")
     with pytest.raises(InvalidFile, match=r"model.sig is missing; sign the folder with `model_signing sign key`"):
         verify(folder, public_key=tmp_path / "public.pem")

@@ -89,7 +89,7 @@ class _Weight:
     def soft(self) -> Tensor:
         scale, zero_point = self.grid[:2]
         codes = soft_codes(self.weight, self.logits, *self.grid)
-        return numerics.dequantize(codes, scale, zero_point).reshape(self.record.codes.shape)
+        return numerics.dequantize_affine(codes, scale, zero_point).reshape(self.record.codes.shape)
 
     def hard(self) -> WeightRecord:
         codes = hard_codes(self.weight, self.logits.detach(), *self.grid)

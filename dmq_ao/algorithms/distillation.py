@@ -52,7 +52,7 @@ class _Dequantized(torch.autograd.Function):
     def forward(ctx: Any, scale: Tensor, codes: Tensor, zero_point: Tensor) -> Tensor:
         ctx.save_for_backward(codes, zero_point)
         grouped = codes.reshape(*scale.shape, -1)
-        return numerics.dequantize(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape)
+        return numerics.dequantize_affine(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

@@ -17,7 +17,7 @@ def layer_noise(prepared: GraphModule, arguments: list[Tensor]) -> dict[str, flo
 
     Args:
         prepared: calibrated.
-        arguments: of the graph, a few samples.
+        arguments: [B, ...] of the graph, a few samples.
     """
     with torch.no_grad():
         return _Measure(prepared).measure(arguments)

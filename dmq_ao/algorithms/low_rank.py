@@ -89,7 +89,7 @@ class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scale: Tensor, place: Tensor, codes: Tensor, zero_point: Tensor, inside: Tensor) -> Tensor:
         ctx.save_for_backward(scale, codes, zero_point, inside)
-        return numerics.dequantize(codes, scale.unsqueeze(-1), zero_point)
+        return numerics.dequantize_affine(codes, scale.unsqueeze(-1), zero_point)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

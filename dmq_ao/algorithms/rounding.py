@@ -311,7 +311,7 @@ def round_by_learning(
     arguments = (scale, zero_point, config.bits, config.symmetric)
     for step in range(1, rounding.steps + 1):
         chosen = fit[torch.randperm(len(fit), generator=generator)[: rounding.batch_size]]
-        values = numerics.dequantize(soft_codes(flat, logits, *arguments), scale, zero_point)
+        values = numerics.dequantize_affine(soft_codes(flat, logits, *arguments), scale, zero_point)
         error = output_error(product(rows.x[chosen], values), rows.y[chosen], -1)
         loss = (weighting(error, rows.step[chosen]) * error).mean()
         if step > rounding.warmup * rounding.steps:

@@ -11,7 +11,7 @@ from dmq_ao import graph
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.observers import VoteReport
 from dmq_ao.quantizer.prepared import observers, readers, state_of
-from dmq_ao.records import LayerRecord, moved
+from dmq_ao.records import LayerRecord, on_device
 from dmq_ao.serialization.checkpoint import Checkpoint
 from dmq_ao.serialization.layers import layer_configs, layer_records, layer_tensors
 
@@ -117,7 +117,7 @@ class Decisions:
     def _restore(self, records: Mapping[str, LayerRecord]) -> None:
         for name, record in records.items():
             weight, activation = self.watchers[name]
-            there = moved(record, self.device)
+            there = on_device(record, self.device)
             weight.restore(there.weight, there.bias)
             if activation is not None and record.activation is not None:
                 activation.channel_scale = record.activation.channel_scale

@@ -26,7 +26,7 @@ from dmq_ao.passes import out_of_place
 from dmq_ao.quantizer.plan import make_plan
 from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, state_of, tables
 from dmq_ao.quantizer.quantizer import DiffusionQuantizer
-from dmq_ao.records import LayerRecord, PackedRecords, moved, packed_record
+from dmq_ao.records import LayerRecord, PackedRecords, on_device, packed_record
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
@@ -193,7 +193,7 @@ def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
         kind = plan[name].kind
         inputs = activation.record() if activation is not None else None
         record = LayerRecord(name, kind, decided, inputs, weight.bias)
-        records[name] = moved(record, device)  # ranges are kept on the CPU while they are observed
+        records[name] = on_device(record, device)  # ranges are kept on the CPU while they are observed
     return records
 
 

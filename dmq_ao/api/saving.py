@@ -30,7 +30,7 @@ from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization.folder import GRAPH, Stored
 from dmq_ao.serialization.operators import Forbidden, NotReadable
 from dmq_ao.serialization.records import StoredRecords
-from dmq_ao.serialization.skeleton import float_model, identity, skeleton
+from dmq_ao.serialization.skeleton import float_model, identity, stored_skeleton
 from dmq_ao.serialization.tensors import GraphTensors
 
 
@@ -65,7 +65,7 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
 
 def _graph_text(quantized: QuantizedDenoiser, text: str) -> str:
     plan = [as_json.plain(item) for item in quantized.plan.values()]
-    call = signature.to_json(quantized.signature)
+    call = signature.signature_to_json(quantized.signature)
     return json.dumps({"signature": call, "plan": plan, "graph": json.loads(text)}, allow_nan=False)
 
 
@@ -149,7 +149,7 @@ def check(folder: str | Path) -> dict[str, int]:
             operators = len(_read_graph(stored, stored.graph, None, folder).gm.graph.nodes)
         except (NotReadable, Forbidden) as error:
             raise InvalidFile(f"{Path(folder) / GRAPH}: {error}") from error
-    skeleton(stored, None, folder)
+    stored_skeleton(stored, None, folder)
     records = stored.records
     assert isinstance(records, StoredRecords)
     for name in records:
@@ -199,12 +199,12 @@ def _read_graph(stored: Stored, text: str, model: nn.Module | None, folder: str 
     """Build the graph, and refuse what does not fit itself, its example or its records before it is run.
 
     Raises:
-        NotReadable, Forbidden: as ``serialization.graph.from_json`` and ``serialization.signature.from_json``.
+        NotReadable, Forbidden: as ``graph.from_json`` and ``signature_from_json`` of ``serialization``.
         InvalidFile: for anything else.
     """
     with _damage_is_named(folder):
         parts = as_json.parse(text)
-        call = signature.from_json(parts["signature"], stored, model)
+        call = signature.signature_from_json(parts["signature"], stored, model)
         plan = {item["name"]: as_json.typed(LayerPlan, item, "plan") for item in parts["plan"]}
         tensors = GraphTensors(stored)
         gm = stored_graph.from_json(parts["graph"], tensors.tensor)
@@ -215,7 +215,7 @@ def _read_graph(stored: Stored, text: str, model: nn.Module | None, folder: str 
         answer = program.answer
         signature.check_answer(call, len(answer) if isinstance(answer, (tuple, list)) else 1)
         timestep = dict(zip(call.names, gm.graph.find_nodes(op="placeholder"), strict=True)).get(call.timestep or "")
-        agreement.check(gm, tensors.outlines, plan, timestep)
+        agreement.check_agreement(gm, tensors.outlines, plan, timestep)
         return _Graph(gm, json.dumps(parts["graph"]), call, plan, tensors, program)
 
 
@@ -228,7 +228,7 @@ def _from_graph(
     how: Mapping[str, bool],
     device: torch.device,
 ) -> QuantizedDenoiser:
-    whole = skeleton(stored, model, folder)
+    whole = stored_skeleton(stored, model, folder)
     target = choose(backend, device, parts.plan, **how)
     if how["latency_aware"]:
         parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs

@@ -63,12 +63,12 @@ class Run:
     held: Tensor | None = None
 
     def stream(self) -> Iterator[list[Tensor]]:
-        """The graph's arguments, a list a batch, made as they are asked for."""
+        """The graph's arguments [B, ...], a list a batch, made as they are asked for."""
         return (graph.graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
 
     @cached_property
     def batches(self) -> list[list[Tensor]]:
-        """All of them at once."""
+        """All of them [B, ...] at once."""
         return list(self.stream())
 
     @cached_property

@@ -31,9 +31,9 @@ from dmq_ao.pipelines.prompts import Prompts
 from dmq_ao.samples import CalibrationSet
 
 BATCH_SIZE, SAMPLES = 4, 16
-HELD_OUT_SEED = 1000  # of the trajectories for errors; calibration counts up from SEED and does not come so far
+STATES_SEED = 1000  # of the trajectories for errors; calibration counts up from SEED and does not come so far
 
-Timed = tuple[nn.Module, QuantizedDenoiser, Mapping[str, Any]]  # float, quantized, keyword arguments of a call
+BenchmarkCase = tuple[nn.Module, QuantizedDenoiser, Mapping[str, Any]]  # float, quantized, keyword arguments of a call
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_benchmark(
         backend: as for ``dmq_ao.convert``.
         mode: as for ``dmq_ao.compile``.
         prompt: for pipelines that want one: a text, or several that the seeds take in turn.
-        peers: names of ``dmq_ao.evaluation.peers.PEERS``, timed in the same rounds as ours and compiled float32.
+        peers: names of ``dmq_ao.benchmarks.peers.PEERS``, timed in the same rounds as ours and compiled float32.
         progress: show progress bars.
         say: told what is going on.
 
@@ -94,22 +94,22 @@ def run_benchmark(
     recipe = recipes.minmax(bits, power_of_two=power_of_two)
     check_installed(peers)
     if peers and _is_quantized_folder(model):
-        raise ValueError(f"{model} holds no float weights, and peers start from those; give the float model instead")
+        raise ValueError(f"{model} has no float weights, which the peers start from; give the float model instead")
     rows = batch_size or (NAMED[model].batch_size if model in NAMED else BATCH_SIZE)
     settings = _Settings(recipe, rows, repeats, backend, mode, prompt, progress, say)
     with _threads(threads):
         if peers:
             name = f"dmq_ao {bits.upper()}{'+PTS' if power_of_two else ''}{', max' if mode == 'max' else ''}"
-            quantized, measured = _against_peers(model, settings, name, peers)
+            quantized, figures = _against_peers(model, settings, name, peers)
         else:
-            quantized, measured = _against_float(model, settings)
+            quantized, figures = _against_float(model, settings)
         return {
             "model": model,
             "recipe": quantized.recipe.to_dict(),
             "backend": quantized.backend,
             "mode": mode,
             "batch_size": rows,
-            **measured,
+            **figures,
             "kernels": quantized.kernel_counts,
             "machine": machine(),
             "date": time.strftime("%Y-%m-%d"),
@@ -118,17 +118,17 @@ def run_benchmark(
 
 def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, dict[str, Any]]:
     if _is_quantized_folder(model):
-        teacher, quantized, inputs = _stored(model, settings.batch_size, settings.backend)
+        teacher, quantized, inputs = _stored_denoiser(model, settings.batch_size, settings.backend)
     else:
-        teacher, samples, _ = _float(model, settings.prompt)
+        teacher, samples, _ = _float_denoiser(model, settings.prompt)
         quantized = _convert(model, teacher, samples, settings)
         inputs = first_rows(samples, settings.batch_size)
     settings.say("compile float32 and quantized")
     calls, compile_seconds = compiled_calls({"float": teacher, "quantized": quantized}, inputs, settings.mode)
-    times = latency(calls, repeats=settings.repeats, progress=settings.progress)
+    latencies = latency(calls, repeats=settings.repeats, progress=settings.progress)
     return quantized, {
-        "latency_ms": {name: vars(timed) for name, timed in times.items()},
-        "speedup": speedup(times, "float")["quantized"],
+        "latency_ms": {name: vars(times) for name, times in latencies.items()},
+        "speedup": speedup(latencies, "float")["quantized"],
         "compile_seconds": compile_seconds,
     }
 
@@ -136,24 +136,24 @@ def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, 
 def _against_peers(
     model: str, settings: _Settings, name: str, peers: Sequence[str]
 ) -> tuple[QuantizedDenoiser, dict[str, Any]]:
-    teacher, samples, pipeline = _float(model, settings.prompt)
+    teacher, samples, pipeline = _float_denoiser(model, settings.prompt)
     states = samples  # of a named denoiser: noise is noise
     if pipeline is not None:
-        states = held_out_states(pipeline, steps=STEPS, seed=HELD_OUT_SEED, prompt=settings.prompt)
-    started = time.perf_counter()
+        states = held_out_states(pipeline, steps=STEPS, seed=STATES_SEED, prompt=settings.prompt)
+    start = time.perf_counter()
     quantized = _convert(model, teacher, samples, settings)
-    ours = {name: Ours(quantized, settings.mode, time.perf_counter() - started)}
+    ours = {name: Ours(quantized, settings.mode, time.perf_counter() - start)}
     case = Case(teacher, first_rows(samples, settings.batch_size), samples, states, settings.batch_size)
     names = list(dict.fromkeys((COMPILED_FP32, *peers)))
-    measured = side_by_side(case, names, ours, repeats=settings.repeats, progress=settings.progress, say=settings.say)
-    return quantized, measured
+    figures = side_by_side(case, names, ours, repeats=settings.repeats, progress=settings.progress, say=settings.say)
+    return quantized, figures
 
 
 def _is_quantized_folder(model: str) -> bool:
     return Path(model).is_dir() and is_quantized(denoiser_folder(model))
 
 
-def _float(model: str, prompt: Prompts) -> tuple[nn.Module, CalibrationSet, Any]:
+def _float_denoiser(model: str, prompt: Prompts) -> tuple[nn.Module, CalibrationSet, Any]:
     """A denoiser, samples to calibrate it on, and the pipeline that it stands in, if it does."""
     if model in NAMED:
         return *named_denoiser(model), None
@@ -174,11 +174,11 @@ def _convert(model: str, teacher: nn.Module, samples: CalibrationSet, settings: 
 def first_rows(samples: CalibrationSet, batch_size: int) -> Mapping[str, Any]:
     """A call of exactly ``batch_size`` rows of one timestep, as a sampler makes it."""
     rows = torch.nonzero(samples.step == samples.step[0])[:, 0]
-    chosen = samples.select(rows[torch.arange(batch_size) % len(rows)])
-    return next(chosen.batches(batch_size))
+    call_rows = samples.select(rows[torch.arange(batch_size) % len(rows)])
+    return next(call_rows.batches(batch_size))
 
 
-def _stored(folder: str, batch_size: int, backend: str) -> Timed:
+def _stored_denoiser(folder: str, batch_size: int, backend: str) -> BenchmarkCase:
     """A saved denoiser, a float one of its architecture with random weights, and noise for a call."""
     quantized = load_denoiser(folder, backend=backend)
     architecture = quantized.skeleton

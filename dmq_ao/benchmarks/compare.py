@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from dmq_ao.api.quantize import denoiser_name
-from dmq_ao.benchmarks.measure import held_out_states, images_of, variant_report
+from dmq_ao.benchmarks.measure import GRID_IMAGES, held_out_states, images_of, variant_report
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation import machine
 from dmq_ao.evaluation.cost import float_bytes
-from dmq_ao.evaluation.table import FLOAT
+from dmq_ao.evaluation.table import FLOAT_ROW
 from dmq_ao.pipelines.adapter import denoiser_folder, load_denoiser, load_pipeline
 from dmq_ao.pipelines.prompts import Prompts
 
-HELD_OUT_SEED = 1_000_000  # far from the seeds that calibration counts up from
-SHOWN = 8
+HELD_OUT_OFFSET = 1_000_000  # far from the seeds that calibration counts up from
 
 
 def compare(
@@ -48,7 +47,7 @@ def compare(
         say: told what is going on.
 
     Returns:
-        The report that ``dmq_ao.evaluation`` renders, and its pictures.
+        The report that ``dmq_ao.evaluation`` renders, and its pictures, rows [N, C, H, W] in 0..1.
 
     Raises:
         InvalidFile: for a folder that is not there or not quantized; before anything is sampled.
@@ -60,16 +59,16 @@ def compare(
     pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized))
     teacher = getattr(pipeline, denoiser_name(pipeline))
     say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
-    states = held_out_states(pipeline, steps=steps, seed=seed + HELD_OUT_SEED, prompt=prompt)
+    states = held_out_states(pipeline, steps=steps, seed=seed + HELD_OUT_OFFSET, prompt=prompt)
     seeds = range(seed, seed + images)
     expected = images_of(pipeline, teacher, seeds, steps=steps, prompt=prompt)
-    pictures, variants = {FLOAT: expected[:SHOWN]}, []
+    pictures, variants = {FLOAT_ROW: expected[:GRID_IMAGES]}, []
     for name, denoiser in quantized.items():
         say(f"{name}: one-step errors and {images} images")
-        drawn = images_of(pipeline, denoiser, seeds, steps=steps, prompt=prompt)
+        student_images = images_of(pipeline, denoiser, seeds, steps=steps, prompt=prompt)
         folder = denoiser_folder(names[name])
-        row = variant_report(name, denoiser, teacher, states, drawn, expected, folder, float_bytes(teacher))
-        pictures[name] = drawn[:SHOWN]
+        row = variant_report(name, denoiser, teacher, states, student_images, expected, folder, float_bytes(teacher))
+        pictures[name] = student_images[:GRID_IMAGES]
         variants.append(row)
     report = {
         "title": f"{model}: float against quantized",
@@ -77,7 +76,7 @@ def compare(
         "machine": machine(),
         "protocol": {
             "scheduler": f"{type(pipeline.scheduler).__name__}, {steps} steps",
-            "one-step error": f"{len(states)} states of float trajectories, seeds from {seed + HELD_OUT_SEED}",
+            "one-step error": f"{len(states)} states of float trajectories, seeds from {seed + HELD_OUT_OFFSET}",
             "images": f"{images}, seeds from {seed}",
             "backend": backend,
         },
@@ -90,12 +89,14 @@ def compare(
 def _common_dtype(quantized: Mapping[str, QuantizedDenoiser]) -> torch.dtype:
     dtypes = {name: denoiser.dtype for name, denoiser in quantized.items()}
     if len(set(dtypes.values())) > 1:
-        raise ValueError(f"the denoisers are of several dtypes, {dtypes}; compare those of each by themselves")
+        raise ValueError(
+            f"the denoisers must have the same dtype, got {dtypes}; compare those of each dtype separately"
+        )
     return next(iter(dtypes.values()), torch.float32)
 
 
 def _names(folders: Sequence[str | Path]) -> dict[str, str | Path]:
     """A distinct row name for each folder: its last part where that is enough, else all of it."""
     last = [Path(folder).resolve().name for folder in folders]
-    distinct = len({FLOAT, *last}) == len(last) + 1
+    distinct = len({FLOAT_ROW, *last}) == len(last) + 1
     return dict(zip(last if distinct else map(str, folders), folders, strict=True))

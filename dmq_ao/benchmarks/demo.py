@@ -14,18 +14,17 @@ from dmq_ao.api.calibrate import calibrate
 from dmq_ao.api.compile import Mode
 from dmq_ao.api.quantize import convert, prepare
 from dmq_ao.api.saving import save
-from dmq_ao.benchmarks.measure import compiled_latency, held_out_states, images_of, variant_report
+from dmq_ao.benchmarks.measure import GRID_IMAGES, compiled_latency, held_out_states, images_of, variant_report
 from dmq_ao.evaluation import machine, write_report
 from dmq_ao.evaluation.cost import float_bytes
-from dmq_ao.evaluation.table import FLOAT
+from dmq_ao.evaluation.table import FLOAT_ROW
 from dmq_ao.pipelines.adapter import DEMO, load_pipeline, record_pipeline
 
-STEPS = 20
+DEMO_STEPS = 20
 CALIBRATION_SEED, HELD_OUT_SEED, IMAGE_SEED = 1000, 2000, 0
 VARIANTS = (("w8a8", "minmax"), ("w4a8", "minmax"), ("w4a8", "default"), ("w4a6", "default"))
 TRAJECTORIES = 80
 LATENCY_BATCH = 8
-SHOWN = 8
 
 
 def run_demo(
@@ -54,33 +53,35 @@ def run_demo(
     """
     pipeline = load_pipeline(DEMO)
     teacher = pipeline.unet
-    say(f"recording {num_samples} calibration samples from {STEPS}-step trajectories")
+    say(f"recording {num_samples} calibration samples from {DEMO_STEPS}-step trajectories")
     samples = record_pipeline(
-        pipeline, num_samples=num_samples, steps=STEPS, seed=CALIBRATION_SEED, trajectories=TRAJECTORIES
+        pipeline, num_samples=num_samples, steps=DEMO_STEPS, seed=CALIBRATION_SEED, trajectories=TRAJECTORIES
     )
-    states = held_out_states(pipeline, steps=STEPS, seed=HELD_OUT_SEED)
+    states = held_out_states(pipeline, steps=DEMO_STEPS, seed=HELD_OUT_SEED)
     seeds = range(IMAGE_SEED, IMAGE_SEED + images)
-    drawn = {FLOAT: images_of(pipeline, teacher, seeds, steps=STEPS)}
-    denoisers: dict[str, nn.Module] = {FLOAT: teacher}
+    image_rows = {FLOAT_ROW: images_of(pipeline, teacher, seeds, steps=DEMO_STEPS)}
+    denoisers: dict[str, nn.Module] = {FLOAT_ROW: teacher}
     variants = []
     for bits, recipe in VARIANTS:
         name = f"{bits.upper()} {recipe}"
         say(f"{name}: calibrate, quantize, sample")
         prepared = prepare(teacher, recipes.ALL_RECIPES[recipe](bits), samples.example(), backend=backend)
-        found = calibrate(prepared, samples, progress=False)
+        calibration = calibrate(prepared, samples, progress=False)
         denoisers[name] = quantized = convert(prepared, backend)
-        drawn[name] = images_of(pipeline, quantized, seeds, steps=STEPS)
+        image_rows[name] = images_of(pipeline, quantized, seeds, steps=DEMO_STEPS)
         with tempfile.TemporaryDirectory() as temporary:
             save(quantized, temporary)
             size = float_bytes(teacher)
-            row = variant_report(name, quantized, teacher, states, drawn[name], drawn[FLOAT], temporary, size)
-            variants.append({**row, "calibration_seconds": found.seconds})
+            row = variant_report(
+                name, quantized, teacher, states, image_rows[name], image_rows[FLOAT_ROW], temporary, size
+            )
+            variants.append({**row, "calibration_seconds": calibration.seconds})
     float_ms = None
     if with_latency:
         mode = mode or ("max" if quantized.backend == "onednn" else "default")
         say(f"compile {len(denoisers)} denoisers (mode {mode}) and time them in turns")
         times = compiled_latency(denoisers, samples.example(LATENCY_BATCH), mode=mode)
-        float_ms = times[FLOAT].median_ms
+        float_ms = times[FLOAT_ROW].median_ms
         for row in variants:
             row["latency_ms"] = times[row["name"]].median_ms
             row["speedup"] = float_ms / row["latency_ms"]
@@ -89,7 +90,7 @@ def run_demo(
         "model": "bundled DDIM denoiser, Fashion-MNIST 28x28",
         "machine": machine(),
         "protocol": {
-            "scheduler": f"{type(pipeline.scheduler).__name__}, {STEPS} steps",
+            "scheduler": f"{type(pipeline.scheduler).__name__}, {DEMO_STEPS} steps",
             "calibration": f"{len(samples)} samples of {TRAJECTORIES} trajectories, seeds from {CALIBRATION_SEED}",
             "one-step error": f"{len(states)} states of float trajectories, seeds from {HELD_OUT_SEED}",
             "images": f"{images}, seeds from {IMAGE_SEED}",
@@ -100,5 +101,5 @@ def run_demo(
         "float": {"file_bytes": float_bytes(teacher), "latency_ms": float_ms},
         "variants": variants,
     }
-    write_report(report, {name: pictures[:SHOWN] for name, pictures in drawn.items()}, folder)
+    write_report(report, {name: pictures[:GRID_IMAGES] for name, pictures in image_rows.items()}, folder)
     return report

@@ -25,6 +25,7 @@ from dmq_ao.pipelines.prompts import Prompts
 from dmq_ao.samples import CalibrationSet
 
 STATES_PER_TIMESTEP = 8
+GRID_IMAGES = 8  # of a row of pictures
 
 
 def held_out_states(
@@ -47,8 +48,8 @@ def held_out_states(
 def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, Any]]]:
     """Each timestep with the keyword arguments of a call on its states."""
     for step in states.step.unique():
-        chosen = states.select(torch.nonzero(states.step == step)[:, 0])
-        yield float(chosen.timestep[0]), next(iter(chosen.batches(len(chosen))))
+        rows = states.select(torch.nonzero(states.step == step)[:, 0])
+        yield float(rows.timestep[0]), next(iter(rows.batches(len(rows))))
 
 
 def images_of(
@@ -74,9 +75,23 @@ def variant_report(
     folder: str | Path | None = None,
     float_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report."""
-    there = ((timestep, moved_inputs(inputs, quantized.device)) for timestep, inputs in by_timestep(states))
-    errors = one_step_error(teacher, quantized, there)
+    """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report.
+
+    Args:
+        name: of the row.
+        quantized: the denoiser.
+        teacher: the float one that it was made from.
+        states: inputs for one-step errors.
+        images: [N, C, H, W] in 0..1, drawn with ``quantized``.
+        expected: [N, C, H, W], drawn with ``teacher`` from the same seeds.
+        folder: where ``quantized`` is stored; None where it is not.
+        float_bytes: what ``teacher`` takes; None where that is not compared.
+
+    Raises:
+        ValueError: for images of different shapes, or outputs that are not finite.
+    """
+    batches = ((timestep, moved_inputs(inputs, quantized.device)) for timestep, inputs in by_timestep(states))
+    errors = one_step_error(teacher, quantized, batches)
     rows = quantized.layer_reports()
     size = None if folder is None else folder_bytes(folder)
     return {
@@ -109,9 +124,9 @@ def compiled_calls(
         integer = isinstance(denoiser, QuantizedDenoiser)
         compiled = compile(denoiser, mode) if integer else torch.compile(denoiser)  # type: ignore[arg-type]
         calls[name] = partial(torch.no_grad()(compiled), **inputs)
-        started = time.perf_counter()
+        start = time.perf_counter()
         calls[name]()
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = time.perf_counter() - start
     return calls, seconds
 
 

@@ -15,12 +15,12 @@ STEPS, SEED = 4, 0
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedDenoiser:
     """A denoiser by name, and what it is benchmarked with.
 
     Attributes:
         build: makes it, in eval mode; twice the same weights.
-        noise: inputs of so many rows but for the timestep, by the name of the argument.
+        noise: inputs [rows, ...] of so many rows but for the timestep, by the name of the argument.
         batch_size: rows of a call.
         samples: rows to calibrate on, a multiple of ``STEPS``.
         shared: inputs that all rows have in common.
@@ -33,7 +33,7 @@ class Named:
     shared: Callable[[], dict[str, Shared]] = dict
 
 
-def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+def _with_seed(make: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         return make().eval()
@@ -43,7 +43,7 @@ def cifar_unet() -> nn.Module:
     """The UNet of DDPM on CIFAR-10: 36M parameters, 32x32 pixels."""
     import diffusers
 
-    return _seeded(
+    return _with_seed(
         lambda: diffusers.UNet2DModel(
             sample_size=32,
             block_out_channels=(128, 256, 256, 256),
@@ -59,14 +59,14 @@ def sd15_unet() -> nn.Module:
     """The UNet of Stable Diffusion 1.5: 860M parameters (3.4 GB), 64x64 latents, cross-attention to 77 tokens."""
     import diffusers
 
-    return _seeded(lambda: diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
+    return _with_seed(lambda: diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
 
 
 def dit_s_2() -> nn.Module:
     """A DiT of the size S/2: 12 layers, 384 wide, 32x32 latents in patches of 2, noise and variance predicted."""
     import diffusers
 
-    return _seeded(
+    return _with_seed(
         lambda: diffusers.DiTTransformer2DModel(
             num_layers=12, num_attention_heads=6, attention_head_dim=64, out_channels=8
         )
@@ -77,7 +77,7 @@ def sdxl_unet() -> nn.Module:
     """The UNet of Stable Diffusion XL: 2.6G parameters (10 GB), 128x128 latents, up to ten layers of attention."""
     import diffusers
 
-    return _seeded(
+    return _with_seed(
         lambda: diffusers.UNet2DConditionModel(
             sample_size=128,
             block_out_channels=(320, 640, 1280),
@@ -95,7 +95,7 @@ def dit_xl_2() -> nn.Module:
     """A DiT of the size XL/2: 28 layers, 1152 wide, 32x32 latents in patches of 2, noise and variance predicted."""
     import diffusers
 
-    return _seeded(
+    return _with_seed(
         lambda: diffusers.DiTTransformer2DModel(
             num_layers=28, num_attention_heads=16, attention_head_dim=72, out_channels=8
         )
@@ -106,14 +106,14 @@ def flux_blocks() -> nn.Module:
     """Two double and four single blocks of Flux: 3072 wide, 64x64 latents as 1024 tokens, and 512 of text."""
     import diffusers
 
-    return _seeded(
+    return _with_seed(
         lambda: diffusers.FluxTransformer2DModel(
             num_layers=2, num_single_layers=4, joint_attention_dim=1024, pooled_projection_dim=768
         )
     )
 
 
-def _pixels(rows: int, generator: Generator) -> dict[str, Tensor]:
+def _pixel_noise(rows: int, generator: Generator) -> dict[str, Tensor]:
     return {"sample": torch.randn(rows, 3, 32, 32, generator=generator)}
 
 
@@ -145,22 +145,22 @@ def _latents_and_label(rows: int, generator: Generator) -> dict[str, Tensor]:
     return {"hidden_states": latents, "class_labels": torch.randint(1000, (rows,), generator=generator)}
 
 
-NAMED: dict[str, Named] = {
-    "cifar-unet": Named(cifar_unet, _pixels),
-    "sd15-unet": Named(sd15_unet, _latents_and_text, batch_size=2, samples=8),
-    "sdxl-unet": Named(sdxl_unet, _large_latents_and_text, batch_size=2, samples=4),
-    "dit-s-2": Named(dit_s_2, _latents_and_label),
-    "dit-xl-2": Named(dit_xl_2, _latents_and_label, samples=8),
-    "flux-blocks": Named(flux_blocks, _packed_latents_and_text, batch_size=2, samples=4, shared=_places),
+NAMED: dict[str, NamedDenoiser] = {
+    "cifar-unet": NamedDenoiser(cifar_unet, _pixel_noise),
+    "sd15-unet": NamedDenoiser(sd15_unet, _latents_and_text, batch_size=2, samples=8),
+    "sdxl-unet": NamedDenoiser(sdxl_unet, _large_latents_and_text, batch_size=2, samples=4),
+    "dit-s-2": NamedDenoiser(dit_s_2, _latents_and_label),
+    "dit-xl-2": NamedDenoiser(dit_xl_2, _latents_and_label, samples=8),
+    "flux-blocks": NamedDenoiser(flux_blocks, _packed_latents_and_text, batch_size=2, samples=4, shared=_places),
 }
 
 
-def noise_samples(named: Named) -> CalibrationSet:
+def noise_samples(denoiser: NamedDenoiser) -> CalibrationSet:
     """Noise to calibrate on, at ``STEPS`` timesteps from 999 down to 0."""
     generator = torch.Generator().manual_seed(SEED)
-    step = torch.arange(STEPS).repeat_interleave(named.samples // STEPS)
+    step = torch.arange(STEPS).repeat_interleave(denoiser.samples // STEPS)
     timestep = torch.linspace(999, 0, STEPS).long()[step]
-    return CalibrationSet(named.noise(len(step), generator), named.shared(), timestep, step)
+    return CalibrationSet(denoiser.noise(len(step), generator), denoiser.shared(), timestep, step)
 
 
 def named_denoiser(name: str) -> tuple[nn.Module, CalibrationSet]:
@@ -170,5 +170,5 @@ def named_denoiser(name: str) -> tuple[nn.Module, CalibrationSet]:
         ValueError: for an unknown name.
     """
     if name not in NAMED:
-        raise ValueError(f"no denoiser is called {name!r}; there are {sorted(NAMED)}")
+        raise ValueError(f"denoiser {name!r} is not known; the denoisers are {sorted(NAMED)}")
     return NAMED[name].build(), noise_samples(NAMED[name])

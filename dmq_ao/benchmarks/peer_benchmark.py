@@ -31,8 +31,6 @@ from dmq_ao.graph import device_of
 from dmq_ao.graph.arguments import flatten_inputs, moved_inputs, unflatten_inputs
 from dmq_ao.samples import CalibrationSet
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Case:
@@ -86,7 +84,7 @@ class Padded(nn.Module):
         self.call, self.size = call, size
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Denoise, ``size`` rows at a time; rows are repeated to fill the last call up."""
+        """Denoise [B, ...], ``size`` rows at a time; rows are repeated to fill the last call up."""
         flat = flatten_inputs(inputs)
         count = next(len(value) for value in flat.values() if isinstance(value, Tensor) and value.dim() > 1)
         parts = [
@@ -95,8 +93,8 @@ class Padded(nn.Module):
         return torch.cat(parts)[:count]
 
     def _part(self, flat: Mapping[str, Any], rows: Tensor) -> Tensor:
-        chosen = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in flat.items()}
-        result = self.call(**unflatten_inputs(chosen))
+        part = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in flat.items()}
+        result = self.call(**unflatten_inputs(part))
         return (result if isinstance(result, Tensor) else result[0]).float().clone()
 
 
@@ -128,7 +126,7 @@ def side_by_side(
         per second that the machine reaches. Both None without any; the latter also without VNNI.
     """
     torch._dynamo.reset()
-    rows: dict[str, Row] = {}
+    rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     for name, one in ours.items():
         say(f"{name}: compile")
@@ -137,9 +135,9 @@ def side_by_side(
         say(f"{name}: build and compile")
         _attempt(rows, name, partial(_ready, name, case, calls), say)
     gc.collect()
-    bound = {name: partial(call, **moved_inputs(case.inputs, case.device)) for name, call in calls.items()}
-    for name, timed in latency(bound, repeats=repeats, progress=progress, clock=clock_of(case.device)).items():
-        rows[name] |= vars(timed)
+    runs = {name: partial(call, **moved_inputs(case.inputs, case.device)) for name, call in calls.items()}
+    for name, times in latency(runs, repeats=repeats, progress=progress, clock=clock_of(case.device)).items():
+        rows[name] |= vars(times)
     say("one-step errors")
     error_of = _errors(case)
     for name, call in calls.items():
@@ -151,7 +149,9 @@ def side_by_side(
     return {"rows": rows, "macs": macs, "int8_peak": None if macs is None else int8_peak(device=case.device)}
 
 
-def _attempt(rows: dict[str, Row], name: str, work: Callable[[], Row], say: Callable[[str], None]) -> None:
+def _attempt(
+    rows: dict[str, dict[str, Any]], name: str, work: Callable[[], dict[str, Any]], say: Callable[[str], None]
+) -> None:
     """Add to a peer's row; a tool that cannot is a result of the comparison, not a failure of it."""
     try:
         rows[name] = {**rows.get(name, {}), **work()}
@@ -160,13 +160,13 @@ def _attempt(rows: dict[str, Row], name: str, work: Callable[[], Row], say: Call
         say(f"{name}: {rows[name]['failed']}")
 
 
-def _ready(name: str, case: Case, calls: dict[str, Call]) -> Row:
+def _ready(name: str, case: Case, calls: dict[str, Call]) -> dict[str, Any]:
     """A peer's row, and its call once it has run."""
     with redirect_stdout(sys.stderr):  # NNCF and torch.onnx print what they do
-        started = perf_counter()
+        start = perf_counter()
         peer, before = peers_on(case.device)[name], _device_bytes(case.device)
         artifact = peer.build(case.net, moved_inputs(case.inputs, case.device), case.calibration())
-        build_seconds = perf_counter() - started
+        build_seconds = perf_counter() - start
         call, compile_seconds = _first_call(artifact, case)
     calls[name] = call
     return {
@@ -174,11 +174,11 @@ def _ready(name: str, case: Case, calls: dict[str, Call]) -> Row:
         "build_seconds": build_seconds,
         "compile_seconds": compile_seconds,
         "integer": peer.integer,
-        **_held(case.device, before),
+        **_device_growth(case.device, before),
     }
 
 
-def _ready_ours(one: Ours, case: Case) -> tuple[Row, Call]:
+def _ready_ours(one: Ours, case: Case) -> tuple[dict[str, Any], Call]:
     artifact = Artifact(stored_bytes(one.denoiser), lambda: _in_its_type(one))
     before = _device_bytes(case.device) - one.denoiser.graph_bytes
     call, compile_seconds = _first_call(artifact, case)
@@ -191,7 +191,7 @@ def _ready_ours(one: Ours, case: Case) -> tuple[Row, Call]:
         "macs": macs,
         "kernels": one.denoiser.kernel_counts,
         "mean_bits": one.denoiser.mean_bits,
-        **_held(case.device, before),
+        **_device_growth(case.device, before),
     }
     return row, call
 
@@ -208,12 +208,12 @@ def _in_its_type(one: Ours) -> Call:
 
 
 def _first_call(artifact: Artifact, case: Case) -> tuple[Call, float]:
-    started = perf_counter()
+    start = perf_counter()
     call = artifact.compile()
     call(**moved_inputs(case.inputs, case.device))
     if case.device.type == "cuda":
         torch.cuda.synchronize(case.device)
-    return call, perf_counter() - started
+    return call, perf_counter() - start
 
 
 def _device_bytes(device: torch.device) -> int:
@@ -223,7 +223,7 @@ def _device_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _held(device: torch.device, before: int) -> Row:
+def _device_growth(device: torch.device, before: int) -> dict[str, Any]:
     """What a GPU holds more than before: weights, and the pools of CUDA graphs."""
     return {"device_bytes": _device_bytes(device) - before} if device.type == "cuda" else {}
 
@@ -235,13 +235,13 @@ def stored_bytes(quantized: QuantizedDenoiser) -> int:
         return folder_bytes(folder)
 
 
-def _errors(case: Case) -> Callable[[Call], Row]:
+def _errors(case: Case) -> Callable[[Call], dict[str, Any]]:
     """What measures the error of a call; the float denoiser is asked once for all of them."""
     batches = [(timestep, moved_inputs(inputs, case.device)) for timestep, inputs in by_timestep(case.states)]
     teacher = torch.no_grad()(Plain(case.net))
     answers = [Padded(teacher, case.batch_size)(**inputs) for _, inputs in batches]
 
-    def error_of(call: Call) -> Row:
+    def error_of(call: Call) -> dict[str, Any]:
         replay = iter(answers)
         student = Padded(call, case.batch_size)
         return {"one_step_error": one_step_error(lambda **_: next(replay), student, batches).mean}

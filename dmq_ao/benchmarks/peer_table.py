@@ -10,7 +10,8 @@ from dmq_ao.benchmarks.peers import COMPILED_FP32
 from dmq_ao.evaluation.table import DASH, number
 
 MIB = 2**20
-Row = Mapping[str, Any]
+PeerRow = Mapping[str, Any]
+"""What ``side_by_side`` says of one tool, by the names of its docstring."""
 
 # What a GPU, or a footprint in processes of their own, adds where it was measured: key of the row, heading, format.
 FOOTPRINT = (
@@ -28,11 +29,11 @@ def peer_rows(report: Mapping[str, Any]) -> list[list[str]]:
         report: of ``dmq_ao.peer_benchmark.side_by_side``, or with its keys among others. Rows may also have
             ``load_seconds``, ``peak_rss_bytes`` and ``rss_ratio``.
     """
-    rows: Mapping[str, Row] = report["rows"]
-    timed = {name: row for name, row in rows.items() if "median_ms" in row}
-    columns = _columns(report, timed)
-    ordered = sorted(timed.items(), key=lambda item: -float(item[1]["median_ms"]))
-    table = [["", *columns], *([name, *(cell(row) for cell in columns.values())] for name, row in ordered)]
+    rows: Mapping[str, PeerRow] = report["rows"]
+    timings = {name: row for name, row in rows.items() if "median_ms" in row}
+    columns = _columns(report, timings)
+    slowest_first = sorted(timings.items(), key=lambda item: -float(item[1]["median_ms"]))
+    table = [["", *columns], *([name, *(cell(row) for cell in columns.values())] for name, row in slowest_first)]
     blank = [""] * (len(columns) - 1)
     return table + [[name, f"failed: {row['failed']}", *blank] for name, row in rows.items() if "failed" in row]
 
@@ -52,7 +53,7 @@ def peer_notes(report: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def peak_share(row: Row, report: Mapping[str, Any]) -> float | None:
+def peak_share(row: PeerRow, report: Mapping[str, Any]) -> float | None:
     """How much of the machine's int8 peak a row reaches, 0..1; None where its products are not of integers."""
     macs, peak = row.get("macs") or report.get("macs"), report.get("int8_peak")
     if not (row.get("integer") and macs and peak):
@@ -60,26 +61,26 @@ def peak_share(row: Row, report: Mapping[str, Any]) -> float | None:
     return float(macs / (row["median_ms"] / 1e3 * peak))
 
 
-def _columns(report: Mapping[str, Any], timed: Mapping[str, Row]) -> dict[str, Callable[[Row], str]]:
-    base = timed.get(COMPILED_FP32, {}).get("median_ms")
-    half = timed.get(COMPILED_BF16, {}).get("median_ms")
-    rival = min((row["median_ms"] for name, row in timed.items() if name.startswith("OpenVINO")), default=None)
-    columns: dict[str, Callable[[Row], str]] = {
+def _columns(report: Mapping[str, Any], timings: Mapping[str, PeerRow]) -> dict[str, Callable[[PeerRow], str]]:
+    base = timings.get(COMPILED_FP32, {}).get("median_ms")
+    half = timings.get(COMPILED_BF16, {}).get("median_ms")
+    rival = min((row["median_ms"] for name, row in timings.items() if name.startswith("OpenVINO")), default=None)
+    columns: dict[str, Callable[[PeerRow], str]] = {
         "ms (p10 to p90)": lambda row: f"{row['median_ms']:.1f} ({row['p10_ms']:.1f} to {row['p90_ms']:.1f})",
         **_on_gpu_or_cpu(half, base, rival),
         "one-step error": lambda row: number(row.get("one_step_error"), ".4f"),
-        "file MiB": lambda row: _scaled(row, "file_bytes", ".1f", MIB),
+        "file MiB": lambda row: _in_units(row, "file_bytes", ".1f", MIB),
         "quantize s": lambda row: number(row.get("build_seconds"), ".1f"),
         "compile s": lambda row: number(row.get("compile_seconds"), ".1f"),
-        "int8 peak": lambda row: _share(peak_share(row, report)),
+        "int8 peak": lambda row: _percent(peak_share(row, report)),
     }
     for key, heading, form, unit in FOOTPRINT:
-        if any(key in row for row in timed.values()):
-            columns[heading] = lambda row, key=key, form=form, unit=unit: _scaled(row, key, form, unit)  # type: ignore
+        if any(key in row for row in timings.values()):
+            columns[heading] = lambda row, key=key, form=form, unit=unit: _in_units(row, key, form, unit)  # type: ignore
     return columns
 
 
-def _on_gpu_or_cpu(half: float | None, base: float | None, rival: float | None) -> dict[str, Callable[[Row], str]]:
+def _on_gpu_or_cpu(half: float | None, base: float | None, rival: float | None) -> dict[str, Callable[[PeerRow], str]]:
     if half is not None:
         return {"compiled bf16 / this": lambda row: _ratio(half, row["median_ms"])}
     return {
@@ -88,7 +89,7 @@ def _on_gpu_or_cpu(half: float | None, base: float | None, rival: float | None) 
     }
 
 
-def _scaled(row: Row, key: str, form: str, unit: float) -> str:
+def _in_units(row: PeerRow, key: str, form: str, unit: float) -> str:
     return number(None if row.get(key) is None else row[key] / unit, form)
 
 
@@ -96,5 +97,5 @@ def _ratio(other: float | None, ms: float) -> str:
     return number(None if other is None else other / ms, ".2f")
 
 
-def _share(share: float | None) -> str:
+def _percent(share: float | None) -> str:
     return DASH if share is None else f"{share:.0%}"

@@ -70,7 +70,7 @@ class Plain(nn.Module):
         self.training = net.training
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Denoise."""
+        """Denoise: the output [B, ...] for the inputs of one call."""
         result = self.net(**inputs)
         return result if isinstance(result, Tensor) else result[0]
 
@@ -86,13 +86,13 @@ def chosen_peers(patterns: Iterable[str], among: Mapping[str, Peer] | None = Non
         ValueError: for a pattern that matches none.
     """
     peers = PEERS if among is None else among
-    found: set[str] = set()
+    names: set[str] = set()
     for pattern in patterns:
-        matching = {name for name in peers if fnmatchcase(name.lower(), pattern.lower())}
-        if not matching:
-            raise ValueError(f"{pattern!r} matches no peer; there are {', '.join(map(repr, peers))}")
-        found |= matching
-    return [name for name in peers if name in found]
+        matches = {name for name in peers if fnmatchcase(name.lower(), pattern.lower())}
+        if not matches:
+            raise ValueError(f"{pattern!r} matches no peer; the peers are {', '.join(map(repr, peers))}")
+        names |= matches
+    return [name for name in peers if name in names]
 
 
 def check_installed(names: Iterable[str], among: Mapping[str, Peer] | None = None) -> None:
@@ -106,29 +106,29 @@ def check_installed(names: Iterable[str], among: Mapping[str, Peer] | None = Non
         MissingPackage: with those that are not, and what to do.
     """
     peers = PEERS if among is None else among
-    wanting = {
+    absent = {
         name: missing
         for name in names
         if (missing := [package for package in peers[name].packages if importlib.util.find_spec(package) is None])
     }
-    if wanting:
-        packages = ", ".join(dict.fromkeys(package for missing in wanting.values() for package in missing))
+    if absent:
+        packages = ", ".join(dict.fromkeys(package for missing in absent.values() for package in missing))
         rest = ", ".join(repr(name) for name, peer in peers.items() if not peer.packages)
         raise MissingPackage(
-            f'{packages} not installed, which {", ".join(map(repr, wanting))} need: pip install "dmq_ao[bench]". Peers'
-            f" that need nothing more: {rest}"
+            f'unavailable: {", ".join(map(repr, absent))} need {packages}; install with: pip install "dmq_ao[bench]".'
+            f" Peers that need no other package: {rest}"
         )
 
 
 def eager(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Artifact:
     """PyTorch, float32, as it is."""
-    return Artifact(_bytes(net.state_dict().values()), lambda: torch.no_grad()(Plain(net)))
+    return Artifact(_tensor_bytes(net.state_dict().values()), lambda: torch.no_grad()(Plain(net)))
 
 
 def compiled(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Artifact:
     """PyTorch, float32, ``torch.compile``."""
     return Artifact(
-        _bytes(net.state_dict().values()), lambda: torch.no_grad()(torch.compile(Plain(net), dynamic=False))
+        _tensor_bytes(net.state_dict().values()), lambda: torch.no_grad()(torch.compile(Plain(net), dynamic=False))
     )
 
 
@@ -137,7 +137,7 @@ def bf16(
 ) -> Artifact:
     """PyTorch, weights and values in bfloat16; ``mode`` is that of ``torch.compile``."""
     half = narrowed(net)
-    return Artifact(_bytes(half.state_dict().values()), partial(narrow_call, half, compiled, mode))
+    return Artifact(_tensor_bytes(half.state_dict().values()), partial(narrow_call, half, compiled, mode))
 
 
 def narrow_call(half: nn.Module, compiled: bool, mode: str | None = None) -> Call:
@@ -176,7 +176,7 @@ def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -
 
     # The float weights stay in it, unread.
     read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
-    return Artifact(_bytes(value for name, value in converted.state_dict().items() if name in read), ready)
+    return Artifact(_tensor_bytes(value for name, value in converted.state_dict().items() if name in read), ready)
 
 
 def openvino(
@@ -256,7 +256,7 @@ def _write_int8_onnx(
     source, prepared = str(folder / "float.onnx"), str(folder / "prepared.onnx")
     names = list(_arrays(inputs))
     torch.onnx.export(Plain(net), (), source, kwargs=dict(inputs), dynamo=True, input_names=names)
-    large = _bytes(net.state_dict().values()) >= _ONNX_LIMIT
+    large = _tensor_bytes(net.state_dict().values()) >= _ONNX_LIMIT
     shape_inference.quant_pre_process(source, prepared, save_as_external_data=large, all_tensors_to_one_file=large)
     quantize_static(
         prepared,
@@ -293,7 +293,7 @@ def _arrays(inputs: Inputs) -> dict[str, Any]:
     return {name: value.numpy() for name, value in flatten_inputs(inputs).items() if isinstance(value, Tensor)}
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -79,8 +79,8 @@ def _package(name: str) -> Finding:
     except Exception as error:  # whatever a broken installation raises, it is the finding
         return Finding(BROKEN, name, f"{version} does not import: {type(error).__name__}: {error}")
     first, beyond = TESTED[name]
-    found = _release(version)
-    if found < first or (beyond is not None and found >= beyond):
+    release = _release(version)
+    if release < first or (beyond is not None and release >= beyond):
         upper = f" to {beyond[0]}.{beyond[1] - 1}" if beyond else " and newer"
         return Finding(NOTE, name, f"{version}, outside of the tested {first[0]}.{first[1]}{upper}")
     return Finding(OK, name, version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from dmq_ao.evaluation import image_grid
 from dmq_ao.evaluation.pictures import pixel_rows, png
+from dmq_ao.evaluation.report import write_whole
 
-COLUMNS = 8
+GRID_COLUMNS = 8
 
 
 def write_images(images: Tensor, seeds: Sequence[int], out: str | Path) -> list[Path]:
@@ -29,27 +29,16 @@ def write_images(images: Tensor, seeds: Sequence[int], out: str | Path) -> list[
     out = Path(out)
     if out.suffix.lower() == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
-        return [_write(out, image_grid(_rows(images, seeds)))]
+        return [write_whole(out, image_grid(_grid_rows(images, seeds)))]
     out.mkdir(parents=True, exist_ok=True)
     pixels = pixel_rows({"samples": images})["samples"]
-    return [_write(out / f"seed_{seed}.png", png(image)) for seed, image in zip(seeds, pixels, strict=True)]
+    return [write_whole(out / f"seed_{seed}.png", png(image)) for seed, image in zip(seeds, pixels, strict=True)]
 
 
-def _rows(images: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
+def _grid_rows(images: Tensor, seeds: Sequence[int]) -> dict[str, Tensor]:
     """Rows of equal length; the last is filled up with white."""
-    width = min(COLUMNS, len(images))
+    width = min(GRID_COLUMNS, len(images))
     blank = torch.ones(-len(images) % width, *images.shape[1:])
     rows = torch.cat([images, blank]).split(width)
     parts = [seeds[start : start + width] for start in range(0, len(seeds), width)]
     return {f"seeds {part[0]}-{part[-1]}": row for part, row in zip(parts, rows, strict=True)}
-
-
-def _write(path: Path, content: bytes) -> Path:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

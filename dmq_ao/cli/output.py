@@ -40,9 +40,9 @@ def _layer_row(layer: Mapping[str, Any]) -> list[str]:
 
 def totals_text(report: Mapping[str, Any]) -> str:
     """Layers, true mean bits, size and kernels, a line each."""
-    kept, quantized = report["kept_layers"], report["quantized_layers"]
+    in_float, quantized = report["kept_layers"], report["quantized_layers"]
     lines = [
-        f"layers     {quantized} of {quantized + kept} quantized ({_scheme(report)}), {kept} kept in float",
+        f"layers     {quantized} of {quantized + in_float} quantized ({_scheme(report)}), {in_float} kept in float",
         f"mean bits  {report['mean_bits']:.2f} over all parameters",
     ]
     if report.get("file_bytes"):
@@ -63,12 +63,12 @@ def _scheme(report: Mapping[str, Any]) -> str:
 
 def quantize_text(report: Mapping[str, Any]) -> str:
     """The summary at the end of a run."""
-    measured = report["calibration"]["sqnr_db"]
+    sqnr_db = report["calibration"]["sqnr_db"]
     folder = report["folder"]
     lines = [totals_text(report)]
-    if measured:
-        worst = min(measured, key=measured.__getitem__)
-        lines.append(f"noisiest   {worst}, {measured[worst]:.1f} dB on its own")
+    if sqnr_db:
+        worst = min(sqnr_db, key=sqnr_db.__getitem__)
+        lines.append(f"noisiest   {worst}, {sqnr_db[worst]:.1f} dB on its own")
     lines.append(f"written    {folder}, with a report.json; every layer: dmq-ao inspect {folder}")
     return "\n".join(lines)
 
@@ -86,10 +86,10 @@ def forecast_text(report: Mapping[str, Any]) -> str:
 def inspect_text(report: Mapping[str, Any], everything: bool) -> str:
     """The totals, below the layers: all of them, or those that are kept, fall back, or are noisiest."""
     layers = report["layers"]
-    shown = layers if everything else _remarkable(layers)
-    hidden = len(layers) - len(shown)
-    more = f"\n({hidden} layers more, quantized and less noisy: --all shows them)" if hidden else ""
-    return f"{layers_text(shown)}{more}\n\n{totals_text(report)}"
+    rows = layers if everything else _remarkable(layers)
+    rest = len(layers) - len(rows)
+    more = f"\n({rest} layers more, quantized and less noisy: --all shows them)" if rest else ""
+    return f"{layers_text(rows)}{more}\n\n{totals_text(report)}"
 
 
 def verify_text(report: Mapping[str, Any]) -> str:
@@ -123,8 +123,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
 
 
 def _remarkable(layers: Sequence[Mapping[str, Any]], noisiest: int = 10) -> list[Mapping[str, Any]]:
-    measured = [layer for layer in layers if layer["status"] != "float" and layer["sqnr_db"] is not None]
-    names = {layer["name"] for layer in sorted(measured, key=lambda layer: float(layer["sqnr_db"]))[:noisiest]}
+    quantized_layers = [layer for layer in layers if layer["status"] != "float" and layer["sqnr_db"] is not None]
+    names = {layer["name"] for layer in sorted(quantized_layers, key=lambda layer: float(layer["sqnr_db"]))[:noisiest]}
     return [layer for layer in layers if layer["name"] in names or layer["why"]]
 
 
@@ -137,8 +137,8 @@ def benchmark_text(report: Mapping[str, Any]) -> str:
 
 def _float_lines(report: Mapping[str, Any]) -> list[str]:
     rows = [["", "median ms", "p10", "p90", "compile s"]]
-    for name, timed in report["latency_ms"].items():
-        figures = [f"{timed[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")]
+    for name, times in report["latency_ms"].items():
+        figures = [f"{times[key]:.2f}" for key in ("median_ms", "p10_ms", "p90_ms")]
         rows.append([name, *figures, f"{report['compile_seconds'][name]:.1f}"])
     repeats = report["latency_ms"]["float"]["repeats"]
     return [

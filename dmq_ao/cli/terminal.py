@@ -42,19 +42,19 @@ def emit(document: Mapping[str, Any], render: Callable[[], str], form: Format) -
         typer.echo(render())
 
 
-def debug(ctx: typer.Context, wanted: bool) -> bool:
+def debug(ctx: typer.Context, value: bool) -> bool:
     """Callback of ``--debug``: tracebacks, and the warnings of all libraries."""
-    if wanted:
+    if value:
         ctx.meta[_DEBUG] = True
         logging.disable(logging.NOTSET)
         warnings.simplefilter("default")
-    return wanted
+    return value
 
 
-def read_prompts(given: list[str] | None) -> list[str]:
+def read_prompts(texts: list[str] | None) -> list[str]:
     """Callback of ``--prompt``: texts as they are, and in the place of ``@FILE`` its lines."""
     prompts: list[str] = []
-    for text in given or []:
+    for text in texts or []:
         prompts += _lines(Path(text[1:])) if text.startswith("@") else [text]
     return prompts
 
@@ -65,7 +65,7 @@ def _lines(file: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"{file} cannot be read as text: {error}") from error
     if not any(lines):
-        raise typer.BadParameter(f"{file} holds no text; write one prompt a line")
+        raise typer.BadParameter(f"{file} is empty; write one prompt a line")
     return [line for line in lines if line]
 
 

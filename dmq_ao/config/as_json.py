@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 MAX_BYTES = 32 * 2**20
 
 
-def read(file: Path, max_bytes: int = MAX_BYTES) -> Any:
+def read_json(file: Path, max_bytes: int = MAX_BYTES) -> Any:
     """``parse`` of what a file holds.
 
     Raises:
@@ -39,11 +39,11 @@ def read_bytes(file: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """
     size = file.stat().st_size
     if not file.is_file():
-        raise ValueError("it is no regular file")
-    with file.open("rb") as opened:
-        data = opened.read(max_bytes + 1) if size <= max_bytes else b""
+        raise ValueError("not a regular file")
+    with file.open("rb") as stream:
+        data = stream.read(max_bytes + 1) if size <= max_bytes else b""
     if size > max_bytes or len(data) > max_bytes:
-        raise ValueError(f"{max(size, len(data))} bytes, at most {max_bytes} are read")
+        raise ValueError(f"expected at most {max_bytes} bytes, got {max(size, len(data))}")
     return data
 
 
@@ -55,26 +55,26 @@ def parse(text: str | bytes) -> Any:
     """
     try:
         return json.loads(
-            text, parse_constant=_no_number, parse_float=_finite, parse_int=_whole, object_pairs_hook=_object
+            text, parse_constant=_no_number, parse_float=_finite, parse_int=_int64, object_pairs_hook=_object
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no JSON number")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is beyond the numbers of 64 bits")
+        raise ValueError(f"{text} is out of range of float64")
     return number
 
 
-def _whole(text: str) -> int:
+def _int64(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError(f"{text[:20]} is beyond the integers of 64 bits")
+        raise ValueError(f"{text[:20]} is out of range of int64")
     return int(text)
 
 
@@ -82,7 +82,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data = dict(pairs)
     if len(data) != len(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+        raise ValueError(f"duplicate key {twice[0]!r} in one object")
     return data
 
 
@@ -103,7 +103,12 @@ T = TypeVar("T")
 
 
 def typed(cls: type[T], data: object, where: str) -> T:
-    """The inverse of ``plain`` for one frozen dataclass; unknown and missing keys are errors that name ``where``."""
+    """The inverse of ``plain`` for one frozen dataclass; unknown and missing keys are errors that name ``where``.
+
+    Raises:
+        ValueError: for unknown or missing keys, or a value that the dataclass refuses.
+        TypeError: for anything but an object, or a value of another type.
+    """
     if not isinstance(data, Mapping):
         raise TypeError(f"{where}: expected an object with the fields of {cls.__name__}, got {type(data).__name__}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -119,36 +124,39 @@ def typed(cls: type[T], data: object, where: str) -> T:
     missing = sorted(required - set(data))
     if missing:
         raise ValueError(f"{where}: missing keys {missing} of {cls.__name__}")
-    return cls(**{name: _read(hints[name], value, f"{where}.{name}") for name, value in data.items()})
+    return cls(**{name: _typed_value(hints[name], value, f"{where}.{name}") for name, value in data.items()})
 
 
-def _read(hint: Any, value: Any, where: str) -> Any:
+def _typed_value(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:
             return None
-        return _read(next(a for a in args if a is not type(None)), value, where)
+        return _typed_value(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"{where}: expected a list, got {type(value).__name__}")
-        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(_typed_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise TypeError(f"{where}: expected an object, got {type(value).__name__}")
-        return {_read(args[0], key, where): _read(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {
+            _typed_value(args[0], key, where): _typed_value(args[1], item, f"{where}.{key}")
+            for key, item in value.items()
+        }
     if dataclasses.is_dataclass(hint):
         return typed(typing.cast("type[Any]", hint), value, where)
     if isinstance(hint, type) and issubclass(hint, Enum):
-        known = [member.value for member in hint]
-        if value not in known:
-            raise ValueError(f"{where}: {value!r} is not one of {known}")
+        choices = [member.value for member in hint]
+        if value not in choices:
+            raise ValueError(f"{where}: {value!r} is not one of {choices}")
         return hint(value)
     if hint is Any:
         return value
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is float and not math.isfinite(value):
-        raise ValueError(f"{where}: {value} is no finite number")
+        raise ValueError(f"{where}: expected a finite number, got {value}")
     if type(value) is not hint:
         raise TypeError(f"{where}: expected {hint.__name__}, got {type(value).__name__} {value!r}")
     return value

@@ -14,7 +14,7 @@ from dmq_ao.evaluation.cost import (
     speedup,
     wall_ms,
 )
-from dmq_ao.evaluation.fidelity import OneStep, image_fidelity, one_step_error, psnr, relative_error, sqnr
+from dmq_ao.evaluation.fidelity import OneStep, image_fidelity, one_step_error, paired_error, paired_sqnr, psnr
 from dmq_ao.evaluation.page import render_html
 from dmq_ao.evaluation.pictures import image_grid
 from dmq_ao.evaluation.report import write_report
@@ -33,14 +33,14 @@ __all__ = [
     "machine",
     "mean_bits",
     "one_step_error",
+    "paired_error",
+    "paired_sqnr",
     "peak_rss_bytes",
     "psnr",
-    "relative_error",
     "render_html",
     "render_table",
     "rss_bytes",
     "speedup",
-    "sqnr",
     "wall_ms",
     "write_report",
 ]

@@ -49,17 +49,17 @@ def latency(
         ValueError: ``calls`` is empty, ``repeats`` is below 1 or ``warmup`` below 0.
     """
     if not calls:
-        raise ValueError("calls: wanted at least one call to time, got none")
+        raise ValueError("calls: expected at least one call to time, got none")
     if repeats < 1 or warmup < 0:
-        raise ValueError(f"wanted repeats >= 1 and warmup >= 0, got repeats={repeats} and warmup={warmup}")
+        raise ValueError(f"expected repeats >= 1 and warmup >= 0, got repeats={repeats} and warmup={warmup}")
     names = list(calls)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in tqdm(range(-warmup, repeats), desc="latency", unit="round", disable=not progress):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            elapsed = (clock or wall_ms)(calls[name])
+            milliseconds = (clock or wall_ms)(calls[name])
             if turn >= 0:
-                times[name].append(elapsed)
+                times[name].append(milliseconds)
     return {name: _summary(values) for name, values in times.items()}
 
 
@@ -93,8 +93,8 @@ def speedup(latencies: Mapping[str, Latency], baseline: str) -> dict[str, float]
         ValueError: ``baseline`` was not timed.
     """
     if baseline not in latencies:
-        raise ValueError(f"baseline: wanted one of {sorted(latencies)}, got {baseline!r}")
-    return {name: latencies[baseline].median_ms / timed.median_ms for name, timed in latencies.items()}
+        raise ValueError(f"baseline: expected one of {sorted(latencies)}, got {baseline!r}")
+    return {name: latencies[baseline].median_ms / times.median_ms for name, times in latencies.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -129,7 +129,9 @@ def folder_bytes(path: str | os.PathLike[str]) -> int:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: wanted a folder, got {'a file' if folder.exists() else 'nothing there'}")
+        raise NotADirectoryError(
+            f"{folder}: expected a folder, got {'a file' if folder.exists() else 'nothing there'}"
+        )
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
@@ -165,7 +167,7 @@ class StoredTensor:
     def __post_init__(self) -> None:
         if self.numel < 0 or self.bits < 0:
             raise ValueError(
-                f"StoredTensor: wanted numel >= 0 and bits >= 0, got numel={self.numel}, bits={self.bits}"
+                f"StoredTensor: expected numel >= 0 and bits >= 0, got numel={self.numel}, bits={self.bits}"
             )
 
 
@@ -178,7 +180,7 @@ def mean_bits(stored: Iterable[StoredTensor]) -> float:
     tensors = list(stored)
     numel = sum(tensor.numel for tensor in tensors)
     if not numel:
-        raise ValueError(f"stored: wanted at least one weight, got {len(tensors)} tensors with no numbers in them")
+        raise ValueError(f"stored: expected at least one weight, got {len(tensors)} tensors with no numbers in them")
     return sum(tensor.numel * tensor.bits for tensor in tensors) / numel
 
 

@@ -16,7 +16,7 @@ Denoiser = Callable[..., Any]
 """Called with keyword arguments; answers a Tensor, a tuple that begins with one, or an object with ``.sample``."""
 
 
-def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
+def paired_error(actual: Tensor, expected: Tensor) -> Tensor:
     """``||actual - expected|| / ||expected||`` of each sample.
 
     Args:
@@ -35,7 +35,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
     return torch.where(error == 0, error, error / torch.linalg.vector_norm(expected, dim=1))
 
 
-def sqnr(actual: Tensor, expected: Tensor) -> Tensor:
+def paired_sqnr(actual: Tensor, expected: Tensor) -> Tensor:
     """Signal to quantization noise ratio of each sample: the relative error in decibels, larger is better.
 
     Args:
@@ -49,7 +49,7 @@ def sqnr(actual: Tensor, expected: Tensor) -> Tensor:
         ValueError: the shapes differ, or there is no batch axis.
         TypeError: the dtypes differ, or are not floating point.
     """
-    return -20 * torch.log10(relative_error(actual, expected))
+    return -20 * torch.log10(paired_error(actual, expected))
 
 
 def psnr(actual: Tensor, expected: Tensor, data_range: float) -> Tensor:
@@ -68,7 +68,7 @@ def psnr(actual: Tensor, expected: Tensor, data_range: float) -> Tensor:
         TypeError: the dtypes differ, or are not floating point.
     """
     if not (math.isfinite(data_range) and data_range > 0):
-        raise ValueError(f"data_range: wanted a positive finite number (largest value - smallest), got {data_range}")
+        raise ValueError(f"data_range: expected a positive finite number (largest value - smallest), got {data_range}")
     actual, expected = _as_rows(actual, expected)
     return 10 * torch.log10(data_range**2 / (actual - expected).square().mean(dim=1))
 
@@ -91,7 +91,7 @@ def image_fidelity(actual: Tensor, expected: Tensor, data_range: float) -> dict[
         TypeError: the dtypes differ, or are not floating point.
     """
     if actual.ndim != 4 or not len(actual):
-        raise ValueError(f"actual: wanted images [N, C, H, W] with N > 0, got {list(actual.shape)}")
+        raise ValueError(f"actual: expected images [N, C, H, W] with N > 0, got {list(actual.shape)}")
     peaks = psnr(actual, expected, data_range)
     low, high = peaks.min().item(), peaks.max().item()
     return {
@@ -99,7 +99,7 @@ def image_fidelity(actual: Tensor, expected: Tensor, data_range: float) -> dict[
         "psnr_std_db": 0.0 if low == high else peaks.std(correction=0).item(),
         "psnr_min_db": low,
         "psnr_max_db": high,
-        "sqnr_db": sqnr(actual, expected).mean().item(),
+        "sqnr_db": paired_sqnr(actual, expected).mean().item(),
         "max_abs": (actual.double() - expected.double()).abs().max().item(),
     }
 
@@ -148,9 +148,9 @@ def one_step_error(
     for timestep, inputs in batches:
         expected = _finite_answer(teacher, "teacher", timestep, inputs)
         actual = _finite_answer(student, "student", timestep, inputs)
-        errors.setdefault(float(timestep), []).append(relative_error(actual, expected))
+        errors.setdefault(float(timestep), []).append(paired_error(actual, expected))
     if not errors:
-        raise ValueError("batches: wanted at least one (timestep, keyword arguments) pair, got none")
+        raise ValueError("batches: expected at least one (timestep, keyword arguments) pair, got none")
     return OneStep(list(errors), [torch.cat(parts).mean().item() for parts in errors.values()])
 
 
@@ -170,7 +170,7 @@ def _tensor_of(answer: object, who: str) -> Tensor:
     first = answer[0] if isinstance(answer, tuple | list) and answer else getattr(answer, "sample", answer)
     if not isinstance(first, Tensor):
         raise TypeError(
-            f"{who}: wanted a Tensor, a tuple that begins with one, or .sample, got {type(answer).__name__}"
+            f"{who}: expected a Tensor, a tuple that begins with one, or .sample, got {type(answer).__name__}"
         )
     return first
 
@@ -178,11 +178,13 @@ def _tensor_of(answer: object, who: str) -> Tensor:
 def _as_rows(actual: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64 ``[B, values]``, once they are known to be a pair."""
     if actual.shape != expected.shape:
-        raise ValueError(f"actual: wanted the shape of expected, {list(expected.shape)}, got {list(actual.shape)}")
+        raise ValueError(
+            f"actual and expected must have the same shape, got {list(actual.shape)} and {list(expected.shape)}"
+        )
     if not expected.ndim:
-        raise ValueError("expected: wanted a batch axis, [B, ...], got a tensor without axes")
+        raise ValueError("expected must have a batch axis, [B, ...], got a scalar")
     if not expected.is_floating_point():
-        raise TypeError(f"expected: wanted floating point, got {expected.dtype}; divide integer images by their range")
+        raise TypeError(f"expected must be floating point, got {expected.dtype}; divide integer images by their range")
     if actual.dtype != expected.dtype:
-        raise TypeError(f"actual: wanted the dtype of expected, {expected.dtype}, got {actual.dtype}")
+        raise TypeError(f"actual and expected must have the same dtype, got {actual.dtype} and {expected.dtype}")
     return actual.double().unsqueeze(-1).flatten(1), expected.double().unsqueeze(-1).flatten(1)

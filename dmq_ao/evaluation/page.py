@@ -52,8 +52,8 @@ def render_html(report: Mapping[str, Any], images: Mapping[str, Tensor]) -> str:
             _section("Pictures", _pictures(entries, images), "The same seed in every column."),
             _section("One-step error by timestep", _plot(entries), "One denoiser call on the float model's inputs."),
             _section("Layers", "".join(map(_layers, entries)), ""),
-            _section("Kept in float", _kept_float(entries), "Their bits are counted in the mean bits."),
-            _section("How this was measured", _facts(report), ""),
+            _section("Kept in float", _float_layers(entries), "Their bits are counted in the mean bits."),
+            _section("How this was measured", _facts_list(report), ""),
         ]
     )
     return (
@@ -71,7 +71,7 @@ def _section(title: str, body: str, note: str) -> str:
     return f"<section><h2>{title}</h2>{above}{body}</section>\n"
 
 
-def _table(header: Iterable[str], rows: Iterable[Sequence[str]], kind: str) -> str:
+def _html_table(header: Iterable[str], rows: Iterable[Sequence[str]], kind: str) -> str:
     """``header`` and ``rows`` are text, not HTML; the first cell of a row names it."""
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     lines = (
@@ -82,7 +82,7 @@ def _table(header: Iterable[str], rows: Iterable[Sequence[str]], kind: str) -> s
 
 
 def _figures(entries: Iterable[Mapping[str, Any]]) -> str:
-    return _table(COLUMNS, map(cells, entries), "figures") + f'<p class="note below">{FIGURES_NOTE}</p>'
+    return _html_table(COLUMNS, map(cells, entries), "figures") + f'<p class="note below">{FIGURES_NOTE}</p>'
 
 
 def _pictures(entries: Sequence[Mapping[str, Any]], images: Mapping[str, Tensor]) -> str:
@@ -134,7 +134,9 @@ def _layers(entry: Mapping[str, Any]) -> str:
 
 
 def _layer_table(layers: Iterable[Mapping[str, Any]]) -> str:
-    return _table(LAYER_COLUMNS.values(), ([_layer_cell(layer, key) for key in LAYER_COLUMNS] for layer in layers), "")
+    return _html_table(
+        LAYER_COLUMNS.values(), ([_layer_cell(layer, key) for key in LAYER_COLUMNS] for layer in layers), ""
+    )
 
 
 def _layer_cell(layer: Mapping[str, Any], key: str) -> str:
@@ -146,24 +148,24 @@ def _layer_cell(layer: Mapping[str, Any], key: str) -> str:
     return number(value, "g") if isinstance(value, float) else str(value)
 
 
-def _kept_float(entries: Iterable[Mapping[str, Any]]) -> str:
+def _float_layers(entries: Iterable[Mapping[str, Any]]) -> str:
     """Layers by reason; variants that keep the same layers share a table."""
     variants: dict[str, list[str]] = {}
     for entry in entries:
         if entry.get("kept_float"):
-            variants.setdefault(_kept_table(entry["kept_float"]), []).append(str(entry["name"]))
+            variants.setdefault(_float_table(entry["kept_float"]), []).append(str(entry["name"]))
     return "".join(f"<h3>{escape(', '.join(names))}</h3>{table}" for table, names in variants.items())
 
 
-def _kept_table(kept: Iterable[Mapping[str, Any]]) -> str:
+def _float_table(layers: Iterable[Mapping[str, Any]]) -> str:
     reasons: dict[str, list[str]] = {}
-    for layer in kept:
+    for layer in layers:
         reasons.setdefault(str(layer.get("why") or DASH), []).append(str(layer["name"]))
     rows = [(why, str(len(names)), ", ".join(names)) for why, names in reasons.items()]
-    return _table(("why", "count", "layers"), rows, "kept")
+    return _html_table(("why", "count", "layers"), rows, "kept")
 
 
-def _facts(report: Mapping[str, Any]) -> str:
+def _facts_list(report: Mapping[str, Any]) -> str:
     facts = {**(report.get("protocol") or {}), **(report.get("machine") or {})}
     items = (f"<dt>{escape(str(key))}</dt><dd>{escape(_fact(value))}</dd>" for key, value in facts.items())
     return f"<dl>{''.join(items)}</dl>" if facts else ""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from dmq_ao.evaluation.table import FLOAT, number
+from dmq_ao.evaluation.table import FLOAT_ROW, number
 
 CELL = 192  # pixels: small images are enlarged by whole factors up to about this
 LIGHT = {"ink": "#1d2126", "soft": "#666d78", "line": "#e2e5ea", "page": "#ffffff"}
@@ -40,7 +40,7 @@ def image_grid(rows: Mapping[str, Tensor], scale: int | None = None) -> bytes:
 
     pixels = pixel_rows(rows)
     if not pixels:
-        raise ValueError("rows: wanted at least one row of images, got none")
+        raise ValueError("rows: expected at least one row of images, got none")
     count, height, width = next(iter(pixels.values())).shape[:3]
     scale = scale or max(1, CELL // max(height, width))
     height, width, gap = height * scale, width * scale, 4
@@ -53,49 +53,58 @@ def image_grid(rows: Mapping[str, Tensor], scale: int | None = None) -> bytes:
         top = gap + row * (height + gap)
         draw.multiline_text((gap, top + height // 2), name, fill=LIGHT["ink"], font=font, anchor="lm")
         for column, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(enlarged, (gutter + column * (width + gap), top))
+            tile = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+            grid.paste(tile, (gutter + column * (width + gap), top))
     buffer = BytesIO()
     grid.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def in_order(entries: Iterable[Mapping[str, Any]], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows in the order of the table."""
+    """The rows [N, C, H, W] in the order of the table.
+
+    Raises:
+        ValueError: for a row that the table does not have, or none of the float model.
+    """
     names = [entry["name"] for entry in entries]
     unknown = sorted(images.keys() - set(names))
     if unknown:
-        raise ValueError(f"images: wanted rows named like the variants, {names}, got {unknown} besides")
-    if FLOAT not in images:
-        raise ValueError(f"images: wanted a row named {FLOAT!r} to compare with, got {sorted(images)}")
+        raise ValueError(f"images: expected rows named like the variants, {names}, got {unknown} besides")
+    if FLOAT_ROW not in images:
+        raise ValueError(f"images: expected a row named {FLOAT_ROW!r} to compare with, got {sorted(images)}")
     return {name: images[name] for name in names if name in images}
 
 
 def captions_of(entries: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """What stands under the name of a row of pictures: its PSNR."""
     captions = {entry["name"]: number(entry.get("psnr_db"), ".1f", " dB") for entry in entries}
-    return {**captions, FLOAT: "reference"}
+    return {**captions, FLOAT_ROW: "reference"}
 
 
 def pixel_rows(rows: Mapping[str, Tensor]) -> dict[str, Pixels]:
-    """Each row as ``[N, H, W, 3]`` bytes."""
+    """Each row ``[N, C, H, W]`` in 0..1 as ``[N, H, W, 3]`` bytes.
+
+    Raises:
+        ValueError: for shapes that are none of images or differ, or values outside 0..1.
+        TypeError: for images that are not floating point.
+    """
     shapes = {name: list(images.shape) for name, images in rows.items()}
     first = next(iter(shapes.values()), [])
     for name, shape in shapes.items():
         if len(shape) != 4 or 0 in shape or shape[1] not in (1, 3):
-            raise ValueError(f"images {name!r}: wanted [N, C, H, W] with C 1 or 3, got {shape}")
+            raise ValueError(f"images {name!r}: expected [N, C, H, W] with C 1 or 3, got {shape}")
         if shape != first:
-            raise ValueError(f"images {name!r}: wanted the shape of the first row, {first}, got {shape}")
-    return {name: _pixels(name, images) for name, images in rows.items()}
+            raise ValueError(f"images {name!r}: expected the shape of the first row, {first}, got {shape}")
+    return {name: _as_pixels(name, images) for name, images in rows.items()}
 
 
-def _pixels(name: str, images: Tensor) -> Pixels:
+def _as_pixels(name: str, images: Tensor) -> Pixels:
     if not images.is_floating_point():
-        raise TypeError(f"images {name!r}: wanted floating point in 0..1, got {images.dtype}")
+        raise TypeError(f"images {name!r}: expected floating point in 0..1, got {images.dtype}")
     values = images.detach().cpu().float()
     low, high = values.min().item(), values.max().item()
     if not (low >= -0.01 and high <= 1.01):  # a little overshoot is rounding; -1..1 is another convention
-        raise ValueError(f"images {name!r}: wanted values in 0..1, got {low:.3g}..{high:.3g}")
+        raise ValueError(f"images {name!r}: expected values in 0..1, got {low:.3g}..{high:.3g}")
     bytes_ = values.clamp(0, 1).mul(255).round().byte()
     return bytes_.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 

@@ -65,7 +65,7 @@ def write_report(
         files["error_by_timestep.png"] = pictures.error_plot(curves, "png", dark=False)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    return {name: _write(target / name, content) for name, content in files.items()}
+    return {name: write_whole(target / name, content) for name, content in files.items()}
 
 
 def json_ready(value: Any) -> Any:
@@ -77,8 +77,8 @@ def json_ready(value: Any) -> Any:
     return str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(path: Path, content: bytes) -> Path:
-    """A reader sees the old file or the new one, never half of one."""
+def write_whole(path: Path, content: bytes) -> Path:
+    """Write a file whole or not at all: a reader sees the old one or the new one, never half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-FLOAT = "float"
+FLOAT_ROW = "float"
 """Name of the teacher's row, in the tables and among the pictures."""
 
 DASH = "–"
@@ -26,16 +26,20 @@ def render_table(report: Mapping[str, Any]) -> str:
 
 
 def entries_of(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The float model and the variants as rows of one table."""
+    """The float model and the variants as rows of one table.
+
+    Raises:
+        ValueError: for a report without a title or variants, or whose names are missing or not distinct.
+    """
     missing = [key for key in ("title", "variants") if not report.get(key)]
     if missing:
-        raise ValueError(f"report: wanted 'title' and at least one of 'variants', got no {' and no '.join(missing)}")
+        raise ValueError(f"report: expected 'title' and at least one of 'variants', got no {' and no '.join(missing)}")
     names = [variant.get("name") for variant in report["variants"]]
-    if not all(names) or len({FLOAT, *names}) != len(names) + 1:
-        raise ValueError(f"report: wanted variants with distinct names other than {FLOAT!r}, got {names}")
+    if not all(names) or len({FLOAT_ROW, *names}) != len(names) + 1:
+        raise ValueError(f"report: expected variants with distinct names other than {FLOAT_ROW!r}, got {names}")
     teacher = dict(report.get("float") or {})
     same = {"size_ratio": 1.0, "speedup": None if teacher.get("latency_ms") is None else 1.0}
-    return [{**same, **teacher, "name": FLOAT}, *(dict(variant) for variant in report["variants"])]
+    return [{**same, **teacher, "name": FLOAT_ROW}, *(dict(variant) for variant in report["variants"])]
 
 
 def cells(entry: Mapping[str, Any]) -> list[str]:

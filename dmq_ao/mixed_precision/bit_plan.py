@@ -161,7 +161,7 @@ class BitPlan:
             InvalidFile: for a file that is missing, no JSON or no plan, or a width that is none.
         """
         try:
-            plan = cls.from_dict(as_json.read(Path(file)))
+            plan = cls.from_dict(as_json.read_json(Path(file)))
             if not plan:
                 raise ValueError("it names no layer")
         except FileNotFoundError:

@@ -1,7 +1,8 @@
 """The arithmetic of quantization: tensors in, tensors out, nothing remembered.
 
-Codes are integers ``q``; the real value of a code is ``(q - zero_point) * scale``. Every range contains zero, so a
-zero point is itself a code and padding with it is padding with zero.
+Uniform affine quantization (arXiv 1712.05877): codes are integers ``q``, and the real value of a code is
+``(q - zero_point) * scale``. Every range contains zero, so a zero point is itself a code and padding with it is
+padding with zero.
 """
 
 from typing import NamedTuple
@@ -37,13 +38,16 @@ def choose_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tup
     """Scale and zero point of ranges ``[low, high]``, extended to contain zero.
 
     Args:
-        low: smallest values, any shape, float.
-        high: largest values, the same shape.
+        low: [...] smallest values, any shape, float.
+        high: [...] largest values, the same shape.
         bits: width of a code; one-bit symmetric codes are refused (their grid {-1, 0} has no positive value).
         symmetric: signed codes with zero point 0.
 
     Returns:
-        ``scale`` float32 and ``zero_point`` int32, both of the shape of ``low``.
+        ``scale`` float32 and ``zero_point`` int32, both [...] of the shape of ``low``.
+
+    Raises:
+        ValueError: for symmetric codes of one bit.
     """
     quant_min, quant_max = code_range(bits, symmetric)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
@@ -58,8 +62,10 @@ def choose_qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tup
     return scale, zero_point.nan_to_num(quant_min).to(torch.int32)
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tensor, quant_max: int | Tensor) -> Tensor:
-    """Codes ``clamp(round(x / scale) + zero_point)`` as float32; all others broadcast against ``x``.
+def quantize_affine(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int | Tensor, quant_max: int | Tensor
+) -> Tensor:
+    """Codes ``clamp(round(x / scale) + zero_point)`` of ``x`` [...] as float32; all others broadcast against ``x``.
 
     Computed in float32 whatever the dtype of ``x``; ties go to even.
     """
@@ -70,18 +76,18 @@ def float8_qparams(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and zero point of float8 codes for ranges ``[low, high]``: the largest magnitude is the largest number.
 
     Args:
-        low: smallest values, any shape, float.
-        high: largest values, the same shape.
+        low: [...] smallest values, any shape, float.
+        high: [...] largest values, the same shape.
 
     Returns:
-        ``scale`` float32 and ``zero_point`` int32, all zero, both of the shape of ``low``.
+        ``scale`` float32 and ``zero_point`` int32, all zero, both [...] of the shape of ``low``.
     """
     scale = (torch.maximum(-low.float(), high.float()) / FLOAT8_MAX).clamp_min(EPS)
     return scale, torch.zeros_like(scale, dtype=torch.int32)
 
 
-def quantize_float8(x: Tensor, scale: Tensor) -> Tensor:
-    """``x / scale`` in float8 (e4m3 of OCP's 8-bit floating point, 1.0), to nearest; clipped to its range."""
+def to_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """``x / scale`` [...] in float8 (e4m3 of OCP's 8-bit floating point, 1.0), to nearest; clipped to its range."""
     return (x.float() / scale).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 
@@ -116,7 +122,7 @@ def quantize_rows(x: Tensor, scale: Tensor, zero_point: Tensor, limits: RowLimit
         zero_point: integer codes; 1 in asymmetric rows of one bit.
         limits: of the codes.
     """
-    codes = quantize(x, scale, zero_point, limits.low, limits.high)
+    codes = quantize_affine(x, scale, zero_point, limits.low, limits.high)
     if limits.one_bit is None:
         return codes
     return torch.where(limits.one_bit, zero_point + torch.where(x < 0, -1.0, 1.0), codes)
@@ -128,14 +134,14 @@ def sign_qparams(rows: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
     return scale, torch.full_like(scale, 0 if symmetric else 1, dtype=torch.int32)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Real values ``(codes - zero_point) * scale`` in float32."""
+def dequantize_affine(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Real values ``(codes - zero_point) * scale`` in float32, of the shape [...] of ``codes``."""
     return (codes.float() - zero_point) * scale
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Quantize and come back: the float32 values that the codes of ``x`` stand for."""
-    return dequantize(quantize(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
+    """Quantize and come back: the float32 values that the codes of ``x`` [...] stand for."""
+    return dequantize_affine(quantize_affine(x, scale, zero_point, quant_min, quant_max), scale, zero_point)
 
 
 def along(values: Tensor, ch_axis: int, ndim: int) -> Tensor:
@@ -146,7 +152,7 @@ def along(values: Tensor, ch_axis: int, ndim: int) -> Tensor:
 
 
 def sqnr(actual: Tensor, expected: Tensor) -> float:
-    """Signal-to-quantization-noise ratio in dB over all elements; infinite when equal.
+    """Signal-to-quantization-noise ratio in dB over all elements of two tensors [...]; infinite when equal.
 
     >>> round(sqnr(torch.tensor([1.0, 1.1]), torch.tensor([1.0, 1.0])), 1)
     23.0

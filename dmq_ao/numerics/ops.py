@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dmq_ao import numerics
 
-_library = torch.library.Library("dmq_ao", "DEF")
+_operators = torch.library.Library("dmq_ao", "DEF")
 
 
 def _step(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
@@ -43,30 +43,32 @@ def _quantize(
     quant_max: int,
 ) -> Tensor:
     zero_point = numerics.along(zero_point, 0, x.dim())
-    codes = numerics.quantize(x, _step(x, scale, channel_scale, ch_axis), zero_point, quant_min, quant_max)
+    codes = numerics.quantize_affine(x, _step(x, scale, channel_scale, ch_axis), zero_point, quant_min, quant_max)
     return codes.to(torch.uint8 if quant_max <= 255 else torch.int16)
 
 
 def _quantize_float8(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
-    return numerics.quantize_float8(x, _step(x, scale, channel_scale, ch_axis))
+    return numerics.to_float8(x, _step(x, scale, channel_scale, ch_axis))
 
 
 def _dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor, channel_scale: Tensor | None, ch_axis: int, dtype: torch.dtype
 ) -> Tensor:
     zero_point = numerics.along(zero_point, 0, codes.dim())
-    return numerics.dequantize(codes, _step(codes, scale, channel_scale, ch_axis), zero_point).to(dtype)
+    return numerics.dequantize_affine(codes, _step(codes, scale, channel_scale, ch_axis), zero_point).to(dtype)
 
 
 def _dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
     groups = scale.shape[1]
-    grouped = codes.reshape(codes.shape[0], groups, -1)
-    return numerics.dequantize(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape).to(dtype)
+    rows = codes.reshape(codes.shape[0], groups, -1)
+    return (
+        numerics.dequantize_affine(rows, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape).to(dtype)
+    )
 
 
 def _look_up(codes: Tensor, scale: Tensor, zero_point: Tensor, indices: Tensor, dtype: torch.dtype) -> Tensor:
     rows = (torch.nn.functional.embedding(indices, table) for table in (codes, scale, zero_point))
-    return numerics.dequantize(*rows).to(dtype)
+    return numerics.dequantize_affine(*rows).to(dtype)
 
 
 def _row(timestep: Tensor, timesteps: Tensor) -> Tensor:
@@ -79,8 +81,8 @@ def _dynamic_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _register(schema: str, function: object) -> None:
-    _library.define(schema)
-    _library.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
+    _operators.define(schema)
+    _operators.impl(schema.partition("(")[0], function, "CompositeImplicitAutograd")
 
 
 _register(

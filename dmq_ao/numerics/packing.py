@@ -7,14 +7,14 @@ from dmq_ao.numerics.affine import code_range
 
 
 def to_unsigned(codes: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """Codes of a weight as int16 in ``[0, 2**bits - 1]``, to be packed."""
+    """Codes [...] of a weight as int16 in ``[0, 2**bits - 1]``, to be packed."""
     if bits == 1:
         return (codes.to(torch.int16) + symmetric) >> 1
     return codes.to(torch.int16) - code_range(bits, symmetric)[0]
 
 
 def from_unsigned(stored: Tensor, bits: int, symmetric: bool) -> Tensor:
-    """The inverse of ``to_unsigned`` on uint8 ``stored``: int8 codes where symmetric, else uint8; may reuse memory."""
+    """The inverse of ``to_unsigned`` on uint8 ``stored`` [...]: int8 where symmetric, else uint8; may reuse memory."""
     # Bytes wrap around: what is below zero then reads right as a signed one.
     codes = stored.mul_(2).sub_(int(symmetric)) if bits == 1 else stored.sub_(-code_range(bits, symmetric)[0])
     return codes.view(torch.int8) if symmetric else codes
@@ -26,11 +26,14 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Eight codes fill ``bits`` bytes; the last group is padded with zeros.
 
     Args:
-        codes: any shape, integers in ``[0, 2**bits - 1]``.
+        codes: [...] any shape, integers in ``[0, 2**bits - 1]``.
         bits: 1 to 8.
 
     Returns:
-        uint8, one-dimensional, ``ceil(numel / 8) * bits`` bytes.
+        [ceil(numel / 8) * bits] uint8.
+
+    Raises:
+        ValueError: for codes outside of that range.
     """
     flat = codes.reshape(-1).to(torch.int64)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
@@ -48,7 +51,11 @@ def packed_bytes(numel: int, bits: int) -> int:
 
 
 def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
-    """The inverse of ``pack``: uint8 codes, one-dimensional, ``numel`` of them."""
+    """The inverse of ``pack``: uint8 codes [numel].
+
+    Raises:
+        ValueError: for another dtype than uint8, or another number of bytes than ``numel`` codes take.
+    """
     expected = packed_bytes(numel, bits)
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise ValueError(f"{numel} codes of {bits} bits take {expected} uint8, got {packed.numel()} {packed.dtype}")
@@ -72,6 +79,9 @@ def pack_rows(codes: Tensor) -> Tensor:
     Returns:
         uint8 [ceil(rows / 2), n]; row ``i`` holds row ``i`` of the codes in its low halves and row
         ``i + ceil(rows / 2)`` in its high ones.
+
+    Raises:
+        ValueError: for codes outside of that range.
     """
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) > 15):
         raise ValueError(f"codes must be in [0, 15] to share a byte, got [{codes.min()}, {codes.max()}]")

@@ -31,7 +31,7 @@ def pack_segments(codes: Tensor, segments: Segments, channel_bits: Tensor | None
         symmetric: signed codes.
 
     Returns:
-        uint8, one-dimensional.
+        [bytes] uint8.
     """
     if channel_bits is None:
         ((bits, _),) = segments
@@ -46,14 +46,14 @@ def unpack_segments(
     """The inverse of ``pack_segments``: codes of ``shape`` [out, ...], int8 where symmetric, else uint8."""
     if channel_bits is None:
         ((bits, _),) = segments
-        return _unpacked(packed, bits, shape, symmetric)
+        return _segment_codes(packed, bits, shape, symmetric)
     codes = torch.empty(tuple(shape), dtype=numerics.code_dtype(symmetric))
     parts = packed.split(segment_bytes(segments, math.prod(shape[1:])))
     for part, (bits, count) in zip(parts, segments, strict=True):
-        codes[channel_bits == bits] = _unpacked(part, bits, (count, *shape[1:]), symmetric)
+        codes[channel_bits == bits] = _segment_codes(part, bits, (count, *shape[1:]), symmetric)
     return codes
 
 
-def _unpacked(packed: Tensor, bits: int, shape: Sequence[int], symmetric: bool) -> Tensor:
-    stored = numerics.unpack(packed, bits, math.prod(shape)).reshape(tuple(shape))
-    return numerics.from_unsigned(stored, bits, symmetric)
+def _segment_codes(packed: Tensor, bits: int, shape: Sequence[int], symmetric: bool) -> Tensor:
+    unsigned = numerics.unpack(packed, bits, math.prod(shape)).reshape(tuple(shape))
+    return numerics.from_unsigned(unsigned, bits, symmetric)

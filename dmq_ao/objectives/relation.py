@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dmq_ao.config import Reduce
 
 # A pixel shorter than this points nowhere.
-EPS = 1e-12
+MIN_LENGTH = 1e-12
 # Of one map of similarities; a step of the work holds about six.
 MAP_BYTES = 32 << 20
 
@@ -80,7 +80,7 @@ def _directions(features: Tensor, ch_axis: int) -> Tensor:
     """Pixels as unit vectors [B, pixels, C]; zeros, without gradient, where a pixel is too short to point anywhere."""
     pixels = features.movedim(ch_axis, -1).flatten(1, -2)
     length = pixels.norm(dim=-1, keepdim=True)
-    return torch.where(length > EPS, pixels / length.clamp_min(EPS), 0.0)
+    return torch.where(length > MIN_LENGTH, pixels / length.clamp_min(MIN_LENGTH), 0.0)
 
 
 def _divergence(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def rounding_regularizer(soft: Tensor, beta: float) -> Tensor:
-    """``sum(1 - |2 h - 1| ** beta)`` over all soft roundings ``h`` in [0, 1]; 0 when all are hard."""
+    """``sum(1 - |2 h - 1| ** beta)`` over all soft roundings ``h`` [...] in 0..1; 0 when all are hard."""
     total: Tensor = (1 - (2 * soft - 1).abs().pow(beta)).sum()
     return total
 
@@ -16,5 +16,5 @@ def temperature(step: int, steps: int, warmup: float, start: float = 20.0, stop:
     [20.0, 20.0, 11.0, 2.0]
     """
     begin = warmup * steps
-    left = 1 - (step - begin) / (steps - begin)
-    return stop + (start - stop) * min(1.0, max(0.0, left))
+    share = 1 - (step - begin) / (steps - begin)
+    return stop + (start - stop) * min(1.0, max(0.0, share))

@@ -1,7 +1,8 @@
 """How much each sample's loss counts, by its place on the sampler's list of steps.
 
 Focal weighting (DMQ, arXiv 2507.12933, adaptive timestep weighting): ``(1 - share) ** gamma``, where ``share`` is the
-step's part of the running loss. A step that holds much of the loss counts less.
+step's part of the running loss. A step that holds much of the loss counts less. The paper's Table 6 compares it with
+uniform and linear weights.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from dmq_ao.api.saving import load, save, usable_device
 from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation.report import json_ready
-from dmq_ao.pipelines.prompts import Prompts, told
+from dmq_ao.pipelines.prompts import Prompts, call_arguments
 from dmq_ao.samples import CalibrationSet, record
 from dmq_ao.serialization.folder import CONFIG, KEY
 
@@ -72,19 +72,19 @@ def load_pipeline(
         if not _HUB_ID.fullmatch(str(source)):
             raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
         whole = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32)
-        return _quiet(whole.to(device))
+        return _without_progress_bar(whole.to(device))
     if not (folder / INDEX).exists():
         raise InvalidFile(
-            f"{folder} holds no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
+            f"{folder} has no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     _check_parts(folder / INDEX)
-    found = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
-    quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in found}
+    names = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
+    quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in names}
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
-    given = {name: denoiser.skeleton for name, denoiser in quantized.items()}
+    components = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **given)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)
     except Exception as error:  # diffusers' own, of any type: they are about the folder's files
         raise InvalidFile(
             f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
@@ -92,7 +92,7 @@ def load_pipeline(
         ) from error
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
-    return _quiet(pipeline.to(device))
+    return _without_progress_bar(pipeline.to(device))
 
 
 def _check_parts(index: Path) -> None:
@@ -104,16 +104,17 @@ def _check_parts(index: Path) -> None:
     import diffusers
 
     try:
-        parts = dict(as_json.read(index))
+        parts = dict(as_json.read_json(index))
     except (TypeError, ValueError) as error:
-        raise InvalidFile(f"{index}: no index of a pipeline ({error}); copy it again") from error
+        raise InvalidFile(f"{index}: not a pipeline index ({error}); copy it again") from error
     for name, part in parts.items():
         if isinstance(part, list) and len(part) == 2 and not name.startswith("_"):
             library = str(part[0])
             own = library.isidentifier() and hasattr(diffusers.pipelines, library)
             if part[0] is not None and library not in _LIBRARIES and not own:
                 raise InvalidFile(
-                    f"{index}: {name} is of {library!r}; parts of {_LIBRARIES} and of diffusers' pipelines are loaded"
+                    f"{index}: {name} is from {library!r}; only parts of {_LIBRARIES} and of diffusers' pipelines are"
+                    " loaded"
                 )
 
 
@@ -144,16 +145,20 @@ def denoiser_folder(folder: str | Path) -> Path:
     for name in DENOISER_NAMES:
         if (folder / name).is_dir():
             return folder / name
-    raise InvalidFile(f"{folder} is a pipeline without {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
+    raise InvalidFile(f"{folder} is a pipeline without a {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool."""
+    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool.
+
+    Raises:
+        InvalidFile: when its config is not JSON.
+    """
     config = folder / CONFIG
     if not config.exists():
         return False
     try:
-        data = as_json.read(config)
+        data = as_json.read_json(config)
     except ValueError as error:
         raise InvalidFile(
             f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again"
@@ -161,7 +166,7 @@ def is_quantized(folder: Path) -> bool:
     return isinstance(data, dict) and KEY in data
 
 
-def _quiet(pipeline: Any) -> Any:
+def _without_progress_bar(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -229,7 +234,7 @@ def sample(
         Images [seeds, C, H, W] float32 in 0..1.
 
     Raises:
-        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.call_arguments``.
         TypeError: when it draws no images, but videos or sounds.
     """
     images = []
@@ -238,7 +243,7 @@ def sample(
             chunk = seeds[start : start + batch_size]
             result = _run(pipeline, chunk, steps, prompt, "np")
             if not hasattr(result, "images"):
-                raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, and no images")
+                raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, not images")
             images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
             bar.update(len(chunk))
     return torch.cat(images).contiguous()
@@ -247,7 +252,10 @@ def sample(
 def _run(pipeline: Any, seeds: Sequence[int], steps: int, prompt: Prompts, output_type: str) -> Any:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return pipeline(
-        **told(pipeline, seeds, prompt), generator=generators, num_inference_steps=steps, output_type=output_type
+        **call_arguments(pipeline, seeds, prompt),
+        generator=generators,
+        num_inference_steps=steps,
+        output_type=output_type,
     )
 
 
@@ -279,12 +287,12 @@ def record_pipeline(
 
     Raises:
         TypeError: when the denoiser is already quantized.
-        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.told``.
+        ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.call_arguments``.
     """
     denoiser = getattr(pipeline, denoiser_name(pipeline))
     if isinstance(denoiser, QuantizedDenoiser):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
-    told(pipeline, [seed], prompt)  # before anything is wrapped
+    call_arguments(pipeline, [seed], prompt)  # before anything is wrapped
     method = select.method if isinstance(select, Selection) else select
     even = max(2, -(-num_samples // steps))
     count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)

@@ -12,7 +12,7 @@ Prompts = str | Sequence[str] | None
 """One text for all images, or several that seeds take in turn; for pipelines of classes their numbers or names."""
 
 
-def told(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]:
+def call_arguments(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]:
     """Keyword arguments of a call that draws one image a seed.
 
     Seed ``s`` takes prompt ``s % len(prompts)``, the same in any batch. Pipelines of classes (DiT) that are given none
@@ -23,23 +23,23 @@ def told(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]
             does not know; for a pipeline that starts from something else, an image for one.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
-    taken = inspect.signature(pipeline.__call__).parameters
+    parameters = inspect.signature(pipeline.__call__).parameters
     name = type(pipeline).__name__
-    count = {"batch_size": len(seeds)} if "batch_size" in taken else {}
-    known = range(_classes(pipeline) if "class_labels" in taken else 0)
-    if known:
-        labels = [_label(pipeline, text, known) for text in prompts] or known
+    count = {"batch_size": len(seeds)} if "batch_size" in parameters else {}
+    classes = range(_classes(pipeline) if "class_labels" in parameters else 0)
+    if classes:
+        labels = [_label(pipeline, text, classes) for text in prompts] or classes
         return {"class_labels": [labels[seed % len(labels)] for seed in seeds], **count}
-    if prompts and "prompt" not in taken:
-        raise ValueError(f"{name} takes no prompt; leave it out")
+    if prompts and "prompt" not in parameters:
+        raise ValueError(f"{name} does not take a prompt; leave it out")
     if prompts:
         return {"prompt": [prompts[seed % len(prompts)] for seed in seeds]}
     if count:
         return count
-    if "prompt" in taken:
-        raise ValueError(f"{name} draws from a prompt; give one (prompt=, or --prompt)")
+    if "prompt" in parameters:
+        raise ValueError(f"{name} needs a prompt; give one (prompt=, or --prompt)")
     raise ValueError(
-        f"{name} takes {', '.join(taken)}, neither a prompt nor class_labels nor batch_size; wrap its own loop in"
+        f"{name} takes {', '.join(parameters)}, neither a prompt nor class_labels nor batch_size; wrap its own loop in"
         " dmq_ao.record(denoiser), then prepare, calibrate and convert the denoiser"
     )
 
@@ -50,10 +50,10 @@ def _classes(pipeline: Any) -> int:
     return next((config[key] for key in ("num_embeds_ada_norm", "num_class_embeds") if config.get(key)), 0)
 
 
-def _label(pipeline: Any, text: str, known: range) -> int:
-    named: dict[str, int] = getattr(pipeline, "labels", None) or {}
-    label = named.get(text, int(text) if text.isdecimal() else None)
-    if label is None or label not in known:
-        names = f" or one of {len(named)} names, such as {next(iter(named))!r}" if named else ""
-        raise ValueError(f"{type(pipeline).__name__} draws classes: 0 to {known[-1]}{names}; got {text!r}")
+def _label(pipeline: Any, text: str, classes: range) -> int:
+    labels: dict[str, int] = getattr(pipeline, "labels", None) or {}
+    label = labels.get(text, int(text) if text.isdecimal() else None)
+    if label is None or label not in classes:
+        names = f" or one of {len(labels)} names, such as {next(iter(labels))!r}" if labels else ""
+        raise ValueError(f"{type(pipeline).__name__} takes class numbers 0 to {classes[-1]}{names}; got {text!r}")
     return label

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,33 @@ def prepare_pipeline(
     return prepare(denoiser, recipe, samples.example(), timestep_arg=samples.timestep_arg, backend=backend)
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How calibration samples are recorded from a pipeline's own sampler.
+
+    Attributes:
+        steps: of the sampler.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        seed: first seed of the trajectories, and that of calibration.
+        trajectories: as for ``record_pipeline``.
+    """
+
+    steps: int = 20
+    prompt: Prompts = None
+    seed: int = 0
+    trajectories: int | None = None
+
+
 def quantize_pipeline(
     pipeline: Any,
     prepared: GraphModule,
     recipe: Recipe,
     folder: str | Path,
     *,
-    steps: int = 20,
-    prompt: Prompts = None,
-    seed: int = 0,
+    recording: Recording,
     backend: str = "auto",
     batch_size: int = 8,
     state_dir: str | Path | None = None,
-    trajectories: int | None = None,
     max_memory: int | None = None,
     bits: BitPlan | None = None,
     progress: bool = True,
@@ -71,19 +86,16 @@ def quantize_pipeline(
         prepared: from ``prepare_pipeline``.
         recipe: that it was prepared with.
         folder: absent or empty.
-        steps: of the sampler, while recording.
-        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
-        seed: first seed of the recorded trajectories.
+        recording: where the calibration samples come from.
         backend: as for ``dmq_ao.convert``.
         batch_size: rows per forward pass.
         state_dir: as for ``dmq_ao.calibrate``.
-        trajectories: as for ``record_pipeline``.
         max_memory: as for ``dmq_ao.calibrate``.
         bits: as for ``dmq_ao.calibrate``; where there are any, the folder gets a ``bit_plan.json`` to edit.
         progress: show progress bars.
 
     Returns:
-        The report: what was asked, what calibration found, every layer, and the totals.
+        The report: options, results of calibration, every layer, and the totals.
 
     Raises:
         ValueError: when ``folder`` is taken; nothing was recorded then.
@@ -91,23 +103,23 @@ def quantize_pipeline(
     check_free(Path(folder))
     Path(folder).parent.mkdir(parents=True, exist_ok=True)  # where that is refused, it is better known now
     name = denoiser_name(pipeline)
-    before = float_bytes(getattr(pipeline, name))
+    original_bytes = float_bytes(getattr(pipeline, name))
     samples = record_pipeline(
         pipeline,
         num_samples=recipe.num_samples,
-        steps=steps,
-        seed=seed,
-        prompt=prompt,
+        steps=recording.steps,
+        seed=recording.seed,
+        prompt=recording.prompt,
         batch_size=batch_size,
-        trajectories=trajectories,
+        trajectories=recording.trajectories,
         select=recipe.select,
         progress=progress,
     )
-    found = calibrate(
+    calibration = calibrate(
         prepared,
         samples,
         state_dir=state_dir,
-        seed=seed,
+        seed=recording.seed,
         progress=progress,
         batch_size=batch_size,
         max_memory=max_memory,
@@ -117,18 +129,23 @@ def quantize_pipeline(
     setattr(pipeline, name, quantized)
     report = {
         "pipeline": type(pipeline).__name__,
-        "sampling": {"steps": steps, "prompt": prompt, "seed": seed, "select": recipe.select.method.value},
-        "calibration": found.to_dict(),
-        **describe(quantized),
+        "sampling": {
+            "steps": recording.steps,
+            "prompt": recording.prompt,
+            "seed": recording.seed,
+            "select": recipe.select.method.value,
+        },
+        "calibration": calibration.to_dict(),
+        **describe_denoiser(quantized),
     }
     save_pipeline(pipeline, folder, report)
-    if found.bits:
-        found.bits.save(Path(folder) / BIT_PLAN)
+    if calibration.bits:
+        calibration.bits.save(Path(folder) / BIT_PLAN)
     size = folder_bytes(Path(folder) / name)
-    return {**report, "folder": str(folder), "file_bytes": size, "float_bytes": before}
+    return {**report, "folder": str(folder), "file_bytes": size, "float_bytes": original_bytes}
 
 
-def describe(quantized: QuantizedDenoiser) -> dict[str, Any]:
+def describe_denoiser(quantized: QuantizedDenoiser) -> dict[str, Any]:
     """A quantized denoiser in plain values: recipe, every layer, and the totals over them."""
     layers = quantized.layer_reports()
     return {
@@ -150,7 +167,7 @@ def describe_folder(folder: str | Path, backend: str = "auto") -> dict[str, Any]
     quantized = load_denoiser(folder, backend=backend)
     return {
         "folder": str(folder),
-        **describe(quantized),
+        **describe_denoiser(quantized),
         "file_bytes": folder_bytes(denoiser_folder(folder)),
         "float_bytes": float_bytes(quantized.skeleton),
     }
@@ -187,8 +204,8 @@ def forecast(pipeline: Any, prepared: GraphModule, recipe: Recipe, steps: int = 
     ]
     numel = sum(tensor.numel() for tensor in denoiser.state_dict().values())
     reads = {str(node.target): node for node in prepared.graph.nodes if node.op == "get_attr"}
-    kept = sum(graph.attribute(prepared, node).numel() for node in reads.values())
-    rest = kept - sum(math.prod(shape) for shape in shapes.values())
+    stored = sum(graph.attribute(prepared, node).numel() for node in reads.values())
+    rest = stored - sum(math.prod(shape) for shape in shapes.values())
     bits = rest * width + sum(_stored_bits(plan[name], shape, steps, recipe) for name, shape in shapes.items())
     return {
         "recipe": recipe.to_dict(),

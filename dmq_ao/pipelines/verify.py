@@ -42,7 +42,7 @@ def verify(
     """
     signer = _signer(public_key, identity, issuer)
     if signature is not None and signer is None:
-        raise ValueError("a signature is compared with its signer; give public_key=, or identity= and issuer=")
+        raise ValueError("signature needs a signer to compare with; give public_key=, or identity= and issuer=")
     if signer is not None:  # before anything else of it is read
         _check_signature(Path(folder), Path(signature or Path(folder) / SIGNATURE), signer)
     denoiser = denoiser_folder(folder)
@@ -52,7 +52,7 @@ def verify(
 
 def _signer(public_key: str | Path | None, identity: str | None, issuer: str | None) -> dict[str, Any] | None:
     if public_key is not None and (identity or issuer) or bool(identity) != bool(issuer):
-        raise ValueError("a signer is a public_key, or an identity and its issuer")
+        raise ValueError("the signer must be either public_key=, or identity= with issuer=")
     if public_key is not None:
         return {"name": str(public_key), "public_key": Path(public_key)}
     return {"name": f"{identity} ({issuer})", "identity": identity, "oidc_issuer": issuer} if identity else None
@@ -62,7 +62,9 @@ def _check_signature(folder: Path, signature: Path, signer: Mapping[str, Any]) -
     try:
         from model_signing import hashing, verifying
     except ImportError as error:
-        raise ValueError(f"signatures need another package ({error}): pip install 'dmq_ao[sign]'") from error
+        raise ValueError(
+            f"checking a signature needs model_signing ({error}); install it with: pip install 'dmq_ao[sign]'"
+        ) from error
     if not signature.is_file():
         raise InvalidFile(
             f"{signature} is missing; sign the folder with `model_signing sign key`, or verify without a signer"

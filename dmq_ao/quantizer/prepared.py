@@ -26,7 +26,7 @@ class Prepared:
         merged: layers that were copies of others, each with the layer that stands for it.
         scaled: layers whose input gets learned channel scales.
         skeleton: the denoiser's module tree on the meta device; None where torchao prepared the graph alone.
-        tuned: float tensors of the graph that calibration changed, by their place in it.
+        tuned: float tensors [...] of the graph that calibration changed, by their place in it.
         sqnr_db: of every layer's output, integers against float; filled by calibration.
         incomplete: a calibration began and has not ended.
     """

@@ -16,25 +16,25 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.config import Ranges
+from dmq_ao.graph import aten
 from dmq_ao.graph.values import VAL, Value
 from dmq_ao.numerics import ops
 from dmq_ao.records import ActivationRecord, LayerPlan, LayerRecord
 
-_aten = torch.ops.aten
 _KINDS: dict[Any, str] = {
-    _aten.conv1d.default: "conv1d",
-    _aten.conv2d.default: "conv2d",
-    _aten.conv3d.default: "conv3d",
+    aten.conv1d.default: "conv1d",
+    aten.conv2d.default: "conv2d",
+    aten.conv3d.default: "conv3d",
 }
 _KINDS |= {graph.LINEAR: "linear", graph.LOOKUP: graph.TABLE}
-_WEIGHT = ("codes", "weight_scale", "weight_zero_point")
+_WEIGHT_FIELDS = ("codes", "weight_scale", "weight_zero_point")
 
 
 class Disagreement(ValueError):
     """A graph and its records say different things; the message names the layer."""
 
 
-def check(
+def check_agreement(
     gm: GraphModule, outlines: Mapping[str, LayerRecord], plan: Mapping[str, LayerPlan], timestep: Node | None
 ) -> None:
     """Refuse a graph that contradicts the records.
@@ -64,25 +64,25 @@ class _Check:
     def run(self) -> None:
         self._check_names()
         for name, record in self.outlines.items():
-            planned = self.plan.get(name)
-            if planned is None or planned.weight is None or planned.kind != record.kind:
-                raise Disagreement(f"{name} is quantized as {record.kind}, which the plan does not say")
-            _check_plan(name, planned, record)
+            plan = self.plan.get(name)
+            if plan is None or plan.weight is None or plan.kind != record.kind:
+                raise Disagreement(f"{name} is quantized as {record.kind}, and the plan does not quantize it so")
+            _check_plan(name, plan, record)
         nodes = graph.layer_nodes(self.gm)
         for name, record in self.outlines.items():
             if name not in nodes:
-                raise Disagreement(f"no operator of the graph is called {name!r}, which has codes")
+                raise Disagreement(f"the graph has no operator for layer {name!r}, which has codes")
             self._check_layer(name, record, nodes[name])
         self._check_readers(nodes)
 
     def _check_names(self) -> None:
-        marked = [node.meta[graph.LAYER] for node in self.gm.graph.nodes if graph.LAYER in node.meta]
+        names = [node.meta[graph.LAYER] for node in self.gm.graph.nodes if graph.LAYER in node.meta]
         calls = [n for n in self.gm.graph.nodes if graph.LAYER in n.meta and n.op == "call_function"]
-        if len(set(marked)) != len(marked) or len(calls) != len(marked):
+        if len(set(names)) != len(names) or len(calls) != len(names):
             raise Disagreement("each layer is one operator of the graph, and one only")
-        unknown = sorted(set(marked) - set(self.plan))
+        unknown = sorted(set(names) - set(self.plan))
         if unknown:
-            raise Disagreement(f"the plan knows no layers {unknown}")
+            raise Disagreement(f"layers {unknown} are not in the plan")
 
     def _check_layer(self, name: str, record: LayerRecord, node: Node) -> None:
         if _KINDS.get(node.target) != record.kind:
@@ -90,10 +90,10 @@ class _Check:
         weight = node.args[0 if record.kind == graph.TABLE else 1]
         if not isinstance(weight, Node) or weight.target is not ops.dequantize_weight:
             raise Disagreement(f"{name}: its operator does not read its codes")
-        if node.kwargs or any(not _is_plain(value) for value in node.args[3:]):
+        if node.kwargs or any(not _is_integers(value) for value in node.args[3:]):
             raise Disagreement(f"{name}: its operator takes its arguments by position, and its geometry in numbers")
         self._check_axes(name, record, node)
-        for argument, field in zip(weight.args[:3], _WEIGHT, strict=True):
+        for argument, field in zip(weight.args[:3], _WEIGHT_FIELDS, strict=True):
             self._check_source(argument, name, field)
         if record.bias is not None:
             self._check_source(node.args[2] if len(node.args) > 2 else None, name, "corrected_bias")
@@ -128,8 +128,8 @@ class _Check:
         limits = () if record.float8 else (0, 2**record.bits - 1)
         target = ops.quantize_float8 if record.float8 else ops.quantize
         numbers = (scale,) if record.float8 else (scale, zero_point)
-        given = codes.args[1 : 1 + len(numbers)]
-        if codes.target is not target or given != numbers or real.kwargs or codes.kwargs:
+        operands = codes.args[1 : 1 + len(numbers)]
+        if codes.target is not target or operands != numbers or real.kwargs or codes.kwargs:
             raise Disagreement(f"{name}: its input is quantized by other numbers than it is dequantized by")
         finer, *rest = codes.args[1 + len(numbers) :]
         if axis != record.ch_axis or tuple(rest) != (record.ch_axis, *limits):
@@ -150,22 +150,22 @@ class _Check:
                 raise Disagreement(f"{name}: its input has no dynamic range in the graph")
             if source.args[1:] != (record.bits,):
                 raise Disagreement(f"{name}: its input has no dynamic range of {record.bits} bits in the graph")
-            self._check_divided(name, record, source.args[0], x)
+            self._check_quotient(name, record, source.args[0], x)
             return
         by_step = record.timesteps is not None
         self._check_row(name, record, scale, "input_scale", record.scale, by_step)
         self._check_row(name, record, zero_point, "input_zero_point", record.zero_point, by_step)
 
-    def _check_divided(self, name: str, record: ActivationRecord, seen: Any, x: Any) -> None:
+    def _check_quotient(self, name: str, record: ActivationRecord, quotient: Any, x: Any) -> None:
         """A dynamic range is that of ``x``, over the channel scale where there is one."""
         if record.channel_scale is None:
-            if seen is not x:
+            if quotient is not x:
                 raise Disagreement(f"{name}: its dynamic range is of another tensor")
             return
-        if not isinstance(seen, Node) or seen.target is not _aten.div.Tensor or seen.args[0] is not x:
+        if not isinstance(quotient, Node) or quotient.target is not aten.div.Tensor or quotient.args[0] is not x:
             raise Disagreement(f"{name}: its dynamic range is of another tensor")
-        self._check_same(name, seen.args[1], "channel_scale", record.channel_scale)
-        shape = graph.attribute(self.gm, seen.args[1]).shape  # type: ignore[arg-type]
+        self._check_same(name, quotient.args[1], "channel_scale", record.channel_scale)
+        shape = graph.attribute(self.gm, quotient.args[1]).shape  # type: ignore[arg-type]
         if len(shape) <= record.ch_axis or shape[record.ch_axis] != record.channel_scale.numel():
             raise Disagreement(f"{name}: its channel scale lies along another axis")
 
@@ -190,7 +190,7 @@ class _Check:
 
     def _row_of(self, number: Any) -> Node | None:
         """The look-up behind ``index_select(table, 0, row(timestep, timesteps))``; None for anything else."""
-        if not isinstance(number, Node) or number.target is not _aten.index_select.default or number.args[1] != 0:
+        if not isinstance(number, Node) or number.target is not aten.index_select.default or number.args[1] != 0:
             return None
         rows = number.args[2]
         is_row = isinstance(rows, Node) and rows.target is ops.row and rows.args[0] is self.timestep
@@ -222,23 +222,23 @@ class _Check:
                 raise Disagreement(f"codes of {source and source[0]} are read by another layer")
 
 
-def _check_plan(name: str, planned: LayerPlan, record: LayerRecord) -> None:
+def _check_plan(name: str, plan: LayerPlan, record: LayerRecord) -> None:
     """What backends decide by the plan, before they see a record, must be so."""
-    assert planned.weight is not None
+    assert plan.weight is not None
     weight, activation = record.weight, record.activation
-    if (planned.weight.symmetric, planned.weight.float8) != (weight.symmetric, weight.float8):
+    if (plan.weight.symmetric, plan.weight.float8) != (weight.symmetric, weight.float8):
         raise Disagreement(f"{name}: plan and record differ in whether its codes are symmetric, or float8")
-    if not weight.symmetric and weight.bits > 7 >= planned.weight.bits:
-        raise Disagreement(f"{name}: its codes have {weight.bits} bits, the plan says {planned.weight.bits}")
-    if (planned.activation is None) != (activation is None):
+    if not weight.symmetric and weight.bits > 7 >= plan.weight.bits:
+        raise Disagreement(f"{name}: its codes have {weight.bits} bits, the plan says {plan.weight.bits}")
+    if (plan.activation is None) != (activation is None):
         raise Disagreement(f"{name}: plan and record differ in whether its input is quantized")
     exponents = None if activation is None else activation.exponents
-    votes = planned.power_of_two
+    votes = plan.power_of_two
     if exponents is not None and (votes is None or votes.per_step != (exponents.dim() == 2)):
         raise Disagreement(f"{name}: it has exponents that the plan does not have")
 
 
-def _is_plain(value: Any) -> bool:
+def _is_integers(value: Any) -> bool:
     return all(isinstance(one, int) for one in (value if isinstance(value, (tuple, list)) else [value]))
 
 

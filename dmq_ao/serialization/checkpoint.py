@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dmq_ao.config import InvalidFile, as_json
 
-_HEADER = "dmq_ao.state"
+_STATE_KEY = "dmq_ao.state"
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Checkpoint:
     digest: str
 
     def load(self, name: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """JSON and tensors that ``save`` wrote under a name; None where there are none.
+        """JSON and tensors [...] that ``save`` wrote under a name; None where there are none.
 
         Raises:
             InvalidFile: for a file that is damaged, or not ``what`` is expected.
@@ -40,7 +40,7 @@ class Checkpoint:
         return None if self.folder is None else load_state(self._file(self.folder, name), self.digest, what)
 
     def save(self, name: str, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write JSON and tensors under a name; what stood there stays until the new file is whole."""
+        """Write JSON and tensors [...] under a name; what stood there stays until the new file is whole."""
         if self.folder is not None:
             file = self._file(self.folder, name)
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,16 +58,16 @@ def save_state(file: Path, digest: str, meta: Mapping[str, Any], tensors: Mappin
         file: to write.
         digest: of everything the run depends on.
         meta: JSON-ready.
-        tensors: by name.
+        tensors: by name, of any shapes [...].
     """
     partial = file.with_suffix(".partial")
-    header = {_HEADER: json.dumps({"digest": digest, "meta": dict(meta)})}
+    header = {_STATE_KEY: json.dumps({"digest": digest, "meta": dict(meta)})}
     save_file({key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}, partial, header)
     os.replace(partial, file)
 
 
 def load_state(file: Path, digest: str, what: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """What ``save_state`` wrote: JSON and tensors; None when there is no file.
+    """What ``save_state`` wrote: JSON, and tensors [...] by name; None when there is no file.
 
     Args:
         file: to read.
@@ -81,13 +81,13 @@ def load_state(file: Path, digest: str, what: str) -> tuple[dict[str, Any], dict
     if not file.exists():
         return None
     try:
-        with safe_open(file, "pt") as opened:
-            header = as_json.parse((opened.metadata() or {})[_HEADER])
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        owner, meta = header["digest"], dict(header["meta"])
+        with safe_open(file, "pt") as archive:
+            header = as_json.parse((archive.metadata() or {})[_STATE_KEY])
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+        file_digest, meta = header["digest"], dict(header["meta"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidFile(f"{file}: not {what} ({error}); delete it to start again") from error
-    if owner != digest:
+    if file_digest != digest:
         raise ValueError(
             f"{file} belongs to another run: model, recipe, samples, seed and batch_size must all be the same; delete"
             " the folder to start again, or give another state_dir"

@@ -31,7 +31,7 @@ from dmq_ao.serialization.graph import read_dtype
 from dmq_ao.serialization.layers import layer_configs, layer_tensors, stored_layers
 from dmq_ao.serialization.records import StoredRecords
 
-FORMAT_VERSION = 1
+FOLDER_VERSION = 1
 CONFIG = "config.json"
 TENSORS = "diffusion_pytorch_model.safetensors"
 GRAPH = "graph.json"
@@ -47,7 +47,7 @@ class Stored:
     Attributes:
         recipe: how it was made.
         records: integers by layer name.
-        float_tensors: what stayed in float, by original name.
+        float_tensors: what stayed in float, [...] of the original shapes by original name.
         model_config: the diffusers ``config``, empty for other models.
         parameters: original parameter names and shapes: the model's identity.
         example: shape and dtype name of each tensor argument.
@@ -55,8 +55,8 @@ class Stored:
         timestep_arg: name of the timestep, None without one.
         sqnr_db: output noise per layer, as calibration measured it.
         merged: layers that were copies, each with that which stands for it.
-        graph: JSON text of the converted graph, see ``graph_file``; None when it cannot be stored.
-        graph_constants: tensors of that graph that are of no layer and not of the original model.
+        graph: JSON text of the converted graph, see ``serialization.graph``; None when it cannot be stored.
+        graph_constants: tensors [...] of that graph that are of no layer and not of the original model.
     """
 
     recipe: Recipe
@@ -152,7 +152,7 @@ def read(folder: str | Path) -> Stored:
     """
     folder = Path(folder)
     whole, data = _read_config(folder / CONFIG)
-    checksums = manifest.read(folder)
+    checksums = manifest.read_manifest(folder)
     if checksums is not None:
         checksums.check_file(folder / CONFIG, data)
     try:
@@ -180,10 +180,10 @@ def _read_files(folder: Path, config: _Config, checksums: manifest.Manifest | No
             )
         if name == GRAPH:
             data = as_json.read_bytes(file)
-            changed, graph = hashlib.sha256(data).hexdigest() != config.graph_sha256, data.decode()
+            differs, graph = hashlib.sha256(data).hexdigest() != config.graph_sha256, data.decode()
         else:
-            changed = checksums is None and manifest.sha256(file) != config.sha256
-        if changed:
+            differs = checksums is None and manifest.sha256(file) != config.sha256
+        if differs:
             raise InvalidFile(
                 f"{file}: its checksum is not the one in {CONFIG}: truncated, altered, or of another save; copy both"
                 " again"
@@ -206,9 +206,9 @@ def _read_config(file: Path) -> tuple[dict[str, Any], bytes]:
         raise InvalidFile(
             f"{file}: no {KEY} of dmq_ao in it; this is a float model or another tool's, quantize it first"
         )
-    if mine.get("format_version") != FORMAT_VERSION:
+    if mine.get("format_version") != FOLDER_VERSION:
         raise InvalidFile(
-            f"{file}: format_version {mine.get('format_version')}, this dmq_ao reads {FORMAT_VERSION}; it was written"
+            f"{file}: format_version {mine.get('format_version')}, this dmq_ao reads {FOLDER_VERSION}; it was written"
             f" by {mine.get('producer')}: install that version, or quantize again"
         )
     return dict(config), data
@@ -218,7 +218,7 @@ def _config(stored: Stored, layers: Mapping[str, Any], checksums: Mapping[str, s
     producer = {name: importlib.metadata.version(name) for name in ("dmq_ao", "torch", "torchao")}
     mine = {
         "quant_method": "dmq_ao",
-        "format_version": FORMAT_VERSION,
+        "format_version": FOLDER_VERSION,
         "producer": producer,
         "sha256": checksums[TENSORS],
         "graph_sha256": checksums.get(GRAPH),
@@ -255,9 +255,9 @@ def _from_parts(whole: dict[str, Any], config: _Config, records: StoredRecords, 
         _check_names(names)
     _check_float_tensors(rest, config.float_tensors, config.parameters)
     if config.timestep_arg is not None and config.timestep_arg not in config.example:
-        raise ValueError(f"timestep_arg {config.timestep_arg!r} is none of the arguments {sorted(config.example)}")
+        raise ValueError(f"timestep_arg {config.timestep_arg!r} is not one of the arguments {sorted(config.example)}")
     if any(not isinstance(value, (bool, int, float, str, type(None))) for value in config.constants.values()):
-        raise TypeError("constants are numbers, texts, true, false or null")
+        raise TypeError("constants must be numbers, strings, true, false or null")
     unflatten_inputs(config.example | config.constants)
     return Stored(
         recipe=config.recipe,
@@ -279,7 +279,7 @@ def _check_names(names: Mapping[str, Any]) -> None:
     """Paths of modules, parameters and arguments."""
     for name in names:
         if not name.isprintable() or len(name) > _LONGEST_NAME or not all(name.split(".")):
-            raise ValueError(f"{name[:80]!r} is no dotted name")
+            raise ValueError(f"{name[:80]!r} is not a dotted name")
 
 
 def _db(name: str, value: Any) -> float:

@@ -42,7 +42,7 @@ _LITERALS = {"dtype": torch.dtype, "memory_format": torch.memory_format, "layout
 
 @dataclass(frozen=True, eq=False)
 class StoredGraph:
-    """A description as JSON text, and the tensors that only this graph has, by the name in ``{"constant": name}``."""
+    """A description as JSON text, and the tensors [...] of this graph alone, by the name in ``{"constant": name}``."""
 
     text: str
     constants: Mapping[str, Tensor]
@@ -64,7 +64,7 @@ def to_json(gm: GraphModule, float_names: Collection[str]) -> dict[str, Any]:
     """
     nodes = [_node_to_json(gm, node, float_names) for node in gm.graph.nodes if node.op != "output"]
     outputs = pytree.tree_flatten(gm.graph.output_node().args[0])[0]
-    return {"nodes": nodes, "outputs": [_argument(value) for value in outputs], "single": _returns_one(gm)}
+    return {"nodes": nodes, "outputs": [_argument_to_json(value) for value in outputs], "single": _returns_one(gm)}
 
 
 def _returns_one(gm: GraphModule) -> bool:
@@ -87,25 +87,27 @@ def _returns_one(gm: GraphModule) -> bool:
 def _node_to_json(gm: GraphModule, node: Node, float_names: Collection[str]) -> dict[str, Any]:
     if node.op not in _KEYS:
         raise NotStorable(f"a node {node.op} {node.target}")
-    stored: dict[str, Any] = {"name": node.name, "op": node.op}
+    entry: dict[str, Any] = {"name": node.name, "op": node.op}
     if node.op == "get_attr":
-        stored |= {"target": str(node.target), "from": _home(gm, node, float_names)}
+        entry |= {"target": str(node.target), "from": _home(gm, node, float_names)}
     elif node.op == "call_function":
-        stored |= {"target": _function_name(node.target), "args": _argument(node.args)["tuple"]}
-        stored |= {"kwargs": {key: _argument(value) for key, value in node.kwargs.items()}} if node.kwargs else {}
+        entry |= {"target": _function_name(node.target), "args": _argument_to_json(node.args)["tuple"]}
+        entry |= (
+            {"kwargs": {key: _argument_to_json(value) for key, value in node.kwargs.items()}} if node.kwargs else {}
+        )
     if VAL in node.meta:
-        stored["val"] = _value_to_json(node.meta[VAL])
+        entry["val"] = _value_to_json(node.meta[VAL])
     if graph.LAYER in node.meta:
-        stored["layer"] = node.meta[graph.LAYER]
-    return stored
+        entry["layer"] = node.meta[graph.LAYER]
+    return entry
 
 
 def _home(gm: GraphModule, node: Node, float_names: Collection[str]) -> dict[str, Any]:
     """Where the tensor that a node reads is kept."""
     if graph.SOURCE in node.meta:
         tensor = graph.attribute(gm, node)
-        kept = {"shape": list(tensor.shape), "dtype": _word(tensor.dtype)}
-        return {"record": list(node.meta[graph.SOURCE]), **kept}
+        layout = {"shape": list(tensor.shape), "dtype": _torch_name(tensor.dtype)}
+        return {"record": list(node.meta[graph.SOURCE]), **layout}
     name = graph.parameter_name(node)
     return {"float": name} if name in float_names else {"constant": str(node.target)}
 
@@ -131,62 +133,62 @@ def from_json(description: Mapping[str, Any], tensor: Callable[[str, Mapping[str
 
     Args:
         description: from ``to_json``, or anything that JSON can be.
-        tensor: given a path in the graph and a ``"from"``, the tensor that is kept there.
+        tensor: a function from a path in the graph and a ``"from"`` to the tensor [...] that is kept there.
 
     Raises:
         operators.NotReadable: for an operator that this PyTorch does not have.
         KeyError, TypeError, ValueError: for a description that is damaged, ``operators.Forbidden`` among them.
     """
-    root, built = nn.Module(), Graph()
+    root, new_graph = nn.Module(), Graph()
     nodes: dict[str, Node] = {}
-    for number, stored in enumerate(_stored_nodes(description)):
-        node = _build(built, stored, nodes, number)
+    for number, entry in enumerate(_checked_nodes(description)):
+        node = _build(new_graph, entry, nodes, number)
         if node.op == "get_attr":
-            graph.set_tensor(root, str(node.target), tensor(str(node.target), stored["from"]))
-        if "val" in stored:
-            node.meta[VAL] = _value_from_json(stored["val"])
-        if "layer" in stored:
-            node.meta[graph.LAYER] = _text(stored["layer"])
-        nodes[stored["name"]] = node
-    outputs = [_read(value, nodes) for value in description["outputs"]]
+            graph.set_tensor(root, str(node.target), tensor(str(node.target), entry["from"]))
+        if "val" in entry:
+            node.meta[VAL] = _value_from_json(entry["val"])
+        if "layer" in entry:
+            node.meta[graph.LAYER] = _text(entry["layer"])
+        nodes[entry["name"]] = node
+    outputs = [_argument_from_json(value, nodes) for value in description["outputs"]]
     single = description["single"]
     if not outputs or not isinstance(outputs[0], Node) or type(single) is not bool or single and len(outputs) > 1:
         raise ValueError("a graph answers with one or more of its nodes, one of them if it is single")
-    built.output(outputs[0] if single else tuple(outputs))
-    return GraphModule(root, built)
+    new_graph.output(outputs[0] if single else tuple(outputs))
+    return GraphModule(root, new_graph)
 
 
-def _stored_nodes(description: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _checked_nodes(description: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The nodes, their keys and names checked."""
     nodes = description["nodes"]
     if not isinstance(nodes, list) or len(nodes) > MAX_NODES:
         raise ValueError(f"nodes must be a list of at most {MAX_NODES}")
     names = set()
-    for stored in nodes:
-        name, op = stored["name"], stored["op"]
-        if op not in _KEYS or not set(stored) <= _KEYS[op]:
-            raise ValueError(f"a node of {op!r} with {sorted(stored)}; there are {sorted(_KEYS)}")
+    for entry in nodes:
+        name, op = entry["name"], entry["op"]
+        if op not in _KEYS or not set(entry) <= _KEYS[op]:
+            raise ValueError(f"a node of {op!r} with {sorted(entry)}; there are {sorted(_KEYS)}")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in names:
             raise ValueError(f"nodes have names of letters, digits and _, each its own; got {name!r}")
         names.add(name)
     return nodes
 
 
-def _build(built: Graph, stored: Mapping[str, Any], nodes: Mapping[str, Node], number: int) -> Node:
+def _build(new_graph: Graph, entry: Mapping[str, Any], nodes: Mapping[str, Node], number: int) -> Node:
     """One node, named by its number: no name of the file is used."""
-    op = stored["op"]
+    op = entry["op"]
     if op == "placeholder":
-        return built.create_node(op, f"input_{number}", (), {}, f"input_{number}")
+        return new_graph.create_node(op, f"input_{number}", (), {}, f"input_{number}")
     if op == "get_attr":  # paths inside the denoiser hold its parameters, see ``graph.set_tensor``
-        own = _text(stored["target"]).startswith(graph.PREFIX) and "record" not in stored["from"]
+        own = _text(entry["target"]).startswith(graph.PREFIX) and "record" not in entry["from"]
         inside = graph.PREFIX if own else ""
-        return built.create_node(op, f"{inside}tensor_{number}", (), {}, f"tensor_{number}")
-    name = stored["target"]
-    target = operators.named(name)
-    args = tuple(_read(value, nodes) for value in stored["args"])
-    kwargs = {key: _read(value, nodes) for key, value in stored.get("kwargs", {}).items()}
+        return new_graph.create_node(op, f"{inside}tensor_{number}", (), {}, f"tensor_{number}")
+    name = entry["target"]
+    target = operators.operator_of(name)
+    args = tuple(_argument_from_json(value, nodes) for value in entry["args"])
+    kwargs = {key: _argument_from_json(value, nodes) for key, value in entry.get("kwargs", {}).items()}
     operators.check_call(name, target, args, kwargs)
-    return built.create_node(op, target, args, kwargs, f"{name.split('.')[1]}_{number}")
+    return new_graph.create_node(op, target, args, kwargs, f"{name.split('.')[1]}_{number}")
 
 
 def _text(value: Any) -> str:
@@ -202,7 +204,7 @@ def _function_name(target: Any) -> str:
     return name
 
 
-def _argument(value: Any) -> Any:
+def _argument_to_json(value: Any) -> Any:
     """An argument of a node in JSON; what JSON has no word for becomes an object of one key."""
     if isinstance(value, Node):
         return {"node": value.name}
@@ -211,26 +213,26 @@ def _argument(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, list):
-        return [_argument(item) for item in value]
+        return [_argument_to_json(item) for item in value]
     if isinstance(value, tuple):
-        return {"tuple": [_argument(item) for item in value]}
+        return {"tuple": [_argument_to_json(item) for item in value]}
     if isinstance(value, slice):
-        return {"slice": [_argument(item) for item in (value.start, value.stop, value.step)]}
+        return {"slice": [_argument_to_json(item) for item in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     for word, kind in _LITERALS.items():
         if isinstance(value, kind):
-            return {word: _word(value)}
+            return {word: _torch_name(value)}
     raise NotStorable(f"an argument {value!r} of type {type(value).__name__}")
 
 
-def _read(value: Any, nodes: Mapping[str, Node], depth: int = 0) -> Any:
+def _argument_from_json(value: Any, nodes: Mapping[str, Node], depth: int = 0) -> Any:
     if depth > MAX_DEPTH:  # it would stand as deep in the source that torch.fx writes
         raise ValueError(f"an argument nested more than {MAX_DEPTH} deep")
     if isinstance(value, list):
         if len(value) > MAX_LIST:
             raise ValueError(f"an argument of {len(value)} items, at most {MAX_LIST}")
-        return [_read(item, nodes, depth + 1) for item in value]
+        return [_argument_from_json(item, nodes, depth + 1) for item in value]
     if not isinstance(value, dict):
         return value
     ((word, inner),) = value.items()
@@ -240,9 +242,9 @@ def _read(value: Any, nodes: Mapping[str, Node], depth: int = 0) -> Any:
         case "float" if inner in ("inf", "-inf", "nan"):
             return float(inner)
         case "tuple":
-            return tuple(_read(inner, nodes, depth))
+            return tuple(_argument_from_json(inner, nodes, depth))
         case "slice":
-            return slice(*_read(inner, nodes, depth))
+            return slice(*_argument_from_json(inner, nodes, depth))
         case "device":
             return torch.device(inner)
     return _literal(word, inner)
@@ -251,27 +253,27 @@ def _read(value: Any, nodes: Mapping[str, Node], depth: int = 0) -> Any:
 def _literal(word: str, name: Any) -> Any:
     value = getattr(torch, name, None) if isinstance(name, str) else None
     if word not in _LITERALS or not isinstance(value, _LITERALS[word]) or word == "dtype" and name not in DTYPES:
-        raise ValueError(f"no {word} of stored graphs is called {name!r}")
+        raise ValueError(f"{name!r} is not a {word} of stored graphs")
     return value
 
 
-def _word(value: Any) -> str:
+def _torch_name(value: Any) -> str:
     return str(value).removeprefix("torch.")
 
 
 def _value_to_json(value: Any) -> Any:
     if isinstance(value, Value):
-        return {"shape": list(value.shape), "dtype": _word(value.dtype)}
+        return {"shape": list(value.shape), "dtype": _torch_name(value.dtype)}
     return [_value_to_json(item) for item in value] if isinstance(value, tuple) else None
 
 
-def _value_from_json(stored: Any) -> Any:
-    if isinstance(stored, dict):
-        sizes = tuple(stored["shape"])
+def _value_from_json(entry: Any) -> Any:
+    if isinstance(entry, dict):
+        sizes = tuple(entry["shape"])
         if any(size is not None and (type(size) is not int or size < 0) for size in sizes):
             raise ValueError(f"a shape is sizes, or null for what depends on the inputs; got {list(sizes)}")
-        return Value(sizes, read_dtype(stored["dtype"]))
-    return tuple(_value_from_json(item) for item in stored) if isinstance(stored, list) else None
+        return Value(sizes, read_dtype(entry["dtype"]))
+    return tuple(_value_from_json(item) for item in entry) if isinstance(entry, list) else None
 
 
 def read_dtype(name: str) -> torch.dtype:

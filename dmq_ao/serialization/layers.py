@@ -114,12 +114,12 @@ def stored_layers(configs: Any) -> dict[str, StoredLayer]:
 
 
 def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
-    """The tensors of the records as a file holds them: codes packed, all on the CPU."""
+    """The tensors of the records as a file holds them, shaped as above: codes packed, [bytes], all on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, record in records.items():
         weight, activation = record.weight, record.activation
         widths = None if weight.channel_bits is None else weight.channel_bits.cpu()
-        tensors[f"{name}.weight"] = _packed(weight, widths)
+        tensors[f"{name}.weight"] = _pack_codes(weight, widths)
         if widths is not None:
             tensors[f"{name}.weight_bits"] = widths
         tensors[f"{name}.weight_scale"] = weight.scale.cpu()
@@ -141,15 +141,15 @@ def layer_tensors(records: Mapping[str, LayerRecord]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
 
 
-def _packed(weight: WeightRecord, widths: Tensor | None) -> Tensor:
-    codes, signed = weight.codes.cpu(), weight.symmetric
+def _pack_codes(weight: WeightRecord, widths: Tensor | None) -> Tensor:
+    codes, symmetric = weight.codes.cpu(), weight.symmetric
     if weight.float8:
-        codes, signed = codes.view(torch.uint8), False
-    return pack_segments(codes, weight.segments, widths, signed)
+        codes, symmetric = codes.view(torch.uint8), False
+    return pack_segments(codes, weight.segments, widths, symmetric)
 
 
 def layer_records(configs: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, LayerRecord]:
-    """The records back from configs and tensors; what belongs to them is taken out of ``tensors``.
+    """The records back from configs and tensors [...] of a file; what belongs to them is taken out of ``tensors``.
 
     Raises:
         KeyError: for a tensor that is missing.
@@ -159,19 +159,24 @@ def layer_records(configs: Mapping[str, Any], tensors: dict[str, Tensor]) -> dic
 
 
 def layer_record(name: str, layer: StoredLayer, tensors: dict[str, Tensor]) -> LayerRecord:
-    """One layer's record; its tensors are taken out of ``tensors``, and errors are those of ``layer_records``."""
+    """One layer's record, codes [out, ...]; its tensors are taken out of ``tensors``.
+
+    Raises:
+        KeyError: for a tensor that is missing.
+        ValueError: for codes of another size, or float8 codes that are NaN.
+    """
     packed = tensors.pop(f"{name}.weight")
     widths = None if layer.segments is None else tensors[f"{name}.weight_bits"]
     codes = unpack_segments(packed, layer.shape, layer.widths, widths, layer.symmetric and not layer.float8)
     if layer.float8:
         codes = codes.view(numerics.FLOAT8)
         if bool(codes.float().isnan().any()):
-            raise ValueError("codes of float8 are numbers, and some of these are none")
+            raise ValueError("float8 codes must not be NaN")
     return _with_codes(name, layer, tensors, codes)
 
 
 def layer_outline(name: str, layer: StoredLayer, tensors: dict[str, Tensor]) -> LayerRecord:
-    """``layer_record`` with codes on the meta device, from all tensors but the packed codes."""
+    """``layer_record`` with codes [out, ...] on the meta device, from all tensors but the packed codes."""
     dtype = numerics.code_dtype(layer.symmetric, layer.float8)
     return _with_codes(name, layer, tensors, torch.empty(layer.shape, dtype=dtype, device="meta"))
 
@@ -185,18 +190,18 @@ def _with_codes(name: str, layer: StoredLayer, tensors: dict[str, Tensor], codes
     return LayerRecord(name, layer.kind, weight, _activation(name, layer.input, tensors), bias)
 
 
-def _activation(name: str, stored: StoredInput | None, tensors: dict[str, Tensor]) -> ActivationRecord | None:
-    if stored is None:
+def _activation(name: str, config: StoredInput | None, tensors: dict[str, Tensor]) -> ActivationRecord | None:
+    if config is None:
         return None
-    dynamic = stored.ranges is Ranges.DYNAMIC
+    dynamic = config.ranges is Ranges.DYNAMIC
     return ActivationRecord(
-        bits=stored.bits,
-        ch_axis=stored.ch_axis,
-        ranges=stored.ranges,
+        bits=config.bits,
+        ch_axis=config.ch_axis,
+        ranges=config.ranges,
         scale=torch.zeros(0) if dynamic else tensors.pop(f"{name}.input_scale"),
         zero_point=(torch.zeros(0) if dynamic else tensors.pop(f"{name}.input_zero_point")).to(torch.int32),
-        timesteps=tensors.pop(f"{name}.input_timesteps") if stored.ranges is Ranges.PER_STEP else None,
+        timesteps=tensors.pop(f"{name}.input_timesteps") if config.ranges is Ranges.PER_STEP else None,
         exponents=tensors.pop(f"{name}.input_exponents", None),
         channel_scale=tensors.pop(f"{name}.input_channel_scale", None),
-        float8=stored.float8,
+        float8=config.float8,
     )

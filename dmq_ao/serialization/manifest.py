@@ -61,7 +61,7 @@ class Manifest:
             )
 
     def check_tensor(self, file: Path, name: str, tensor: Tensor) -> None:
-        """Refuse a tensor that is not the one that was written.
+        """Refuse a tensor [...] that is not the one that was written.
 
         Raises:
             InvalidFile: naming the file and the tensor.
@@ -74,13 +74,13 @@ class Manifest:
 
 
 def text(files: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """The manifest of JSON files, by name with their SHA-256, and of tensors."""
+    """The manifest of JSON files, by name with their SHA-256, and of tensors [...] by name."""
     digests = {name: digest(tensor) for name, tensor in tensors.items()}
     data = {"format": _FORMAT, "version": _VERSION, "files": dict(files), "tensors": digests}
     return json.dumps(data, indent=0, sort_keys=True) + "\n"
 
 
-def read(folder: Path) -> Manifest | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """The manifest of a folder; None where it has none, as those of dmq_ao 0.1 before November 2026.
 
     Raises:
@@ -88,24 +88,24 @@ def read(folder: Path) -> Manifest | None:
     """
     file = folder / MANIFEST
     try:
-        data = as_json.read(file)
+        data = as_json.read_json(file)
         if data["format"] != _FORMAT or data["version"] != _VERSION:
             raise ValueError(f"format {data['format']!r} {data['version']!r}, this dmq_ao reads {_FORMAT} {_VERSION}")
         return Manifest(_digests(data["files"]), _digests(data["tensors"]))
     except FileNotFoundError:
         return None
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InvalidFile(f"{file}: no manifest ({error!r}); it is damaged or was edited, copy it again") from error
+        raise InvalidFile(f"{file}: not a manifest ({error!r}); it is damaged or was edited, copy it again") from error
 
 
 def _digests(data: Any) -> dict[str, str]:
     if not isinstance(data, dict) or not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in data.values()):
-        raise ValueError("checksums are 64 hex digits by name")
+        raise ValueError("expected checksums of 64 hex digits by name")
     return data
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256, in hex, of dtype, shape and bytes."""
+    """SHA-256, in hex, of a tensor's dtype, shape [...] and bytes."""
     sha = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
@@ -113,9 +113,9 @@ def digest(tensor: Tensor) -> str:
 
 def sha256(file: Path) -> str:
     """SHA-256, in hex, of a file's bytes: as many as it says that it has, for some are read without end."""
-    sha, left = hashlib.sha256(), file.stat().st_size
-    with file.open("rb") as opened:
-        while left > 0 and (chunk := opened.read(min(left, 2**20))):
+    sha, remaining = hashlib.sha256(), file.stat().st_size
+    with file.open("rb") as stream:
+        while remaining > 0 and (chunk := stream.read(min(remaining, 2**20))):
             sha.update(chunk)
-            left -= len(chunk)
+            remaining -= len(chunk)
     return sha.hexdigest()

@@ -19,10 +19,10 @@ from dmq_ao.records import zero_point_dtype
 from dmq_ao.serialization.layers import FIELDS, StoredInput, StoredLayer
 
 _AXES = {"conv1d": 3, "conv2d": 4, "conv3d": 5, "linear": 2, TABLE: 2}
-_MAX_SIZE = 2**40
+_MAX_NUMEL = 2**40
 _MAX_AXES = 16
 # Of a float32 scale: normal numbers, of which two and a code multiply to a finite one.
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, 1e15
+_SMALLEST_SCALE, _LARGEST_SCALE = torch.finfo(torch.float32).tiny, 1e15
 
 
 class Meaningless(ValueError):
@@ -42,7 +42,7 @@ def check_layer(name: str, layer: StoredLayer) -> None:
     if layer.kind not in _AXES:
         _refuse(f"{name}: kind", f"one of {sorted(_AXES)}", repr(layer.kind))
     sizes = layer.shape
-    if len(sizes) != _AXES[layer.kind] or any(size < 1 for size in sizes) or math.prod(sizes) > _MAX_SIZE:
+    if len(sizes) != _AXES[layer.kind] or any(size < 1 for size in sizes) or math.prod(sizes) > _MAX_NUMEL:
         _refuse(f"{name}: shape", f"{_AXES[layer.kind]} sizes of 1 or more for a {layer.kind}", list(sizes))
     if not 1 <= layer.bits <= MAX_BITS:
         _refuse(f"{name}: bits", f"1 to {MAX_BITS}", layer.bits)
@@ -59,8 +59,8 @@ def _check_segments(name: str, layer: StoredLayer) -> None:
     if not layer.segments or any(len(pair) != 2 for pair in layer.segments):
         _refuse(f"{name}: segments", "pairs of a width and a number of channels", layer.segments)
     widths, counts = zip(*layer.segments, strict=True)
-    ascending = list(widths) == sorted(set(widths)) and widths[0] >= 1
-    if not ascending or widths[-1] != layer.bits or min(counts) < 1 or sum(counts) != layer.shape[0]:
+    is_ascending = list(widths) == sorted(set(widths)) and widths[0] >= 1
+    if not is_ascending or widths[-1] != layer.bits or min(counts) < 1 or sum(counts) != layer.shape[0]:
         _refuse(
             f"{name}: segments",
             f"ascending widths up to {layer.bits}, the numbers of channels adding up to {layer.shape[0]}",
@@ -68,16 +68,16 @@ def _check_segments(name: str, layer: StoredLayer) -> None:
         )
 
 
-def _check_input(name: str, layer: StoredLayer, stored: StoredInput) -> None:
+def _check_input(name: str, layer: StoredLayer, config: StoredInput) -> None:
     if layer.kind == TABLE:
-        _refuse(f"{name}: input", "null, for tables take indices", stored)
-    if not 1 <= stored.bits <= MAX_INPUT_BITS:
-        _refuse(f"{name}: input bits", f"1 to {MAX_INPUT_BITS}", stored.bits)
+        _refuse(f"{name}: input", "null, for tables take indices", config)
+    if not 1 <= config.bits <= MAX_INPUT_BITS:
+        _refuse(f"{name}: input bits", f"1 to {MAX_INPUT_BITS}", config.bits)
     last = _MAX_AXES if layer.kind == "linear" else 1
-    if not 1 <= stored.ch_axis <= last:
-        _refuse(f"{name}: input ch_axis", "the channel axis of the input, not its batch", stored.ch_axis)
-    if stored.float8 and (stored.bits != MAX_BITS or stored.ranges is Ranges.DYNAMIC):
-        _refuse(f"{name}: input float8", "8 bits, and ranges that are not dynamic", stored)
+    if not 1 <= config.ch_axis <= last:
+        _refuse(f"{name}: input ch_axis", "the channel axis of the input, not its batch", config.ch_axis)
+    if config.float8 and (config.bits != MAX_BITS or config.ranges is Ranges.DYNAMIC):
+        _refuse(f"{name}: input float8", "8 bits, and ranges that are not dynamic", config)
 
 
 def expected_fields(layer: StoredLayer) -> tuple[set[str], set[str]]:
@@ -143,7 +143,8 @@ def check_tensors(
     Args:
         name: of the layer.
         layer: that passed ``check_layer``.
-        tensors: by field, as ``check_fields`` wants them.
+        tensors: by field, as ``check_fields`` requires them; ``weight_scale`` [out, groups] and the rest as in
+            ``serialization.layers``.
         max_exponent: of power-of-two scaling.
         signed: allow weight scales below zero, which distillation left in files before there were manifests.
 
@@ -190,24 +191,24 @@ def _check_zero_points(key: str, layer: StoredLayer, tensors: Mapping[str, Tenso
 
 
 def _check_input_tensors(
-    name: str, layer: StoredLayer, stored: StoredInput, tensors: Mapping[str, Tensor], max_exponent: int
+    name: str, layer: StoredLayer, config: StoredInput, tensors: Mapping[str, Tensor], max_exponent: int
 ) -> None:
     rows = 0
-    if stored.ranges is not Ranges.DYNAMIC:
+    if config.ranges is not Ranges.DYNAMIC:
         scale, zero_point = tensors["input_scale"], tensors["input_zero_point"]
         rows = len(scale) if scale.dim() == 1 else 0
-        if scale.dtype != torch.float32 or rows < 1 or stored.ranges is Ranges.STATIC and rows != 1:
-            rows_word = "rows" if stored.ranges is Ranges.PER_STEP else "1"
+        if scale.dtype != torch.float32 or rows < 1 or config.ranges is Ranges.STATIC and rows != 1:
+            rows_word = "rows" if config.ranges is Ranges.PER_STEP else "1"
             _refuse(f"{name}.input_scale", f"[{rows_word}] float32", _layout(scale))
         _check_scale(f"{name}.input_scale", scale)
-        dtype = zero_point_dtype(stored.bits)
+        dtype = zero_point_dtype(config.bits)
         if zero_point.dtype != dtype or list(zero_point.shape) != [rows]:
             _refuse(f"{name}.input_zero_point", f"[{rows}] {dtype}", _layout(zero_point))
         low, high = (int(end) for end in zero_point.aminmax())
-        if low < 0 or high > (0 if stored.float8 else 2**stored.bits - 1):
-            wanted = "0, for float8 has none" if stored.float8 else f"codes of {stored.bits} bits"
-            _refuse(f"{name}.input_zero_point", wanted, f"{low} to {high}")
-    if stored.ranges is Ranges.PER_STEP:
+        if low < 0 or high > (0 if config.float8 else 2**config.bits - 1):
+            limits = "0, for float8 has none" if config.float8 else f"codes of {config.bits} bits"
+            _refuse(f"{name}.input_zero_point", limits, f"{low} to {high}")
+    if config.ranges is Ranges.PER_STEP:
         _check_timesteps(f"{name}.input_timesteps", tensors["input_timesteps"], rows)
     channels = layer.shape[1]
     if "input_channel_scale" in tensors:
@@ -218,7 +219,7 @@ def _check_input_tensors(
     if "input_exponents" in tensors:
         exponents = tensors["input_exponents"]
         shape = list(exponents.shape)
-        per_step = stored.ranges is Ranges.PER_STEP and len(shape) == 2 and shape[0] == rows
+        per_step = config.ranges is Ranges.PER_STEP and len(shape) == 2 and shape[0] == rows
         if exponents.dtype != torch.int8 or not _are_channels(layer, shape[1:] if per_step else shape):
             _refuse(f"{name}.input_exponents", f"[{channels}] int8, or [{rows}, {channels}]", _layout(exponents))
         low, high = (int(end) for end in exponents.aminmax())
@@ -242,7 +243,7 @@ def _check_timesteps(key: str, timesteps: Tensor, rows: int) -> None:
 
 def _check_scale(key: str, scale: Tensor) -> None:
     low, high = (float(end) for end in scale.aminmax())  # NaN if any is
-    if not (low >= _SMALLEST and high <= _LARGEST):
+    if not (low >= _SMALLEST_SCALE and high <= _LARGEST_SCALE):
         _refuse(key, "positive, finite and no denormal number", f"{low:g} to {high:g}")
 
 
@@ -250,5 +251,5 @@ def _layout(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} {tensor.dtype}"
 
 
-def _refuse(what: str, wanted: str, got: object) -> None:
-    raise Meaningless(f"{what} must be {wanted}; got {got}")
+def _refuse(what: str, expectation: str, got: object) -> None:
+    raise Meaningless(f"{what} must be {expectation}; got {got}")

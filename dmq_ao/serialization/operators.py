@@ -79,8 +79,8 @@ ATEN = frozenset(f"aten.{word}" for word in _ATEN.split())
 OURS = frozenset(f"dmq_ao.{word}.default" for word in _OURS.split())
 ALLOWED = ATEN | OURS | frozenset(FUNCTIONS)
 """Names that a file may hold."""
-REWRITTEN = frozenset(word.replace(".", "_.") for word in _ATEN.split()) | {"copy_.default", "empty_like.default"}
-REWRITTEN = frozenset(f"aten.{word}" for word in REWRITTEN)
+_IN_PLACE = frozenset(word.replace(".", "_.") for word in _ATEN.split())
+REWRITTEN = frozenset(f"aten.{word}" for word in _IN_PLACE | {"copy_.default", "empty_like.default"})
 """In files of earlier versions: ``passes.out_of_place`` takes them out, and where it does not, nothing is loaded."""
 # What an operator must be told, by position and name, so that it draws nothing and changes no statistics.
 _REQUIRED: Mapping[str, tuple[int, str, Any]] = {
@@ -94,8 +94,8 @@ _REQUIRED: Mapping[str, tuple[int, str, Any]] = {
 _MODES = frozenset({"none", "tanh", "floor", "trunc", "same", "valid", "ij", "xy", "ortho", "forward", "backward"})
 _MODES |= {"constant", "reflect", "replicate", "circular", "zeros", "border", "reflection"}
 _MODES |= {"nearest", "bilinear", "bicubic"}
-_LITERALS = {"ScalarType": torch.dtype, "Device": torch.device, "Layout": torch.layout}
-_LITERALS |= {"MemoryFormat": torch.memory_format}
+_LITERAL_TYPES = {"ScalarType": torch.dtype, "Device": torch.device, "Layout": torch.layout}
+_LITERAL_TYPES |= {"MemoryFormat": torch.memory_format}
 _EQUATION = re.compile(r"[A-Za-z., ]{1,100}(->[A-Za-z. ]{0,100})?")
 _NAMES = {function: name for name, function in FUNCTIONS.items()}
 
@@ -114,7 +114,7 @@ def name_of(target: Any) -> str | None:
     return name if name in ALLOWED else None
 
 
-def named(name: Any) -> Callable[..., Any]:
+def operator_of(name: Any) -> Callable[..., Any]:
     """The operator that a file names.
 
     Raises:
@@ -149,11 +149,11 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
     if name in OURS and (kwargs or len(args) != len(schema.arguments)):  # type: ignore[union-attr]
         raise TypeError(f"{name} takes all its arguments by position")
     if kwargs:
-        known = () if schema is None else [argument.name for argument in schema.arguments]
-        later = set(known[len(args) :])
+        names = () if schema is None else [argument.name for argument in schema.arguments]
+        later = set(names[len(args) :])
         unknown = sorted(set(kwargs) - later)
         if unknown:
-            raise TypeError(f"{name} takes no further arguments {unknown}; it has {list(known)}")
+            raise TypeError(f"{name} takes no further arguments {unknown}; it has {list(names)}")
     for value in (*args, *kwargs.values()):
         _check_word(name, value)
     for place, (argument, literal) in _literals(target).items():
@@ -161,12 +161,12 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
         if value is not None and not isinstance(value, literal):  # torch would take a number for it
             raise TypeError(f"{name} takes a {literal.__name__} as {argument}, got {value!r}")
     if kwargs.get("pin_memory"):
-        raise ValueError(f"{name} with pin_memory, which a stored graph has not")
+        raise ValueError(f"{name} with pin_memory, which a stored graph must not have")
     if name in _REQUIRED:
-        place, argument, wanted = _REQUIRED[name]
-        value = args[place] if len(args) > place else kwargs.get(argument, wanted)
-        if value is not wanted and value != wanted or type(value) is not type(wanted):
-            raise ValueError(f"{name} with {argument}={value!r}; a stored graph has {wanted!r} there")
+        place, argument, constant = _REQUIRED[name]
+        value = args[place] if len(args) > place else kwargs.get(argument, constant)
+        if value is not constant and value != constant or type(value) is not type(constant):
+            raise ValueError(f"{name} with {argument}={value!r}; a stored graph has {constant!r} there")
 
 
 @functools.cache
@@ -176,8 +176,8 @@ def _literals(target: Callable[..., Any]) -> dict[int, tuple[str, type]]:
     schema = getattr(target, "_schema", None)
     for place, argument in enumerate([] if schema is None else schema.arguments):
         word = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
-        if word in _LITERALS:
-            places[place] = (argument.name, _LITERALS[word])
+        if word in _LITERAL_TYPES:
+            places[place] = (argument.name, _LITERAL_TYPES[word])
     return places
 
 

@@ -46,25 +46,27 @@ class StoredRecords(Mapping[str, LayerRecord]):
         """
         self._file, self._layers, self._checksum = file.absolute(), dict(layers), checksum
         self._manifest, self._stamp = manifest, _stamp(file)
-        with safe_open(self._file, "pt") as opened:
-            self._names = frozenset(opened.keys())
+        with safe_open(self._file, "pt") as archive:
+            self._names = frozenset(archive.keys())
             if manifest is not None:
                 manifest.check_names(file, self._names)
-            self._outlines = {name: self._outline(name, layer, opened, max_exponent) for name, layer in layers.items()}
-            taken = {key for name in layers for key in self.tensor_names(name)}
-            self.rest = {key: self._tensor(opened, key) for key in sorted(self._names - taken)}
+            self._outlines = {
+                name: self._outline(name, layer, archive, max_exponent) for name, layer in layers.items()
+            }
+            layer_keys = {key for name in layers for key in self.tensor_names(name)}
+            self.rest = {key: self._tensor(archive, key) for key in sorted(self._names - layer_keys)}
 
-    def _outline(self, name: str, layer: StoredLayer, opened: Any, max_exponent: int) -> LayerRecord:
+    def _outline(self, name: str, layer: StoredLayer, archive: Any, max_exponent: int) -> LayerRecord:
         fields = meaning.check_record(name, layer, self._names)
-        packed = opened.get_slice(f"{name}.weight")
+        packed = archive.get_slice(f"{name}.weight")
         meaning.check_codes(name, layer, packed.get_shape(), packed.get_dtype())
-        tensors = {one: self._tensor(opened, f"{name}.{one}") for one in fields - {"weight"}}
+        tensors = {one: self._tensor(archive, f"{name}.{one}") for one in fields - {"weight"}}
         meaning.check_tensors(name, layer, tensors, max_exponent, signed=self._manifest is None)
         return layer_outline(name, layer, {f"{name}.{one}": tensor for one, tensor in tensors.items()})
 
-    def _tensor(self, opened: Any, key: str) -> Tensor:
+    def _tensor(self, archive: Any, key: str) -> Tensor:
         # Cloned, for what is read maps the file, and all that was ever looked at would count as memory.
-        tensor: Tensor = opened.get_tensor(key).clone()
+        tensor: Tensor = archive.get_tensor(key).clone()
         if self._manifest is not None:
             self._manifest.check_tensor(self._file, key, tensor)
         return tensor
@@ -79,8 +81,8 @@ class StoredRecords(Mapping[str, LayerRecord]):
         layer = self._layers[name]
         self._check_unchanged()
         try:
-            with safe_open(self._file, "pt") as opened:
-                tensors = {key: self._tensor(opened, key) for key in self.tensor_names(name)}
+            with safe_open(self._file, "pt") as archive:
+                tensors = {key: self._tensor(archive, key) for key in self.tensor_names(name)}
             return layer_record(name, layer, tensors)
         except (SafetensorError, ValueError) as error:
             if isinstance(error, InvalidFile):

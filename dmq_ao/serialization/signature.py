@@ -21,7 +21,7 @@ _LONGEST_RULE, _LONGEST_RULES = 2_000, 100_000
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredSignature:
     parameters: tuple[str, ...]
     names: tuple[str, ...]
     timestep_per_row: bool
@@ -31,7 +31,7 @@ class _Stored:
     rules: tuple[str, ...]
 
 
-def to_json(signature: Signature) -> dict[str, Any]:
+def signature_to_json(signature: Signature) -> dict[str, Any]:
     """What of a signature the rest of the folder does not say."""
     kind = signature.return_type
     return {
@@ -45,7 +45,7 @@ def to_json(signature: Signature) -> dict[str, Any]:
     }
 
 
-def from_json(data: Any, stored: Stored, model: nn.Module | None) -> Signature:
+def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> Signature:
     """The inverse of ``to_json``.
 
     Args:
@@ -57,12 +57,12 @@ def from_json(data: Any, stored: Stored, model: nn.Module | None) -> Signature:
         NotReadable: for an answer's class that diffusers has not, or not any more.
         ValueError, TypeError: for what fits nothing; ``Forbidden`` for a class that no file may name.
     """
-    parts = typed(_Stored, data, "signature")
+    parts = typed(_StoredSignature, data, "signature")
     shapes = {name: shape for name, (shape, _) in stored.example.items()}
     if len(parts.names) != len(shapes) or set(parts.names) != set(shapes):
         raise ValueError(f"signature.names: expected {sorted(shapes)}, got {list(parts.names)}")
     if parts.batch not in shapes or not shapes[parts.batch]:
-        raise ValueError(f"signature.batch: {parts.batch!r} is none of {sorted(shapes)}, or has no axis")
+        raise ValueError(f"signature.batch: {parts.batch!r} must be one of {sorted(shapes)} and have an axis")
     if parts.timestep_per_row and (stored.timestep_arg is None or len(shapes[stored.timestep_arg]) > 1):
         raise ValueError("signature.timestep_per_row: there is no timestep, or it has more than one axis")
     if not all(name.isidentifier() for name in parts.parameters):
@@ -75,7 +75,7 @@ def from_json(data: Any, stored: Stored, model: nn.Module | None) -> Signature:
         timestep=stored.timestep_arg,
         timestep_per_row=parts.timestep_per_row,
         batch=parts.batch,
-        return_type=None if parts.return_type is None else _return_type(parts.return_type, model),
+        return_type=None if parts.return_type is None else _answer_class(parts.return_type, model),
         returns_tuple=parts.returns_tuple,
         example=stored.example,
         rules=parts.rules,
@@ -91,8 +91,8 @@ def check_answer(signature: Signature, count: int) -> None:
     if signature.return_type is None:
         return
     fields = dataclasses.fields(signature.return_type)
-    needed = [one for one in fields if one.default is one.default_factory is dataclasses.MISSING]
-    if not len(needed) <= count <= len(fields):
+    required = [one for one in fields if one.default is one.default_factory is dataclasses.MISSING]
+    if not len(required) <= count <= len(fields):
         raise ValueError(
             f"signature.return_type: {signature.return_type.__name__} takes {len(fields)} values, got {count}"
         )
@@ -106,7 +106,7 @@ def _check_rules(rules: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) 
         raise ValueError(f"signature.rules: {rule!r} does not hold for the example inputs themselves, {dict(shapes)}")
 
 
-def _return_type(path: tuple[str, ...], model: nn.Module | None) -> type:
+def _answer_class(path: tuple[str, ...], model: nn.Module | None) -> type:
     """The dataclass that the denoiser answers with: of diffusers' models, or of the modules of ``model``."""
     if len(path) != 2 or not all(part.isidentifier() for name in path for part in name.split(".")):
         raise ValueError(f"signature.return_type: expected a module and a class, got {list(path)}")
@@ -117,11 +117,11 @@ def _return_type(path: tuple[str, ...], model: nn.Module | None) -> type:
         except ImportError:
             kind = None
         if kind is None:
-            raise NotReadable(f"this diffusers has no {module}.{name}, the class of the answer")
+            raise NotReadable(f"this version of diffusers has no {module}.{name}, the class that the denoiser returns")
     else:
         kind = _own_class(module, name, model)
     if not isinstance(kind, type) or not dataclasses.is_dataclass(kind) or kind.__module__ != module:
-        raise Forbidden(f"signature.return_type: {module}.{name} is no dataclass that a denoiser answers with")
+        raise Forbidden(f"signature.return_type: {module}.{name} is not a dataclass that a denoiser may return")
     return kind
 
 

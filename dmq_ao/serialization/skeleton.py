@@ -25,7 +25,7 @@ _MODULES, _TENSORS, _NUMBERS = 50, 4, 2
 _ALLOWANCE = 1000
 _HELD = 64
 _SPARE_NUMBERS = 2**24
-_LARGEST = 2**24
+_LARGEST_SIZE = 2**24
 
 
 class _TooLarge(ValueError):
@@ -36,7 +36,7 @@ class _WantsValues(Exception):
     """A constructor reads the values of what it makes, which the meta device has none of."""
 
 
-def skeleton(stored: Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
+def stored_skeleton(stored: Stored, model: nn.Module | None, folder: str | Path) -> nn.Module:
     """The model without bytes: the one given, the diffusers class, or names and shapes alone.
 
     Raises:
@@ -49,7 +49,7 @@ def skeleton(stored: Stored, model: nn.Module | None, folder: str | Path) -> nn.
         try:
             module = _names_and_shapes(stored.parameters)
         except (KeyError, RuntimeError, TypeError) as error:
-            raise InvalidFile(f"{Path(folder) / CONFIG}: parameters that no module has ({error})") from error
+            raise InvalidFile(f"{Path(folder) / CONFIG}: invalid parameter names or shapes ({error})") from error
     else:
         try:
             with torch.device("meta"):
@@ -72,20 +72,20 @@ def float_model(stored: Stored, model: nn.Module | None, folder: str | Path) -> 
             f"{folder} is not of a diffusers model; give the float module: load({str(folder)!r}, model=...)"
         )
     if model is None:
-        _check_held(stored, folder)
-        skeleton(stored, None, folder)  # its size is known before it takes memory
+        _check_size(stored, folder)
+        stored_skeleton(stored, None, folder)  # its size is known before it takes memory
         return _diffusers_model(stored, folder)
     check_identity(stored, model, folder)
     return model
 
 
-def _check_held(stored: Stored, folder: str | Path) -> None:
+def _check_size(stored: Stored, folder: str | Path) -> None:
     """Refuse a model far larger than what the file holds of it; layers that were copies stand in it once."""
     outlines = (outline(stored.records, name).weight for name in stored.records)
-    held = sum(weight.shape.numel() for weight in outlines) + sum(x.numel() for x in stored.float_tensors.values())
+    numel = sum(weight.shape.numel() for weight in outlines) + sum(x.numel() for x in stored.float_tensors.values())
     numbers = sum(torch.Size(shape).numel() for shape in stored.parameters.values())
-    if numbers > _HELD * held + _SPARE_NUMBERS:
-        raise InvalidFile(f"{Path(folder) / CONFIG}: a model of {numbers} numbers, of which the file holds {held}")
+    if numbers > _HELD * numel + _SPARE_NUMBERS:
+        raise InvalidFile(f"{Path(folder) / CONFIG}: a model of {numbers} numbers, of which the file holds {numel}")
 
 
 def identity(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -129,9 +129,9 @@ def _diffusers_model(stored: Stored, folder: str | Path) -> nn.Module:
             f" float module: load({str(folder)!r}, model=...)"
         )
     file = Path(folder) / CONFIG
-    large = next((one for one in _numbers(config) if abs(one) > _LARGEST), None)
+    large = next((one for one in _numbers(config) if abs(one) > _LARGEST_SIZE), None)
     if large is not None:
-        raise InvalidFile(f"{file}: {name} with a size of {large}, at most {_LARGEST} is built")
+        raise InvalidFile(f"{file}: {name} with a size of {large}, at most {_LARGEST_SIZE} is built")
     try:
         with _within(stored.parameters):
             module: nn.Module = kind.from_config(config)
@@ -159,15 +159,15 @@ def _numbers(value: Any) -> Iterator[int]:
 def _within(parameters: Mapping[str, tuple[int, ...]]) -> Iterator[None]:
     """Stop building a module that grows far beyond ``parameters``: torch tells of each part as it is added."""
     thread = threading.get_ident()
-    left = {
+    budget = {
         "modules": _MODULES * len(parameters) + _ALLOWANCE,
         "tensors": _TENSORS * len(parameters) + _ALLOWANCE,
         "numbers": _NUMBERS * sum(torch.Size(shape).numel() for shape in parameters.values()) + _SPARE_NUMBERS,
     }
 
     def spend(what: str, count: int) -> None:
-        left[what] -= count if threading.get_ident() == thread else 0
-        if left[what] < 0:
+        budget[what] -= count if threading.get_ident() == thread else 0
+        if budget[what] < 0:
             raise _TooLarge(f"it builds more {what} than the file's model has")
 
     def with_module(module: nn.Module, name: str, part: nn.Module | None) -> None:

@@ -24,20 +24,25 @@ class GraphTensors:
         self.sources: dict[str, tuple[str, str]] = {}
 
     def tensor(self, target: str, home: Mapping[str, Any]) -> Tensor:
-        """What stands at ``target`` of the graph."""
+        """The tensor [...] that ``target`` of the graph reads, by the ``"from"`` that the file says of it.
+
+        Raises:
+            KeyError: for a tensor that the folder does not hold.
+            ValueError: for a layer or field that is not there, or a tensor of another shape or dtype.
+        """
         if "float" in home:
             return self.stored.float_tensors[home["float"]]
         if "constant" in home:
             return self.stored.graph_constants[home["constant"]]
         name, field = home["record"]
         if name not in self.records:
-            raise ValueError(f"no layer is called {name!r}")
+            raise ValueError(f"layer {name!r} is not known")
         self.sources[target] = (name, field)
         tensor = records.record_tensor(self.outlines[name], field)
         shape, dtype = home["shape"], read_dtype(home["dtype"])
         # Two are made to measure: a divisor lies along its axis, a bias has the dtype of its layer.
-        turned, cast = field == "channel_scale", field == "corrected_bias"
-        if not turned and list(tensor.shape) != shape or not cast and tensor.dtype != dtype:
+        is_reshaped, is_cast = field == "channel_scale", field == "corrected_bias"
+        if not is_reshaped and list(tensor.shape) != shape or not is_cast and tensor.dtype != dtype:
             raise ValueError(
                 f"{field} of {name} is {list(tensor.shape)} {tensor.dtype}, the graph says {shape} {dtype}"
             )

@@ -21,28 +21,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmq_ao import graph
 from dmq_ao.config import InvalidFile
+from dmq_ao.graph import aten
 from dmq_ao.graph.values import VAL, Value
 from dmq_ao.serialization import calls
 
 MAX_INPUT = 2**28
 """Elements of all example inputs together."""
-MAX_BYTES, BYTES_SHARE = 2**30, 64
+MAX_VALUE_BYTES, BYTES_SHARE = 2**30, 64
 """Of what is in memory at once: so much, or so often the bytes of the inputs and the stored tensors in float32."""
 MAX_PRODUCTS, PRODUCTS_SHARE = 2**36, 4
 """Multiply-adds: so many, or so often the elements of the inputs times those of the stored tensors."""
 GROWTH = 8
 """Larger inputs may take so often what the example's did, times the square of how much larger they are."""
-_MAX_SIZE = 2**31
+_MAX_AXIS = 2**31
 _META = torch.device("meta")
-_aten = torch.ops.aten
 # Of these the results on the way are counted too.
-_COMPOSED = {_aten.einsum.default, _aten.tensordot.default}
+_COMPOSED = {aten.einsum.default, aten.tensordot.default}
 # Added by convert, after which nobody describes values; all others must say theirs.
-_UNDESCRIBED = {_aten.index_select.default, _aten.div.Tensor, operator.getitem}
+_UNDESCRIBED = {aten.index_select.default, aten.div.Tensor, operator.getitem}
 
 
 def example_inputs(shapes: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
-    """Tensors without values.
+    """Tensors without values, [...] of the shapes that a file gives.
 
     Raises:
         ValueError: for shapes that are none, or hold too much.
@@ -50,7 +50,7 @@ def example_inputs(shapes: Iterable[tuple[Sequence[int], torch.dtype]]) -> list[
     inputs = []
     for shape, dtype in shapes:
         if any(type(size) is not int or not 0 <= size <= MAX_INPUT for size in shape) or len(shape) > 16:
-            raise ValueError(f"no example input has the shape {list(shape)}")
+            raise ValueError(f"invalid shape {list(shape)} of an example input")
         inputs.append(torch.empty(tuple(shape), dtype=dtype, device=_META))
     if sum(x.numel() for x in inputs) > MAX_INPUT:
         raise ValueError(f"the example inputs hold more than {MAX_INPUT} elements")
@@ -91,15 +91,15 @@ class Program:
         """
         nodes = list(gm.graph.nodes)
         if sum(node.op == "placeholder" for node in nodes) != len(inputs):
-            raise ValueError(f"the graph takes other than the {len(inputs)} tensors of its signature")
+            raise ValueError(f"the graph must take the {len(inputs)} tensors of its signature")
         numbers = {node: number for number, node in enumerate(nodes)}
         last = {source: node for node in nodes for source in node.all_input_nodes}
-        dying: dict[Node, list[int]] = {}
+        last_uses: dict[Node, list[int]] = {}
         for source, node in last.items():
             if source.op == "call_function":
-                dying.setdefault(node, []).append(numbers[source])
+                last_uses.setdefault(node, []).append(numbers[source])
 
-        def standing(value: Any) -> Any:
+        def by_number(value: Any) -> Any:
             if isinstance(value, Node):
                 return _Value(numbers[value])
             return _META if isinstance(value, torch.device) else value
@@ -109,38 +109,39 @@ class Program:
                 f"{node.name} ({node.target})",
                 node.op,
                 node.target,
-                map_aggregate(node.args, standing),
-                dict(map_aggregate(node.kwargs, standing)),
+                map_aggregate(node.args, by_number),
+                dict(map_aggregate(node.kwargs, by_number)),
                 node.meta.get(VAL),
-                tuple(dying.get(node, ())),
+                tuple(last_uses.get(node, ())),
             )
             for node in nodes
         ]
         self.stored = {n: graph.attribute(gm, node).to(_META) for node, n in numbers.items() if node.op == "get_attr"}
-        stored, given = (sum(x.numel() for x in tensors) for tensors in (self.stored.values(), inputs))
+        stored, elements = (sum(x.numel() for x in tensors) for tensors in (self.stored.values(), inputs))
         limits = _Cost(
-            max(MAX_BYTES, BYTES_SHARE * 4 * (stored + given)), max(MAX_PRODUCTS, PRODUCTS_SHARE * stored * given)
+            max(MAX_VALUE_BYTES, BYTES_SHARE * 4 * (stored + elements)),
+            max(MAX_PRODUCTS, PRODUCTS_SHARE * stored * elements),
         )
         self.answer, self.cost = _Trial(self, limits, described=True).run(inputs)
-        self.elements = max(1, given)
-        self.tried = {_sizes(inputs)}
+        self.elements = max(1, elements)
+        self.known_sizes = {_sizes(inputs)}
 
     def check(self, inputs: Sequence[Tensor]) -> None:
-        """Refuse inputs whose sizes let the graph grow far more than they did; nothing where they were tried before.
+        """Refuse inputs [...] whose sizes let the graph grow far more than they did; sizes that were tried pass.
 
         Raises:
             ValueError: naming the node.
         """
         sizes = _sizes(inputs)
-        if sizes in self.tried:
+        if sizes in self.known_sizes:
             return
         growth = max(1.0, sum(x.numel() for x in inputs) / self.elements)
         factor = GROWTH * growth**2
         limits = _Cost(
-            max(MAX_BYTES, int(factor * self.cost.bytes)), max(MAX_PRODUCTS, int(factor * self.cost.products))
+            max(MAX_VALUE_BYTES, int(factor * self.cost.bytes)), max(MAX_PRODUCTS, int(factor * self.cost.products))
         )
         _Trial(self, limits, described=False).run([torch.empty(x.shape, dtype=x.dtype, device=_META) for x in inputs])
-        self.tried.add(sizes)
+        self.known_sizes.add(sizes)
 
 
 def _sizes(inputs: Sequence[Tensor]) -> tuple[tuple[torch.Size, torch.dtype], ...]:
@@ -160,31 +161,31 @@ class _Trial:
         self.live, self.cost = 0, _Cost(0, 0)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Any, _Cost]:
-        left = iter(inputs)
+        rest = iter(inputs)
         answer = None
         with torch.no_grad():
             for number, step in enumerate(self.program.steps):
                 try:
                     if step.op == "placeholder":
-                        answer = next(left)
+                        answer = next(rest)
                     elif step.op != "get_attr":
-                        answer = self._called(step)
+                        answer = self._call(step)
                     else:
                         answer = self.values[number]
                     if self.described:
-                        _check_described(step, answer)
+                        _check_description(step, answer)
                 except Exception as error:  # of any type: the operator's own
                     raise ValueError(f"node {step.name}: {_first_line(error)}") from error
                 self.values[number] = answer
-                for gone in step.last_of:
-                    self.live -= _bytes(self.values.pop(gone))
+                for source in step.last_of:
+                    self.live -= _value_bytes(self.values.pop(source))
         return answer, self.cost
 
-    def _called(self, step: _Step) -> Any:
-        args, kwargs = self._given(step.args), self._given(step.kwargs)
+    def _call(self, step: _Step) -> Any:
+        args, kwargs = self._resolve(step.args), self._resolve(step.kwargs)
         if step.op == "output":
             return args[0]
-        calls.check(step.target, args, kwargs)
+        calls.check_arguments(step.target, args, kwargs)
         if isinstance(step.target, torch._ops.OpOverload) and _takes_device(step.target):
             kwargs = {**kwargs, "device": _META}  # else it would make what it makes for real
         if step.target in _COMPOSED:
@@ -195,21 +196,21 @@ class _Trial:
         self.account(step.target, args, result)
         return result
 
-    def _given(self, arguments: Any) -> Any:
+    def _resolve(self, arguments: Any) -> Any:
         return map_aggregate(
             arguments, lambda value: self.values[value.number] if isinstance(value, _Value) else value
         )
 
-    def account(self, target: Callable[..., Any], args: tuple[Any, ...], result: Any, *, kept: bool = True) -> None:
+    def account(self, target: Callable[..., Any], args: tuple[Any, ...], result: Any, *, stays: bool = True) -> None:
         """Add what a call takes, and refuse it where it is too much."""
         if isinstance(result, (int, float)) and not -(2**63) <= result < 2**63:
-            raise ValueError("a size beyond 64 bits")
+            raise ValueError("a size out of range of int64")
         for one in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(one, Tensor) and (not one.is_meta or max(one.shape, default=0) > _MAX_SIZE):
+            if isinstance(one, Tensor) and (not one.is_meta or max(one.shape, default=0) > _MAX_AXIS):
                 raise ValueError(f"a result of shape {list(one.shape)} is too large for this model and its inputs")
-        size = _bytes(result)
-        self.live += size if kept else 0
-        self.cost.bytes = max(self.cost.bytes, self.live + (0 if kept else size))
+        size = _value_bytes(result)
+        self.live += size if stays else 0
+        self.cost.bytes = max(self.cost.bytes, self.live + (0 if stays else size))
         self.cost.products += calls.multiply_adds(target, args, result)
         if self.cost.bytes > self.limits.bytes or self.cost.products > self.limits.products:
             what = [list(one.shape) for one in (result if isinstance(result, (tuple, list)) else [result])]
@@ -225,14 +226,14 @@ class _Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.trial.account(func, args, result, kept=False)
+        self.trial.account(func, args, result, stays=False)
         return result
 
 
-def _bytes(value: Any) -> int:
+def _value_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
-    return sum(_bytes(one) for one in value) if isinstance(value, (tuple, list)) else 0
+    return sum(_value_bytes(one) for one in value) if isinstance(value, (tuple, list)) else 0
 
 
 @functools.cache
@@ -240,7 +241,7 @@ def _takes_device(target: torch._ops.OpOverload) -> bool:
     return any(argument.name == "device" and argument.kwarg_only for argument in target._schema.arguments)
 
 
-def _check_described(step: _Step, value: Any) -> None:
+def _check_description(step: _Step, value: Any) -> None:
     described = step.described
     if described is None:
         ours = isinstance(step.target, torch._ops.OpOverload) and step.target.namespace == "dmq_ao"
@@ -248,7 +249,7 @@ def _check_described(step: _Step, value: Any) -> None:
             raise ValueError("its value is not described")
         return
     if not _fits(described, value):
-        raise ValueError(f"it is described as {described}, and gives {_described(value)}")
+        raise ValueError(f"it is described as {described}, and gives {_description(value)}")
 
 
 def _fits(described: Any, value: Any) -> bool:
@@ -262,7 +263,7 @@ def _fits(described: Any, value: Any) -> bool:
     return True
 
 
-def _described(value: Any) -> str:
+def _description(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{list(value.shape)} {value.dtype}"
     return f"{len(value)} values" if isinstance(value, (tuple, list)) else repr(value)
@@ -273,7 +274,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def refuse_growth(program: Program, inputs: Sequence[Tensor], folder: object) -> None:
-    """``Program.check``, as the error of a folder.
+    """``Program.check`` of inputs [...], as the error of a folder.
 
     Raises:
         InvalidFile: naming the folder and the node.

@@ -104,9 +104,9 @@ def test_latency_shows_a_bar_when_asked(clock: Clock, capsys: pytest.CaptureFixt
 
 
 def test_latency_wants_calls_and_rounds() -> None:
-    with pytest.raises(ValueError, match="calls: wanted at least one call to time, got none"):
+    with pytest.raises(ValueError, match="calls: expected at least one call to time, got none"):
         latency({})
-    with pytest.raises(ValueError, match="wanted repeats >= 1 and warmup >= 0, got repeats=0 and warmup=2"):
+    with pytest.raises(ValueError, match="expected repeats >= 1 and warmup >= 0, got repeats=0 and warmup=2"):
         latency({"a": int}, repeats=0)
     with pytest.raises(ValueError, match="got repeats=1 and warmup=-1"):
         latency({"a": int}, repeats=1, warmup=-1)
@@ -115,7 +115,7 @@ def test_latency_wants_calls_and_rounds() -> None:
 def test_speedup_is_a_ratio_of_medians() -> None:
     timed = {"float": Latency(30.0, 1.0, 99.0, 5), "int8": Latency(12.0, 1.0, 99.0, 5)}
     assert speedup(timed, "float") == {"float": 1.0, "int8": 2.5}
-    with pytest.raises(ValueError, match=r"baseline: wanted one of \['float', 'int8'\], got 'fp32'"):
+    with pytest.raises(ValueError, match=r"baseline: expected one of \['float', 'int8'\], got 'fp32'"):
         speedup(timed, "fp32")
 
 
@@ -142,10 +142,10 @@ def test_folder_bytes_counts_every_file_below(tmp_path: Path) -> None:
 
 
 def test_folder_bytes_wants_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(NotADirectoryError, match="absent: wanted a folder, got nothing there"):
+    with pytest.raises(NotADirectoryError, match="absent: expected a folder, got nothing there"):
         folder_bytes(tmp_path / "absent")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="file: wanted a folder, got a file"):
+    with pytest.raises(NotADirectoryError, match="file: expected a folder, got a file"):
         folder_bytes(tmp_path / "file")
 
 
@@ -182,7 +182,7 @@ def test_mean_bits_lies_between_the_extremes(stored: list[StoredTensor]) -> None
 
 
 def test_mean_bits_wants_weights() -> None:
-    with pytest.raises(ValueError, match="stored: wanted at least one weight, got 1 tensors with no numbers"):
+    with pytest.raises(ValueError, match="stored: expected at least one weight, got 1 tensors with no numbers"):
         mean_bits([StoredTensor(0, 8)])
-    with pytest.raises(ValueError, match="wanted numel >= 0 and bits >= 0, got numel=-1, bits=8"):
+    with pytest.raises(ValueError, match="expected numel >= 0 and bits >= 0, got numel=-1, bits=8"):
         StoredTensor(-1, 8)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from dmq_ao.evaluation import OneStep, image_fidelity, one_step_error, psnr, relative_error, sqnr
+from dmq_ao.evaluation import OneStep, image_fidelity, one_step_error, paired_error, paired_sqnr, psnr
 
 VALUES = st.floats(-100, 100).map(lambda value: round(value, 3))
 PAIRS = st.tuples(arrays(np.float64, (2, 6), elements=VALUES), arrays(np.float64, (2, 6), elements=VALUES))
@@ -27,11 +27,11 @@ def random_pair(*shape: int) -> tuple[Tensor, Tensor]:
 def test_relative_error_of_known_vectors() -> None:
     expected = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     actual = torch.tensor([[3.0, 5.0], [0.0, 2.0]])
-    assert relative_error(actual, expected).tolist() == [0.2, 0.0]
+    assert paired_error(actual, expected).tolist() == [0.2, 0.0]
 
 
 def test_relative_error_where_the_teacher_is_zero() -> None:
-    errors = relative_error(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2))
+    errors = paired_error(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.zeros(2, 2))
     assert errors.tolist() == [math.inf, 0.0]
 
 
@@ -52,7 +52,7 @@ def test_psnr_grows_by_six_decibels_with_twice_the_range() -> None:
 def test_sqnr_of_known_powers() -> None:
     expected = torch.tensor([[10.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
     actual = torch.tensor([[10.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-    assert sqnr(actual, expected).tolist() == [pytest.approx(20.0), math.inf, -math.inf]
+    assert paired_sqnr(actual, expected).tolist() == [pytest.approx(20.0), math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3), (4, 3, 5, 2)])
@@ -60,8 +60,8 @@ def test_measures_equal_numpy(shape: tuple[int, ...]) -> None:
     actual, expected = random_pair(*shape)
     a, e = (np.asarray(x, dtype=np.float64).reshape(4, -1) for x in (actual, expected))
     noise, signal = ((a - e) ** 2).sum(1), (e**2).sum(1)
-    np.testing.assert_allclose(relative_error(actual, expected), np.sqrt(noise / signal), rtol=1e-12)
-    np.testing.assert_allclose(sqnr(actual, expected), 10 * np.log10(signal / noise), rtol=1e-12)
+    np.testing.assert_allclose(paired_error(actual, expected), np.sqrt(noise / signal), rtol=1e-12)
+    np.testing.assert_allclose(paired_sqnr(actual, expected), 10 * np.log10(signal / noise), rtol=1e-12)
     np.testing.assert_allclose(psnr(actual, expected, 1.5), 10 * np.log10(2.25 / (noise / a.shape[1])), rtol=1e-12)
 
 
@@ -74,35 +74,35 @@ def test_psnr_is_symmetric(pair: tuple[np.ndarray, np.ndarray]) -> None:
 @given(PAIRS, st.sampled_from([-4.0, 0.25, 3.0, 1000.0]))
 def test_relative_error_does_not_change_with_scale(pair: tuple[np.ndarray, np.ndarray], factor: float) -> None:
     actual, expected = map(torch.from_numpy, pair)
-    torch.testing.assert_close(relative_error(factor * actual, factor * expected), relative_error(actual, expected))
+    torch.testing.assert_close(paired_error(factor * actual, factor * expected), paired_error(actual, expected))
 
 
 @given(PAIRS, st.permutations(range(6)))
 def test_measures_do_not_see_the_order_of_values(pair: tuple[np.ndarray, np.ndarray], order: list[int]) -> None:
     actual, expected = map(torch.from_numpy, pair)
-    torch.testing.assert_close(sqnr(actual[:, order], expected[:, order]), sqnr(actual, expected))
+    torch.testing.assert_close(paired_sqnr(actual[:, order], expected[:, order]), paired_sqnr(actual, expected))
 
 
 def test_half_precision_is_measured_in_double() -> None:
     expected = torch.full((1, 100_000), 60_000.0, dtype=torch.float16)
-    assert relative_error(expected * 0.5, expected).item() == 0.5
+    assert paired_error(expected * 0.5, expected).item() == 0.5
 
 
-@pytest.mark.parametrize("measure", [relative_error, sqnr, lambda a, e: psnr(a, e, 1.0)])
+@pytest.mark.parametrize("measure", [paired_error, paired_sqnr, lambda a, e: psnr(a, e, 1.0)])
 def test_a_pair_must_match(measure: Callable[[Tensor, Tensor], Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"actual: wanted the shape of expected, \[2, 3\], got \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"must have the same shape, got \[3, 2\] and \[2, 3\]"):
         measure(torch.rand(3, 2), torch.rand(2, 3))
-    with pytest.raises(ValueError, match="wanted a batch axis"):
+    with pytest.raises(ValueError, match="must have a batch axis"):
         measure(torch.tensor(1.0), torch.tensor(1.0))
-    with pytest.raises(TypeError, match=r"actual: wanted the dtype of expected, torch.float32, got torch.float64"):
+    with pytest.raises(TypeError, match=r"must have the same dtype, got torch.float64 and torch.float32"):
         measure(torch.rand(2, 3).double(), torch.rand(2, 3))
-    with pytest.raises(TypeError, match="expected: wanted floating point, got torch.uint8; divide integer images"):
+    with pytest.raises(TypeError, match="expected must be floating point, got torch.uint8; divide integer images"):
         measure(torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("data_range", [0.0, -1.0, math.inf, math.nan])
 def test_psnr_wants_a_range(data_range: float) -> None:
-    with pytest.raises(ValueError, match=rf"data_range: wanted a positive finite number .*, got {data_range}"):
+    with pytest.raises(ValueError, match=rf"data_range: expected a positive finite number .*, got {data_range}"):
         psnr(torch.rand(1, 2), torch.rand(1, 2), data_range)
 
 
@@ -130,7 +130,7 @@ def test_image_fidelity_of_equal_images() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 4, 4), (0, 3, 4, 4)])
 def test_image_fidelity_wants_images(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"actual: wanted images \[N, C, H, W\] with N > 0, got \["):
+    with pytest.raises(ValueError, match=r"actual: expected images \[N, C, H, W\] with N > 0, got \["):
         image_fidelity(torch.zeros(shape), torch.zeros(shape), 1.0)
 
 
@@ -196,9 +196,9 @@ def test_one_step_error_names_the_timestep_of_a_nan() -> None:
 
 
 def test_one_step_error_wants_batches_and_tensors() -> None:
-    with pytest.raises(ValueError, match=r"batches: wanted at least one \(timestep, keyword arguments\) pair"):
+    with pytest.raises(ValueError, match=r"batches: expected at least one \(timestep, keyword arguments\) pair"):
         one_step_error(teacher, teacher, [])
-    with pytest.raises(TypeError, match="student: wanted a Tensor, .*, got dict"):
+    with pytest.raises(TypeError, match="student: expected a Tensor, .*, got dict"):
         one_step_error(teacher, lambda **inputs: {"out": 1}, batches(1.0))
-    with pytest.raises(ValueError, match=r"actual: wanted the shape of expected, \[2, 1, 2, 2\], got \[1, 1, 2, 2\]"):
+    with pytest.raises(ValueError, match=r"must have the same shape, got \[1, 1, 2, 2\] and \[2, 1, 2, 2\]"):
         one_step_error(teacher, lambda sample, timestep: sample[:1], batches(1.0))

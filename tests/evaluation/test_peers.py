@@ -63,7 +63,9 @@ def test_peers_are_chosen_by_pattern_in_their_own_order() -> None:
     assert chosen_peers(["openvino fp32", "TORCH fp32*"]) == ["torch fp32", "torch fp32 compiled", "OpenVINO fp32"]
     assert chosen_peers(["*"]) == list(PEERS)
     assert chosen_peers([]) == []
-    with pytest.raises(ValueError, match="'nonsense' matches no peer; there are 'torch fp32', .*ONNX Runtime int8"):
+    with pytest.raises(
+        ValueError, match="'nonsense' matches no peer; the peers are 'torch fp32', .*ONNX Runtime int8"
+    ):
         chosen_peers(["*", "nonsense"])
 
 
@@ -74,6 +76,8 @@ def test_what_is_not_installed_is_told_with_what_to_do(monkeypatch: pytest.Monke
     with pytest.raises(MissingPackage) as raised:
         check_installed(["torch fp32", "OpenVINO fp32", "ONNX Runtime int8"])
     words = str(raised.value)
-    assert words.startswith("no_one, no_two not installed, which 'OpenVINO fp32', 'ONNX Runtime int8' need")
+    assert words.startswith(
+        "unavailable: 'OpenVINO fp32', 'ONNX Runtime int8' need no_one, no_two; install with: pip install"
+    )
     assert 'pip install "dmq_ao[bench]"' in words
     assert "'torchao pt2e int8'" in words

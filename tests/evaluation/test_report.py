@@ -194,7 +194,7 @@ def test_plot_leaves_out_what_a_logarithm_cannot_show() -> None:
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"variants": [{"name": "v"}]}, "wanted 'title' and at least one of 'variants', got no title"),
+        ({"variants": [{"name": "v"}]}, "expected 'title' and at least one of 'variants', got no title"),
         ({"title": "t", "variants": []}, "got no variants"),
         ({}, "got no title and no variants"),
         ({"title": "t", "variants": [{}]}, r"variants with distinct names other than 'float', got \[None\]"),
@@ -215,17 +215,17 @@ IMAGE = torch.zeros(2, 3, 4, 4)
     ("rows", "message"),
     [
         ({"float": IMAGE, "W2A2": IMAGE}, r"named like the variants, \['float', 'W4A4'\], got \['W2A2'\] besides"),
-        ({"W4A4": IMAGE}, r"images: wanted a row named 'float' to compare with, got \['W4A4'\]"),
+        ({"W4A4": IMAGE}, r"images: expected a row named 'float' to compare with, got \['W4A4'\]"),
         (
             {"float": IMAGE, "W4A4": IMAGE[:1]},
-            r"wanted the shape of the first row, \[2, 3, 4, 4\], got \[1, 3, 4, 4\]",
+            r"expected the shape of the first row, \[2, 3, 4, 4\], got \[1, 3, 4, 4\]",
         ),
-        ({"float": IMAGE[:, :2]}, r"wanted \[N, C, H, W\] with C 1 or 3, got \[2, 2, 4, 4\]"),
-        ({"float": IMAGE[0]}, r"wanted \[N, C, H, W\] with C 1 or 3, got \[3, 4, 4\]"),
-        ({"float": IMAGE[:0]}, r"wanted \[N, C, H, W\] with C 1 or 3, got \[0, 3, 4, 4\]"),
-        ({"float": IMAGE - 1}, r"wanted values in 0..1, got -1..-1"),
-        ({"float": IMAGE + 2}, r"wanted values in 0..1, got 2..2"),
-        ({"float": IMAGE * math.nan}, r"wanted values in 0..1, got nan..nan"),
+        ({"float": IMAGE[:, :2]}, r"expected \[N, C, H, W\] with C 1 or 3, got \[2, 2, 4, 4\]"),
+        ({"float": IMAGE[0]}, r"expected \[N, C, H, W\] with C 1 or 3, got \[3, 4, 4\]"),
+        ({"float": IMAGE[:0]}, r"expected \[N, C, H, W\] with C 1 or 3, got \[0, 3, 4, 4\]"),
+        ({"float": IMAGE - 1}, r"expected values in 0..1, got -1..-1"),
+        ({"float": IMAGE + 2}, r"expected values in 0..1, got 2..2"),
+        ({"float": IMAGE * math.nan}, r"expected values in 0..1, got nan..nan"),
     ],
 )
 def test_pictures_must_be_a_grid(rows: dict[str, Tensor], message: str) -> None:
@@ -234,7 +234,7 @@ def test_pictures_must_be_a_grid(rows: dict[str, Tensor], message: str) -> None:
 
 
 def test_pictures_must_be_floating_point() -> None:
-    with pytest.raises(TypeError, match=r"images 'float': wanted floating point in 0..1, got torch.uint8"):
+    with pytest.raises(TypeError, match=r"images 'float': expected floating point in 0..1, got torch.uint8"):
         render_html(bare(), {"float": IMAGE.byte()})
 
 
@@ -252,7 +252,7 @@ def test_image_grid_enlarges_whole_pixels_in_order() -> None:
 def test_image_grid_chooses_a_scale_and_wants_rows() -> None:
     small, large = (Image.open(BytesIO(image_grid({"a": torch.zeros(1, 1, n, n)}))).height for n in (64, 256))
     assert (small, large) == (4 + 3 * 64 + 4, 4 + 256 + 4)
-    with pytest.raises(ValueError, match="rows: wanted at least one row of images, got none"):
+    with pytest.raises(ValueError, match="rows: expected at least one row of images, got none"):
         image_grid({})
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dmq_ao.config import Granularity, TensorConfig
-from dmq_ao.numerics import code_range, quantize
+from dmq_ao.numerics import code_range, quantize_affine
 from dmq_ao.observers import MinMax, quantize_weight
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
 
@@ -46,7 +46,7 @@ def test_the_start_changes_nothing(bits: int, symmetric: bool, seed: int) -> Non
 def test_hardened_at_once_it_is_rounding_to_nearest(bits: int, symmetric: bool, seed: int) -> None:
     weight, scale, zero_point = grid(seed, bits, symmetric)
     hard = hard_codes(weight, initial_logits(weight, scale), scale, zero_point, bits, symmetric)
-    nearest = quantize(weight, scale, zero_point, *code_range(bits, symmetric))
+    nearest = quantize_affine(weight, scale, zero_point, *code_range(bits, symmetric))
     ties = (weight / scale - torch.floor(weight / scale) - 0.5).abs() < 1e-4
     assert bool((ties | (hard == nearest)).all())
     assert bool(((hard - nearest).abs() <= 1).all())

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dmq_ao.config import Granularity, TensorConfig
-from dmq_ao.numerics import code_range, dequantize, quantize
+from dmq_ao.numerics import code_range, dequantize_affine, quantize_affine
 from dmq_ao.observers import MinMax, quantize_weight
 from dmq_ao.observers.error_feedback import BLOCK, damp, round_with_feedback
 
@@ -49,7 +49,7 @@ def brain_surgeon(
 def output_noise(weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor, moments: Tensor) -> float:
     size = weight.shape[1] // scale.shape[1]
     steps, zeros = scale.repeat_interleave(size, 1), zero_point.repeat_interleave(size, 1)
-    error = (weight - dequantize(codes, steps, zeros)).double()
+    error = (weight - dequantize_affine(codes, steps, zeros)).double()
     return float(((error @ moments) * error).sum())
 
 
@@ -77,7 +77,7 @@ def test_the_output_is_closer_than_with_nearest_codes(bits: int, symmetric: bool
     ratios = []
     for seed in range(20):
         moments, (weight, *qparams) = correlated(seed, 16), grid(seed, 16, bits, symmetric)
-        nearest = quantize(weight, *qparams, *code_range(bits, symmetric))
+        nearest = quantize_affine(weight, *qparams, *code_range(bits, symmetric))
         codes = round_with_feedback(weight, moments, *qparams, bits, symmetric)
         before, after = (output_noise(weight, one, *qparams, moments) for one in (nearest, codes))
         ratios.append(after / before)
@@ -95,7 +95,7 @@ def test_inputs_that_know_nothing_of_each_other_give_the_nearest_codes(
     codes = round_with_feedback(weight, moments, scale, zero_point, bits, symmetric)
     size = 20 // scale.shape[1]
     steps, zeros = scale.repeat_interleave(size, 1), zero_point.repeat_interleave(size, 1)
-    assert torch.equal(codes, quantize(weight, steps, zeros, *code_range(bits, symmetric)).int())
+    assert torch.equal(codes, quantize_affine(weight, steps, zeros, *code_range(bits, symmetric)).int())
 
 
 @KIND
@@ -126,4 +126,4 @@ def test_damping_adds_a_share_of_the_mean_in_place() -> None:
 def test_inputs_never_seen_are_rounded_to_nearest() -> None:
     weight, scale, zero_point = grid(0, 8, 4, False)
     codes = round_with_feedback(weight, damp(torch.zeros(8, 8), 0.01), scale, zero_point, 4, False)
-    assert torch.equal(codes, quantize(weight, scale, zero_point, 0, 15).int())
+    assert torch.equal(codes, quantize_affine(weight, scale, zero_point, 0, 15).int())

@@ -490,8 +490,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit at the start": (_flip(0), "safetensors: not a safetensors file"),
     "a flipped bit in the middle": (_flip(0.5), "the checksum of .* is not the one in manifest.json: truncated, alt"),
     "a flipped bit at the end": (_flip(1), "the checksum of .* is not the one in manifest.json"),
-    "no checksums": (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json: no manifest"),
-    "half the checksums": (_cut(MANIFEST, 0.5), "manifest.json: no manifest"),
+    "no checksums": (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json: not a manifest"),
+    "half the checksums": (_cut(MANIFEST, 0.5), "manifest.json: not a manifest"),
     "an edited config": (
         lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace('"bits": 4', '"bits": 3')),
         "config.json: its checksum is not the one in manifest.json: truncated, altered",
@@ -663,7 +663,7 @@ GRAPH_DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a plan that is none": (_graph(lambda p: p["plan"][0].update(numel="many")), "graph.json: TypeError"),
     "an unknown node": (_graph(lambda p: _first(p, "call_function").update(args=[{"node": "x9"}])), "x9"),
     "an unknown layer": (_graph(lambda p: _first(p, "get_attr").update({"from": {"record": ["x9", "codes"]}})), "x9"),
-    "an unknown word": (_graph(lambda p: _first(p, "call_function").update(args=[{"pickle": "x9"}])), "no pickle"),
+    "an unknown word": (_graph(lambda p: _first(p, "call_function").update(args=[{"pickle": "x9"}])), "not a pickle"),
     "another kind of node": (_graph(lambda p: _first(p, "call_function").update(op="call_module")), "call_module"),
 }
 

@@ -1,0 +1,108 @@
+"""Options that several commands share, and the pipeline that they name. torch is loaded when a command runs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dmq_ao.cli.terminal import Format, debug, option_values, read_prompts
+
+
+class BackendName(str, Enum):
+    """Choices of ``--backend``."""
+
+    AUTO = "auto"
+    ONEDNN = "onednn"
+    CUDA = "cuda"
+    REFERENCE = "reference"
+
+
+class CompileMode(str, Enum):
+    """Choices of ``--mode``, which is that of ``dmq_ao.compile``."""
+
+    DEFAULT = "default"
+    MAX = "max"
+
+
+class ObserverName(str, Enum):
+    """Choices of ``--observer``."""
+
+    MINMAX = "minmax"
+    MSE = "mse"
+    PERCENTILE = "percentile"
+    EMA = "ema"
+
+
+class Dtype(str, Enum):
+    """Choices of ``--dtype``."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+def examples(*lines: str) -> str:
+    """Command lines as the end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+Model = Annotated[str, typer.Argument(help="A diffusers pipeline folder, a Hub id, or `demo`: the bundled denoiser.")]
+Quantized = Annotated[Path, typer.Argument(help="A folder that `quantize` or dmq_ao.save wrote.")]
+Bits = Annotated[str, typer.Option(help="Weight and activation bits: w8a8, w4a6 ..., w8a8-fp8; 16 stays in float.")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler.")]
+Seed = Annotated[int, typer.Option(min=0, help="First seed; one for each image or trajectory, counting up.")]
+Prompt = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT|@FILE",
+        callback=read_prompts,
+        help="What to draw, or a class (number or name); repeatable, or a file, one a line. Seeds take them in turn.",
+    ),
+]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Dtype of the float pipeline.")]
+Device = Annotated[str, typer.Option(help="Device to run on: cpu, cuda, cuda:1 ...")]
+BackendOption = Annotated[
+    BackendName, typer.Option(help="Backend of the quantized layers; auto takes the fastest that supports them.")
+]
+ModeOption = Annotated[
+    CompileMode, typer.Option("--mode", help="Compilation mode; max is the fastest on CPUs (bfloat16 between layers).")
+]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="Format of the result on stdout; all else goes to stderr.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", callback=debug, help="Show tracebacks, and warnings of other libraries.")
+]
+Images = Annotated[int, typer.Option(min=1, help="Images from the same seeds, float and quantized.")]
+
+
+def open_pipeline(
+    model: str,
+    prompt: list[str] | None,
+    backend: BackendName = BackendName.AUTO,
+    packed: bool = False,
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+) -> Any:
+    """A pipeline by folder, Hub id or name, ready to run; a prompt that it does not take is a usage error."""
+    import torch
+
+    from dmq_ao.pipelines.adapter import load_pipeline
+    from dmq_ao.pipelines.prompts import call_arguments
+
+    hide_loading_bars()
+    float_dtype = None if dtype is None else getattr(torch, dtype.value)
+    pipeline = load_pipeline(model, backend=backend.value, packed=packed, device=device, dtype=float_dtype)
+    with option_values("--prompt"):
+        call_arguments(pipeline, [0], prompt)
+    return pipeline
+
+
+def hide_loading_bars() -> None:
+    """Of diffusers' own components: gone before they are read."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()

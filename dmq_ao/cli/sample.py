@@ -1,0 +1,67 @@
+"""``dmq-ao sample``: images of a pipeline, float or quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dmq_ao.cli.options import (
+    BackendName,
+    BackendOption,
+    Debug,
+    Device,
+    Dtype,
+    FormatOption,
+    Model,
+    Prompt,
+    Seed,
+    Steps,
+    examples,
+    open_pipeline,
+)
+from dmq_ao.cli.terminal import Format, emit
+
+SAMPLE_EXAMPLES = examples(
+    "dmq-ao sample out/ -o grid.png",
+    "dmq-ao sample demo -o pictures/ --num 64 --seed 1000",
+    "dmq-ao sample out/ -o grid.png --device cuda --backend cuda",
+)
+
+
+def sample_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--output", "-o", help="A .png file for a grid, else a folder.")],
+    num: Annotated[int, typer.Option(min=1, help="Images.")] = 8,
+    steps: Steps = 20,
+    seed: Seed = 0,
+    prompt: Prompt = None,
+    backend: BackendOption = BackendName.AUTO,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option("--dtype", help="Dtype of the float parts; default: that of a quantized denoiser, else float32."),
+    ] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the denoiser first.")] = False,
+    form: FormatOption = Format.HUMAN,
+    debug: Debug = False,
+) -> None:
+    """Draw images with a pipeline, float or quantized.
+
+    A seed gives the same image in any batch, so grids of two pipelines can be laid side by side.
+    """
+    from dmq_ao.cli import gallery
+    from dmq_ao.pipelines import adapter
+
+    pipeline = open_pipeline(model, prompt, backend, packed, device, dtype)
+    if compile_:
+        adapter.compile_denoiser(pipeline)
+    seeds = range(seed, seed + num)
+    images = adapter.sample(pipeline, seeds, steps=steps, prompt=prompt, progress=True)
+    files = [str(path) for path in gallery.write_images(images, seeds, out)]
+    text = files[0] if len(files) == 1 else f"{len(files)} pictures in {out}"
+    emit({"model": model, "seeds": list(seeds), "steps": steps, "files": files}, lambda: text, form)
