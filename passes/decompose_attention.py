@@ -7,8 +7,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
+from dmq_ao.graph import aten
 
-aten = graph.aten
 PRODUCTS = "dmq_ao.attention"  # in a product's meta: the path of the module that the attention stands in
 
 

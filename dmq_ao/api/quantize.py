@@ -15,7 +15,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph
 from dmq_ao.api.calibrate import SQNR, CalibrationReport, calibrate
-from dmq_ao.backends import MEASURED, Backend, choose
+from dmq_ao.backends.backend import Backend
+from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import values
@@ -69,7 +70,7 @@ def prepare(
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
-    choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
+    choose_backend(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
     keep = dict(captured.meta)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
@@ -123,7 +124,7 @@ def convert(
     if not isinstance(prepared, GraphModule) or not {RECIPE, SKELETON} <= set(prepared.meta):
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
     plan = prepared.meta[PLAN]
-    chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)
+    chosen = choose_backend(backend, graph.device_of(prepared), plan, packed, latency_aware)
     records = _records(prepared) | _table_records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     meta = dict(prepared.meta)
@@ -177,8 +178,8 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
     """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
     records = known["records"]
     if latency_aware:
-        inputs = list(noise_tensors(known["signature"]).values())
-        lowered, kernels = MEASURED[backend.name](gm, records, inputs)
+        assert backend.measured is not None  # choose_backend asked
+        lowered, kernels = backend.measured(gm, records, list(noise_tensors(known["signature"]).values()))
     else:
         lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     graph.drop_unused(lowered)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dmq_ao import recipes
+from dmq_ao.backends import AUTO, NAMES
 from dmq_ao.cli.terminal import FAILURE, Commands, Format, debug, emit, option_values, read_prompts, say
 from dmq_ao.config import BitAllocation, Override, Ranges, Recipe, SelectMethod
 
@@ -25,16 +26,11 @@ app = typer.Typer(
 )
 
 
-class Backend(str, Enum):
-    """Backends by name, ``auto`` among them."""
-
-    AUTO = "auto"
-    ONEDNN = "onednn"
-    CUDA = "cuda"
-    REFERENCE = "reference"
+BackendChoice = Enum("BackendChoice", {name.upper(): name for name in (AUTO, *NAMES)}, type=str)  # type: ignore[misc]
+_AUTO = BackendChoice(AUTO)
 
 
-class Mode(str, Enum):
+class ModeChoice(str, Enum):
     """Of ``dmq_ao.compile``."""
 
     DEFAULT = "default"
@@ -77,9 +73,9 @@ Prompt = Annotated[
 ]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the float pipeline.")]
 Device = Annotated[str, typer.Option(help="Where it runs: cpu, cuda, cuda:1 ...")]
-BackendOption = Annotated[Backend, typer.Option(help="What runs the integers; auto takes the fastest that can.")]
+BackendOption = Annotated[BackendChoice, typer.Option(help="What runs the integers; auto takes the fastest that can.")]
 ModeOption = Annotated[
-    Mode, typer.Option("--mode", help="Of compilation; max is the fastest on CPUs (bfloat16 between layers).")
+    ModeChoice, typer.Option("--mode", help="Of compilation; max is the fastest on CPUs (bfloat16 between layers).")
 ]
 FormatOption = Annotated[Format, typer.Option("--format", help="Of the result on stdout; all else goes to stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", callback=debug, help="Tracebacks, and warnings of other libraries.")]
@@ -142,7 +138,7 @@ def quantize(
     steps: Steps = 20,
     prompt: Prompt = None,
     seed: Seed = 0,
-    backend: BackendOption = Backend.AUTO,
+    backend: BackendOption = _AUTO,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
@@ -220,7 +216,7 @@ def sample(
     steps: Steps = 20,
     seed: Seed = 0,
     prompt: Prompt = None,
-    backend: BackendOption = Backend.AUTO,
+    backend: BackendOption = _AUTO,
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
     ] = False,
@@ -266,7 +262,7 @@ def compare(
     steps: Steps = 20,
     seed: Seed = 0,
     prompt: Prompt = None,
-    backend: BackendOption = Backend.AUTO,
+    backend: BackendOption = _AUTO,
     device: Device = "cpu",
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
@@ -302,7 +298,7 @@ def inspect(
     everything: Annotated[
         bool, typer.Option("--all", help="Every layer; else those kept, those that fall back, and the noisiest.")
     ] = False,
-    backend: BackendOption = Backend.AUTO,
+    backend: BackendOption = _AUTO,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
 ) -> None:
@@ -355,8 +351,8 @@ def benchmark(
         typer.Option(metavar="PATTERN", help="Only the peers of such a name ('openvino*'); repeatable."),
     ] = None,
     prompt: Prompt = None,
-    backend: BackendOption = Backend.AUTO,
-    mode: ModeOption = Mode.DEFAULT,
+    backend: BackendOption = _AUTO,
+    mode: ModeOption = ModeChoice.DEFAULT,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
 ) -> None:
@@ -441,8 +437,8 @@ def doctor(form: FormatOption = Format.HUMAN, debug: Debug = False) -> None:
 @app.command(epilog=_examples("dmq-ao demo", "dmq-ao demo -o report/ --images 64 --no-latency"))
 def demo(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("demo_report"),
-    backend: BackendOption = Backend.AUTO,
-    mode: Annotated[Mode | None, typer.Option("--mode", help="Of compilation; max where it can.")] = None,
+    backend: BackendOption = _AUTO,
+    mode: Annotated[ModeChoice | None, typer.Option("--mode", help="Of compilation; max where it can.")] = None,
     images: Images = 16,
     latency: Annotated[bool, typer.Option("--latency/--no-latency", help="Compile and time; most of the run.")] = True,
     form: FormatOption = Format.HUMAN,
@@ -490,7 +486,7 @@ def _recipe(name: str, bits: str, given: dict[str, Any], keep_float: list[str], 
 def _pipeline(
     model: str,
     prompt: list[str] | None,
-    backend: Backend = Backend.AUTO,
+    backend: BackendChoice = _AUTO,
     packed: bool = False,
     device: str = "cpu",
     dtype: Dtype | None = None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dmq_ao import graph
 from dmq_ao.config import MAX_INPUT_BITS
+from dmq_ao.graph.private import OpOverload, mutates_arguments, operator_arguments
 from dmq_ao.numerics import ops
 
 MAX_PIECES = 4096
@@ -46,12 +47,12 @@ def check(target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     Raises:
         ValueError, TypeError: saying what is wanted.
     """
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         _check_arithmetic(target, args)
         return
-    if target._schema.is_mutable:
+    if mutates_arguments(target):
         raise ValueError("it changes its argument, which a stored graph does not")
-    given = {one.name: value for one, value in zip(target._schema.arguments, args, strict=False)} | dict(kwargs)
+    given = {one.name: value for one, value in zip(operator_arguments(target), args, strict=False)} | dict(kwargs)
     if target.namespace == "dmq_ao":
         _check_ours(target, given)
     elif target in _SPLITS:
@@ -101,7 +102,7 @@ def _check_arithmetic(target: Callable[..., Any], args: tuple[Any, ...]) -> None
         raise ValueError(f"sizes are taken to powers of 0 to {MAX_POWER}")
 
 
-def _check_pieces(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> None:
+def _check_pieces(target: OpOverload, given: Mapping[str, Any]) -> None:
     """Splitting makes a tensor a piece, each of which takes time."""
     size = max(given["self"].shape, default=0)
     if target is _aten.split.Tensor:
@@ -132,7 +133,7 @@ def _check_resampling(given: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} must be {_SCALES[0]:g} to {_SCALES[1]:g}, got {scale}")
 
 
-def _check_factors(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> None:
+def _check_factors(target: OpOverload, given: Mapping[str, Any]) -> None:
     """Of one dtype, which the meta device does not look at; a bias is one number an output, which it would repeat."""
     dtypes = {value.dtype for name, value in given.items() if isinstance(value, Tensor) and name != "attn_mask"}
     if len(dtypes) > 1:
@@ -148,7 +149,7 @@ def _check_factors(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> N
         raise ValueError("a stride and a dilation of 1 or more")
 
 
-def _check_ours(target: torch._ops.OpOverload, given: Mapping[str, Any]) -> None:
+def _check_ours(target: OpOverload, given: Mapping[str, Any]) -> None:
     x = given.get("x", given.get("codes"))
     if target in (ops.quantize, ops.quantize_float8, ops.dequantize):
         _check_steps(x, given)

@@ -39,7 +39,7 @@ def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: in
     """One variant of the kernel, pointers and row lengths aligned to 16 bytes as the library lays them out."""
     kernel = triton_kernels.matmul
     constants: dict[Any, Any] = {
-        "GEOMETRY": CONVOLUTION if convolution else triton_matmul.LINEAR,
+        "GEOMETRY": CONVOLUTION if convolution else triton_matmul.LINEAR_GEOMETRY,
         "CONVOLUTION": convolution,
         "FLOATS": floats,
         "BITS": bits,
