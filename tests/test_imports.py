@@ -29,7 +29,6 @@ LONG_FILES = {
     "dmq_ao/samples/record.py",
 }
 LONG_FUNCTIONS = [
-    "backends/cuda/triton_kernels.py: matmul",
     "dmq_ao/denoiser.py: __init__",
     "dmq_ao/pipelines/ptq.py: quantize_pipeline",
 ]

@@ -123,29 +123,17 @@ def _segment(
     """The outputs of one width."""
     rows, count = size[0], packed.shape[0]
     taps = math.prod(compiled["GEOMETRY"][:2])
-    narrow = bits < 8
+    middle, shifts = (product.middle, product.shifts) if bits < 8 else (None, None)
     triton_kernels.matmul[triton.cdiv(rows, tile.rows) * triton.cdiv(count, tile.outs), tile.parts](
-        product.codes,
-        packed,
-        product.order,
-        product.middle if narrow else None,
-        product.shifts if narrow else None,
-        partial,
+        (product.codes, packed, product.order, middle, shifts, partial),
         result,
         size,
-        start,
-        count,
-        product.codes.shape[-1],
-        packed.shape[1] // taps,
+        (start, count, product.codes.shape[-1], packed.shape[1] // taps),
         **compiled,
         FLOATS=product.scale is None,
         BITS=bits,
         LANES=LANES,
-        PARTS=tile.parts,
-        GROUP=_GROUP,
-        TILE_ROWS=tile.rows,
-        TILE_OUTS=tile.outs,
-        TILE_BYTES=tile.lanes,
+        TILE=(tile.rows, tile.outs, tile.lanes, tile.parts, _GROUP),
         INTERPRETED=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,

@@ -22,9 +22,9 @@ from torch.fx import GraphModule, Interpreter, Node
 import dmq_ao
 from dmq_ao import BitPlan, CalibrationSet, QuantizedDenoiser, UnsupportedByBackend, graph
 from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import lowering
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.backends.cuda import tiles as cuda_tiles
-from dmq_ao.backends.cuda.lowering import RESIDUAL
 from dmq_ao.backends.cuda.tiles import Shape, Tile
 from dmq_ao.backends.products import LOOK_UP
 from dmq_ao.backends.registry import choose_backend
@@ -121,7 +121,7 @@ def test_what_is_added_to_a_layer_is_added_by_its_kernel() -> None:
     assert distance(run(lowered, x[:3], t[:3]), run(reference, x[:3], t[:3])) < 1e-4
     kinds = (cuda_ops.cuda_conv, cuda_ops.cuda_linear)
     nodes = [node for node in lowered.graph_module.graph.nodes if node.target in kinds]
-    assert [node.args[RESIDUAL] is not None for node in nodes] == [False, True, True, False, False]
+    assert [node.args[lowering.RESIDUAL] is not None for node in nodes] == [False, True, True, False, False]
 
 
 class LayerByLayer(Interpreter):
@@ -162,7 +162,7 @@ def test_a_denoiser_equals_the_quantize_dequantize_graph(
         )
     dmq_ao.calibrate(prepared, samples, progress=False)
     reference = dmq_ao.convert(prepared, "reference")
-    with mock.patch.object(cuda, "_add_residuals"):
+    with mock.patch.object(lowering, "_add_residuals"):
         apart = dmq_ao.convert(prepared, "cuda")
     exact, layers = run_exactly(reference, **inputs)
     assert all(kernel.is_integer or kernel.name == LOOK_UP for kernel in apart.kernels.values())
