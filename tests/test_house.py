@@ -121,19 +121,18 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 
-OWN = {
-    name
-    for tree in TREES.values()
-    for node in ast.walk(tree)
-    for name in (
-        [node.name]
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        else [node.attr]
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
-        else []
-    )
-    if is_private(name)
-}
+def own_names(tree: ast.AST) -> Iterator[str]:
+    """Private names that a file defines: functions, classes, fields, and attributes of ``self``."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
+
+
+OWN = {name for tree in TREES.values() for name in own_names(tree) if is_private(name)}
 
 
 def private_names(tree: ast.AST) -> Iterator[str]:
