@@ -24,43 +24,7 @@ from dmq_ao.passes.look_up_codes import look_up_codes
 from dmq_ao.records import Kernel, LayerPlan, LayerRecord, WeightRecord, joint_record, outline, shift_fits_int8
 
 LOOK_UP = "look-up of codes"  # the kernel of an embedding table
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """Geometry of a convolution node; a 1-d one is run as 2-d of height one."""
-
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
-    groups: int
-
-    @classmethod
-    def of(cls, node: Node, kind: str) -> Convolution | None:
-        """That of a layer's node; None for a linear."""
-        if kind == "linear":
-            return None
-        dims = int(kind.removeprefix("conv").removesuffix("d"))
-        defaults = ([1], [0], [1], 1)
-        given: list[Any] = [*node.args[3:], *defaults[len(node.args) - 3 :]] if len(node.args) > 3 else list(defaults)
-        stride, padding, dilation = (_repeat(value, dims) for value in given[:3])
-        return cls(stride, padding, dilation, given[3])
-
-    def is_pointwise(self, weight: Tensor) -> bool:
-        """Whether this is one product of pixels by a matrix, for which linear kernels are the better ones."""
-        return weight[0, 0].numel() == 1 and self.groups == 1 and set(self.stride) == {1} and set(self.padding) == {0}
-
-    @property
-    def in_2d(self) -> tuple[list[int], list[int], list[int]]:
-        """Stride, padding and dilation, with a height for a 1-d convolution."""
-        if len(self.stride) > 1:
-            return self.stride, self.padding, self.dilation
-        return [1, *self.stride], [0, *self.padding], [1, *self.dilation]
-
-
-def _repeat(value: Any, dims: int) -> list[int]:
-    values = list(value) if isinstance(value, (list, tuple)) else [int(value)]
-    return values * dims if len(values) == 1 else values
+FLOAT_KERNEL = "float on dequantized values"  # of a layer that stays as the graph has it
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,3 +206,9 @@ def channels_last(gm: GraphModule, codes: Node) -> Node:
     with gm.graph.inserting_after(codes):
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
         return gm.graph.call_function(graph.aten.contiguous.default, (codes,), layout)
+
+
+def random_codes(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Whole numbers of ``shape`` over the range of ``dtype``, the same ones each time, to measure kernels on."""
+    limits = torch.iinfo(dtype)
+    return torch.randint(limits.min, limits.max + 1, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)

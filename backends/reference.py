@@ -5,13 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch.fx import GraphModule
 
+from dmq_ao.backends.backend import Backend, Lowered
+from dmq_ao.backends.products import FLOAT_KERNEL
 from dmq_ao.records import Kernel, LayerPlan, LayerRecord
 
 
-class Reference:
+class Reference(Backend):
     """Float arithmetic on dequantized values; any device, any width, any granularity."""
 
     name = "reference"
+    automatic = True
 
     def why_not_on(self, device: torch.device) -> str:
         """Nothing: the reference runs everywhere."""
@@ -23,7 +26,7 @@ class Reference:
         del plan
         return []
 
-    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> Lowered:
         """The graph itself."""
         why = "the reference backend multiplies dequantized values"
-        return gm, {name: Kernel("float on dequantized values", why) for name in records}
+        return gm, {name: Kernel(FLOAT_KERNEL, why) for name in records}

@@ -4,8 +4,8 @@
     python examples/cuda_kernels.py --tune -o build/cuda_kernels
 
 Products are those of SD1.5 at batch 8 and of a DiT-XL/2, and one of 4096 each way. ``--tune`` first times tiles for
-each and keeps the best in ``backends/cuda_tiles.json``, under the name of the GPU, where the library looks. Without a
-GPU it says so, and measures nothing. Writes ``kernels.json`` and ``kernels.md``.
+each and keeps the best in ``backends/cuda/cuda_tiles.json``, under the name of the GPU, where the library looks.
+Without a GPU it says so, and measures nothing. Writes ``kernels.json`` and ``kernels.md``.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def tuned(call: Callable[[], Tensor], shape: Shape, clock: Clock, repeats: int =
     """The fastest tile, and its milliseconds; those that a GPU has no room for are passed over."""
     best: tuple[Tile, float] | None = None
     for tile in candidates(shape):
-        with mock.patch.object(cuda_tiles, "choose", return_value=tile):
+        with mock.patch.object(cuda_tiles, "tile_for", return_value=tile):
             try:
                 found = latency({"": call}, repeats=repeats, warmup=1, clock=clock)[""].median_ms
             except Exception as error:  # Triton has classes of its own for it, which move from release to release
@@ -167,13 +167,13 @@ def tune(products: Sequence[Product], device: torch.device, name: str, clock: Cl
         shape = product.shape(bits)
         tile, _ = tuned(integer_call(product, bits, device), shape, clock)
         found[cuda_tiles.key(shape)] = list(tile)
-    file = cuda_tiles.MEASURED
+    file = cuda_tiles.TILE_FILE
     known = json.loads(file.read_text()) if file.exists() else {}
     known[name] = {**known.get(name, {}), **found}
     partial_file = file.with_suffix(".partial")
     partial_file.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
     os.replace(partial_file, file)
-    cuda_tiles.forget()
+    cuda_tiles.forget_tiles()
     return found
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
+from dmq_ao.graph import aten
+from dmq_ao.graph.kernels import KernelOperator
 from dmq_ao.graph.values import VAL, Value
 from dmq_ao.numerics import ops
 from dmq_ao.passes.out_of_place import mutates, out_of_place
-
-aten = torch.ops.aten
 
 # Where values only move: what comes in narrow goes out narrow.
 _MOVES = {
@@ -71,10 +71,12 @@ _PRODUCTS = {
 }
 
 
-def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> GraphModule:
+def lower_precision(
+    gm: GraphModule, kernels: Iterable[KernelOperator] = (), dtype: torch.dtype = torch.bfloat16
+) -> GraphModule:
     """Make integer kernels write ``dtype``, and the operators between them read and write it.
 
-    Before:  int_conv(.., float32) -> group_norm -> silu -> quantize      After:  int_conv(.., bfloat16) -> ...
+    Before:  kernel(.., float32) -> group_norm -> silu -> quantize      After:  kernel(.., bfloat16) -> ...
 
     Sums are still taken in float32. Operators that this pass does not know get float32 back, inputs and outputs of the
     graph keep their type, and so do vectors [B, C] and all that is before any integer kernel (the embedding of the
@@ -82,13 +84,14 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Gra
 
     Args:
         gm: a lowered float32 graph; stays as it is.
+        kernels: of the backend that it was lowered to: those that write a dtype start what is narrow, and products
+            of floats keep it.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
 
     Returns:
         Another graph of the same tensors; a copy of ``gm`` where nothing can be narrower.
     """
     narrow = GraphModule(gm, copy.deepcopy(gm.graph))
-    narrow.meta.update(gm.meta)
     out_of_place(narrow)
     changed = next((node for node in narrow.graph.nodes if mutates(node)), None)
     if changed is not None:
@@ -96,7 +99,7 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Gra
             f"{changed.target} changes a tensor in place: the graph stays in its own precision", stacklevel=2
         )
         return narrow
-    _Narrowing(narrow, dtype).run()
+    _Narrowing(narrow, list(kernels), dtype).run()
     narrow.graph.eliminate_dead_code()
     narrow.recompile()
     return narrow
@@ -105,16 +108,16 @@ def lower_precision(gm: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Gra
 class _Narrowing:
     """One walk over a graph; ``narrow`` holds the nodes whose values are of the narrow type by now."""
 
-    def __init__(self, gm: GraphModule, dtype: torch.dtype) -> None:
+    def __init__(self, gm: GraphModule, kernels: Sequence[KernelOperator], dtype: torch.dtype) -> None:
         self.gm, self.dtype = gm, dtype
         self.narrow: set[Node] = set()
-        self.kernels = {torch.ops.dmq_ao.int_conv.default, torch.ops.dmq_ao.int_linear.default}
-        self.products = {*_PRODUCTS, torch.ops.dmq_ao.int4_linear.default}
+        self.writers = {kernel.target for kernel in kernels if kernel.writes_dtype}
+        self.products = {*_PRODUCTS, *(kernel.target for kernel in kernels if not kernel.writes_dtype)}
 
     def run(self) -> None:
         """Visit every node once, inputs first."""
         for node in list(self.gm.graph.nodes):
-            if node.target in self.kernels and node.args[-1] == torch.float32 and not _is_vectors(node):
+            if node.target in self.writers and node.args[-1] == torch.float32 and not _is_vectors(node):
                 node.args = (*node.args[:-1], self.dtype)
                 self._mark(node)
             elif any(source in self.narrow for source in node.all_input_nodes):
@@ -161,14 +164,14 @@ class _Narrowing:
             with self.gm.graph.inserting_before(node):
                 if source.op == "get_attr":  # once, now, rather than in every call
                     tensor = graph.attribute(self.gm, source).detach().to(dtype)
-                    cast = graph.add_tensor(self.gm, f"{source.target}.{_word(dtype)}", tensor)
+                    cast = graph.add_tensor(self.gm, f"{source.target}.{_dtype_name(dtype)}", tensor)
                 else:
                     cast = self.gm.graph.call_function(aten.to.dtype, (source, dtype))
             cast.meta = {**source.meta, VAL: _retyped(source.meta.get(VAL), dtype)}
             node.replace_input_with(source, cast)
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 

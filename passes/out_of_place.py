@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from dmq_ao.graph import aten
+from dmq_ao.graph.private import OpOverload, mutates_arguments, operator_arguments, schema_of
 from dmq_ao.graph.values import VAL, value_of
 
 # Views that can be written back, and the operator that does it.
@@ -35,7 +36,7 @@ def out_of_place(gm: GraphModule) -> None:
     gm.recompile()
 
 
-def _write_back(gm: GraphModule, change: Node, twin: torch._ops.OpOverload | None) -> None:
+def _write_back(gm: GraphModule, change: Node, twin: OpOverload | None) -> None:
     """A change of a part of a result, as a new result that later readers take; left alone where others see both.
 
     Args:
@@ -83,20 +84,19 @@ def _has_other_views(whole: Node, parts: list[Node], change: Node) -> bool:
 
 def mutates(node: Node) -> bool:
     """Whether an operator changes one of its arguments."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    return mutates_arguments(node.target)
 
 
-def _twin(target: Any) -> torch._ops.OpOverload | None:
+def _twin(target: Any) -> OpOverload | None:
     """The operator without the underscore and with the same arguments, None if there is none."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not target._schema.is_mutable:
+    if not isinstance(target, OpOverload) or target.namespace != "aten" or not mutates_arguments(target):
         return None
     name, _, overload = str(target).removeprefix("aten.").partition(".")
     twin = getattr(getattr(torch.ops.aten, name.removesuffix("_"), None), overload, None)
-    if not name.endswith("_") or not isinstance(twin, torch._ops.OpOverload):
+    if not name.endswith("_") or not isinstance(twin, OpOverload):
         return None
-    same = [one.name for one in twin._schema.arguments] == [one.name for one in target._schema.arguments]
-    return twin if same else None
+    own, other = ([one.name for one in operator_arguments(operator)] for operator in (twin, target))
+    return twin if own == other else None
 
 
 def _is_fresh(value: Node) -> bool:
@@ -105,6 +105,5 @@ def _is_fresh(value: Node) -> bool:
 
 def _makes_new(node: Node) -> bool:
     """Whether an operator's results share no memory with its arguments."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    return all(result.alias_info is None for result in node.target._schema.returns)
+    schema = schema_of(node.target) if isinstance(node.target, OpOverload) else None
+    return schema is not None and all(result.alias_info is None for result in schema.returns)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dmq_ao
-from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.recipes import minmax
 from tests.plain import Plain, flow, plain_samples, relative, seeded
 

@@ -68,7 +68,7 @@ def test_the_best_tile_is_kept_where_the_library_looks(
 ) -> None:
     file = tmp_path / "tiles.json"
     file.write_text(json.dumps({"another": {"1x1x1x1x1": [1, 2, 3, 4, 5, 6]}}))
-    monkeypatch.setattr(cuda_tiles, "MEASURED", file)
+    monkeypatch.setattr(cuda_tiles, "TILE_FILE", file)
     small = Tile(32, 64, 32, 1, 4, 3)
     monkeypatch.setattr(example, "candidates", lambda shape: iter([small._replace(parts=2), small]))
     found = example.tune(products(example), torch.device(DEVICE), "cpu", Ticks())
@@ -77,9 +77,9 @@ def test_the_best_tile_is_kept_where_the_library_looks(
     written = json.loads(file.read_text())
     assert written["another"] == {"1x1x1x1x1": [1, 2, 3, 4, 5, 6]}
     assert written["cpu"] == found
-    assert cuda_tiles.choose(products(example)[0].shape(4), torch.device("cpu")) == small
+    assert cuda_tiles.tile_for(products(example)[0].shape(4), torch.device("cpu")) == small
     assert list(tmp_path.iterdir()) == [file]
-    cuda_tiles.forget()
+    cuda_tiles.forget_tiles()
 
 
 def test_a_tile_that_does_not_fit_is_passed_over_and_other_errors_are_not(
@@ -90,7 +90,7 @@ def test_a_tile_that_does_not_fit_is_passed_over_and_other_errors_are_not(
     shape = products(example)[0].shape(4)
 
     def call() -> torch.Tensor:
-        if cuda_tiles.choose(shape, torch.device("cpu")) == tiles[0]:
+        if cuda_tiles.tile_for(shape, torch.device("cpu")) == tiles[0]:
             raise RuntimeError("out of resource: shared memory")
         return torch.zeros(1)
 
@@ -108,7 +108,7 @@ def test_candidates_are_of_every_kind_and_fit(example: ModuleType) -> None:
 
 
 def test_a_table_has_a_row_for_each_product(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_tiles, "choose", lambda shape, device: Tile(32, 64, 32, 1, 4, 3))
+    monkeypatch.setattr(cuda_tiles, "tile_for", lambda shape, device: Tile(32, 64, 32, 1, 4, 3))
     rows = example.measure(products(example), torch.device(DEVICE), Ticks(), repeats=1)
     report = {"device": "a GPU", "machine": {"torch": "2"}, "date": "today", "int8_peak": 1e12, "rows": rows}
     lines = example.table(report).splitlines()

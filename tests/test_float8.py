@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import dmq_ao
 from dmq_ao import QuantizedDenoiser, Recipe, numerics, recipes
 from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import lowering
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.config import Ranges, TensorConfig
 
@@ -132,7 +133,7 @@ def test_what_has_no_product_says_why(dit: QuantizedDenoiser, tmp_path: Path, mo
     on_cpu = dmq_ao.load(tmp_path, backend="onednn")
     assert {kernel.why for kernel in on_cpu.kernels.values()} == {"float8: CPUs multiply no such codes; use w8a8"}
     monkeypatch.setattr(cuda, "why_not_here", lambda device: "")
-    monkeypatch.setattr(cuda, "FLOAT8_MULTIPLE", 24)
+    monkeypatch.setattr(lowering, "FLOAT8_MULTIPLE", 24)
     on_gpu = dmq_ao.load(tmp_path, backend="cuda")
     assert all("float8 products take sizes in multiples" in kernel.why for kernel in on_gpu.kernels.values())
     assert not any(kernel.is_integer for kernel in on_gpu.kernels.values())

@@ -17,7 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import dmq_ao
 from dmq_ao import graph
-from dmq_ao.backends import ALL_BACKENDS
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.config import MissingStatistics, Override, PowerOfTwo, Ranges, Recipe, TensorConfig
 from dmq_ao.quantizer.prepared import Prepared, state_of
 
@@ -646,7 +646,7 @@ def test_verbs_in_the_wrong_order() -> None:
 def test_backends_are_checked_before_calibration() -> None:
     model = seeded(Plain)
     example = (torch.randn(2, 3, 8, 8), torch.tensor([1, 2]))
-    with pytest.raises(ValueError, match=r"backend 'tpu' is not known; the backends are \['auto', 'reference'"):
+    with pytest.raises(ValueError, match=r"backend 'tpu' is not known; the backends are \['auto', 'onednn'"):
         dmq_ao.prepare(model, RECIPE, example, backend="tpu")
     recipe = with_config(weight=TensorConfig(8, symmetric=False, granularity=dmq_ao.Granularity.PER_CHANNEL))
     with pytest.raises(dmq_ao.UnsupportedByBackend, match="conv: asymmetric 8-bit weight codes") as caught:

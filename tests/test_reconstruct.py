@@ -29,7 +29,7 @@ from torch.fx import GraphModule
 import dmq_ao
 from dmq_ao.algorithms.layerwise import units_of
 from dmq_ao.algorithms.weights import WeightLearning
-from dmq_ao.backends import ALL_BACKENDS
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.config import (
     ChannelScaling,
     Distillation,

@@ -8,13 +8,13 @@ import pytest
 from plain import Plain, flow, plain_samples, seeded
 
 from dmq_ao import recipes
-from dmq_ao.backends.onednn import backend as onednn
+from dmq_ao.backends.onednn import cpu
 from dmq_ao.benchmarks.roofline import int8_peak, integer_macs
 from dmq_ao.config import Override
 
 PIXELS = 8 * 8
 CONV, TOKENS, MERGE = 16 * 16 * 9, 16 * 16, 32 * 16  # Plain's quantized layers; its first and last stay in float
-needs_vnni = pytest.mark.skipif(not onednn.has_vnni(), reason="this CPU has no VNNI: layers run in float")
+needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this CPU has no VNNI: layers run in float")
 
 
 @needs_vnni
@@ -46,11 +46,11 @@ def test_float_products_are_no_integer_work() -> None:
 
 @needs_vnni
 def test_the_peak_is_that_of_the_best_shape() -> None:
-    peak = int8_peak(repeats=1, linears=((256, 256, 256), (1, 64, 1)), convolutions=((1, 16, 8),))
+    peak = int8_peak(repeats=1)
     assert peak is not None
     assert 1e8 < peak < 1e16
 
 
 def test_without_int8_instructions_there_is_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "has_vnni", lambda: False)
+    monkeypatch.setattr(cpu, "has_vnni", lambda: False)
     assert int8_peak() is None

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 import dmq_ao
 from dmq_ao import BitPlan, PowerOfTwo, graph, recipes
-from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.config import (
     BitAllocation,
     ChannelScaling,

@@ -1,61 +1,58 @@
-"""Integers on NVIDIA GPUs: int8 tensor cores through Triton, weights of 2 to 8 bits packed in memory.
-
-A layer ``dequantize(quantize(x)) * dequantize_weight(codes)`` of the q/dq graph becomes one kernel that reads packed
-codes, unpacks, centres and shifts them in registers, and multiplies them by the input's codes. The quantize step stays
-plain operators, so Inductor fuses it with the norm and activation before it. A residual that is added to a layer's
-output is added as it is written. Layers whose input stays in float multiply it by codes that they unpack
-likewise, if it has 16 bits. ``products`` says which layers take more than one.
-"""
+"""What the CUDA backend can do: integers on NVIDIA GPUs, and when it can."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from dmq_ao import graph
-from dmq_ao.backends.cuda import ops as cuda_ops
-from dmq_ao.backends.cuda.weights import KernelWeight, kernel_weight
-from dmq_ao.backends.products import Convolution, Product, replace_layer, replace_layers, turned, unfoldable, why_float
-from dmq_ao.graph.values import VAL
-from dmq_ao.passes.hoist_tables import hoist_tables
-from dmq_ao.records import Kernel, LayerPlan, LayerRecord, WeightRecord, shift_fits_int8
+from dmq_ao.backends.backend import OK, SLOW, Backend, Finding, Lowered, MaxPlan, PeakProduct
+from dmq_ao.backends.cuda.lowering import lower_to_cuda
+from dmq_ao.backends.cuda.measured import lower_by_linear_times
+from dmq_ao.backends.cuda.ops import CUDA_KERNELS
+from dmq_ao.backends.cuda.peak import gpu_products
+from dmq_ao.backends.products import unfoldable
+from dmq_ao.passes import join_projections
+from dmq_ao.records import LayerPlan, LayerRecord
 
-FLOAT = "float on dequantized values"
-HALVES = (torch.bfloat16, torch.float16)
-# Where both operators take what is added at the end.
-RESIDUAL = 11
 FLOAT8_CAPABILITY = (8, 9)
-FLOAT8_MULTIPLE = 16  # of the sizes that PyTorch's float8 product takes
 MIN_CAPABILITY = (8, 0)  # Triton's integer products on the tensor cores of older ones are not tried
-# What the products of one weight read.
-Weights = dict[WeightRecord, tuple[KernelWeight, tuple[Any, ...]]]
 
 
 def why_not_here(device: torch.device) -> str:
     """Why a device does not run these kernels; empty when it does."""
     if device.type != "cuda":
-        return f"it is for CUDA devices and the denoiser is on {device}; move it"
+        return f"it runs on CUDA devices and the denoiser is on {device}; move the denoiser"
     if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device; move the denoiser to a machine with one and a build of PyTorch for it"
+        return "PyTorch finds no CUDA device; check torch.cuda.is_available(), install a build of PyTorch with CUDA"
     if importlib.util.find_spec("triton") is None:
-        return "it needs triton; pip install triton"
+        return "Triton is not installed; pip install triton"
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:
-        return f"compute capability {capability} of {device} is below {MIN_CAPABILITY}; take another device"
+        return f"compute capability {capability} of {device} is below {MIN_CAPABILITY}; use another device"
     return ""
 
 
-class Cuda:
-    """Triton kernels on int8 tensor cores."""
+def fastest_on_gpu(gm: GraphModule) -> GraphModule:
+    """The graph of ``mode="max"`` for a graph that this backend lowered, of the same tensors."""
+    plan = GraphModule(gm, copy.deepcopy(gm.graph))
+    join_projections(plan)
+    return plan
+
+
+class Cuda(Backend):
+    """Triton kernels on int8 tensor cores.
+
+    Not ``automatic``: it has run in Triton's interpreter more than on GPUs, and is asked for by name.
+    """
 
     name = "cuda"
+    kernels = CUDA_KERNELS
+    measured = staticmethod(lower_by_linear_times)
+    max_plan = MaxPlan(fastest_on_gpu, {"triton.cudagraphs": True})
 
     def why_not_on(self, device: torch.device) -> str:
         """Why it does not run on a device, and what to do; empty when it does."""
@@ -66,164 +63,27 @@ class Cuda:
         reasons = unfoldable(plan)
         float8 = any(item.weight is not None and item.weight.float8 for item in plan.values())
         if float8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
-            needed, found = FLOAT8_CAPABILITY, torch.cuda.get_device_capability()
-            reasons.append(f"float8 needs compute capability {needed} and this GPU has {found}; use w8a8")
+            wanted, capability = FLOAT8_CAPABILITY, torch.cuda.get_device_capability()
+            reasons.append(f"float8 needs compute capability {wanted} and this GPU has {capability}; use w8a8")
         return reasons
 
-    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> tuple[GraphModule, dict[str, Kernel]]:
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> Lowered:
         """Replace layers of a q/dq graph by integer kernels, in place; the rest stays as it is, with the reason."""
-        kernels = replace_layers(
-            gm, records, _why_not, lambda node, name, why: _in_float(gm, node, records[name], why), partial(_lower, gm)
-        )
-        _add_residuals(gm)
-        hoist_tables(gm)
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
-        return gm, kernels
+        return lower_to_cuda(gm, records)
 
+    def multiplies_integers(self) -> bool:
+        """Whether there is a GPU that runs the kernels."""
+        return not self.why_not_on(torch.device(self.name))
 
-def _why_not(record: LayerRecord, node: Node) -> str:
-    """Why a layer has no product of codes here; empty when it has one."""
-    why, conv = why_float(record), Convolution.of(node, record.kind)
-    if not why and conv is not None and conv.groups > 1:
-        return "no int8 kernel for grouped convolutions on CUDA"
-    if not why and record.weight.float8 and any(size % FLOAT8_MULTIPLE for size in record.weight.shape):
-        return f"float8 products take sizes in multiples of {FLOAT8_MULTIPLE}, not {tuple(record.weight.shape)}"
-    return why
+    def peak_products(self, device: torch.device) -> list[PeakProduct]:
+        """int8 products of square matrices that fill a GPU."""
+        return gpu_products(device) if device.type == self.name else []
 
-
-def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Kernel:
-    """Floats times packed codes where there is a kernel for them; else as the graph has it."""
-    dtype: torch.dtype = node.meta[VAL].dtype
-    conv = Convolution.of(node, record.kind)
-    grouped = record.weight.scale.shape[1] > 1 or (conv is not None and conv.groups > 1)
-    if record.activation is not None or grouped or record.kind == "conv3d" or record.weight.float8:
-        return Kernel(FLOAT, why)
-    if not shift_fits_int8(record.weight.bits, record.weight.symmetric, 0):
-        return Kernel(
-            FLOAT, f"{why}; asymmetric codes of {record.weight.bits} bits are wider than a byte when centred"
-        )
-    if dtype not in HALVES:
-        return Kernel(FLOAT, f"{why}; packed codes are multiplied in a denoiser of bfloat16 or float16")
-    bias = node.args[2] if len(node.args) > 2 else None
-    with gm.graph.inserting_before(node):
-        product = Product(node.args[0], None, None, record.weight, None, 1.0)  # type: ignore[arg-type]
-        result, weight = _emit(gm, node, record, {}, product, bias)
-    graph.replace_node(node, result)
-    return Kernel(f"triton {str(dtype).removeprefix('torch.')}, {_words(weight.widths)}", why)
-
-
-def _words(widths: Iterable[int]) -> str:
-    return f"weight in {'+'.join(map(str, sorted(widths)))} bits"
-
-
-def _lower_float8(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
-    real, bias = node.args[0], node.args[2] if len(node.args) > 2 else None
-    assert isinstance(real, Node)
-    with gm.graph.inserting_before(node):
-        weight = graph.add_tensor(gm, f"{record.name}.codes", record.weight.codes)
-        scale = graph.add_tensor(gm, f"{record.name}.kernel_scale", record.weight.scale[:, 0])
-        args = (*real.args[:2], weight, scale, bias, node.meta[VAL].dtype)
-        result = gm.graph.call_function(cuda_ops.float8_linear, args)
-    graph.replace_node(node, result)
-    return Kernel("float8 linear", "the recipe asks for float8")
-
-
-def _lower(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:
-    if record.weight.float8:
-        return _lower_float8(gm, node, record)
-    word = "linear" if record.kind == "linear" else "convolution"
-    widths: set[int] = set()
-    weights: Weights = {}
-
-    def emit(product: Product, bias: Any) -> Node:
-        result, weight = _emit(gm, node, record, weights, product, bias)
-        widths.update(weight.widths)
-        return result
-
-    times, why = replace_layer(gm, node, record, emit)
-    return Kernel(f"triton int8 {word}{times}, {_words(widths)}", why)
-
-
-def _emit(
-    gm: GraphModule, node: Node, record: LayerRecord, weights: Weights, product: Product, bias: Any
-) -> tuple[Node, KernelWeight]:
-    """The nodes of one integer kernel, and its weight; ``weights`` holds what other products of the layer read."""
-    call, weight = gm.graph.call_function, product.weight
-    codes = product.codes if product.scale is None else _signed(gm, product.codes)
-    conv = Convolution.of(node, record.kind)
-    out_dtype: torch.dtype = node.meta[VAL].dtype
-    pointwise = conv is not None and conv.is_pointwise(weight.codes)
-    if pointwise:
-        codes, weight = turned(gm, codes, to=-1), replace(weight, codes=weight.codes.flatten(1))
-    elif record.kind == "conv1d":
-        codes = call(graph.aten.unsqueeze.default, (codes, 2))
-        weight = replace(weight, codes=weight.codes.unsqueeze(2))
-    if product.weight not in weights:
-        laid_out = kernel_weight(weight, product.exponents)
-        weights[product.weight] = laid_out, _reads(gm, record.name, laid_out)
-    laid_out, reads = weights[product.weight]
-    scale = graph.add_tensor(gm, f"{record.name}.kernel_scale", record.weight.scale[:, 0] * product.factor)
-    args = (codes, product.scale, product.zero_point, *reads, scale, bias, None)
-    if conv is None or pointwise:
-        result = call(cuda_ops.cuda_linear, (*args, out_dtype))
-        return turned(gm, result, to=1) if pointwise else result, laid_out
-    result = call(cuda_ops.cuda_conv, (*args, list(weight.codes.shape[2:]), *conv.in_2d, out_dtype))
-    return call(graph.aten.squeeze.dim, (result, 2)) if record.kind == "conv1d" else result, laid_out
-
-
-def _signed(gm: GraphModule, codes: Node) -> Node:
-    """The codes less 128, once for all their readers."""
-    for user in codes.users:
-        if user.target == cuda_ops.signed_codes:
-            return user
-    with gm.graph.inserting_after(codes):
-        return gm.graph.call_function(cuda_ops.signed_codes, (codes,))
-
-
-def _reads(gm: GraphModule, name: str, weight: KernelWeight) -> tuple[Any, ...]:
-    """The weight's arguments of an operator, all but its scale."""
-
-    def read(word: str, tensor: Tensor | None) -> Node | None:
-        return None if tensor is None else graph.add_tensor(gm, f"{name}.{word}", tensor)
-
-    return (
-        [read(f"packed{width}", tensor) for width, tensor in zip(weight.widths, weight.packed, strict=True)],
-        weight.widths,
-        read("order", weight.order),
-        read("middle", weight.middle),
-        read("shifts", weight.shifts),
-        read("kernel_sums", weight.sums),
-    )
-
-
-def _add_residuals(gm: GraphModule) -> None:
-    """Let kernels add what is added to their output, in place.
-
-    Before:  add(cuda_conv(.., residual=None, ..), x)      After:  cuda_conv(.., residual=x, ..)
-    """
-    for node in list(gm.graph.nodes):
-        user = next(iter(node.users), None)
-        if node.target not in (cuda_ops.cuda_conv, cuda_ops.cuda_linear) or len(node.users) != 1 or user is None:
-            continue
-        added = [source for source in user.args if source is not node]
-        if not _is_sum(user) or len(added) != 1 or not _alike(added[0], node):
-            continue
-        place = RESIDUAL
-        with gm.graph.inserting_before(user):
-            args = (*node.args[:place], added[0], *node.args[place + 1 :])
-            result = gm.graph.call_function(node.target, args)
-        result.meta = {**user.meta, graph.LAYER: node.meta.get(graph.LAYER)}
-        user.replace_all_uses_with(result)
-        gm.graph.erase_node(user)
-        gm.graph.erase_node(node)
-
-
-def _is_sum(node: Node) -> bool:
-    return node.target == graph.aten.add.Tensor and not node.kwargs and len(node.args) == 2
-
-
-def _alike(value: Any, result: Node) -> bool:
-    """Whether a value has the shape and type of a layer's output, so that nothing is broadcast or promoted."""
-    mine, others = result.meta.get(VAL), value.meta.get(VAL) if isinstance(value, Node) else None
-    return mine is not None and others is not None and (mine.shape, mine.dtype) == (others.shape, others.dtype)
+    def examine(self) -> list[Finding]:
+        """Whether there is a GPU, and kernels for it."""
+        if not torch.cuda.is_available():
+            return [Finding(OK, "cuda", "none; not needed")]
+        name, why = torch.cuda.get_device_name(), self.why_not_on(torch.device("cuda"))
+        if why:
+            return [Finding(SLOW, "cuda", f"{name}: no integer kernels here: {why}")]
+        return [Finding(OK, "cuda", f"{name}: backend 'cuda' has integer kernels for it")]

@@ -14,22 +14,24 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from dmq_ao import graph
+from dmq_ao.backends.backend import Lowered
 from dmq_ao.backends.cuda import ops as cuda_ops
-from dmq_ao.backends.cuda.backend import Cuda
+from dmq_ao.backends.cuda.lowering import lower_to_cuda
+from dmq_ao.backends.cuda.operands import Operands
 from dmq_ao.evaluation import clock_of, latency
 from dmq_ao.records import Kernel, LayerRecord
 
 # By how much PyTorch's must be faster: less may be the clock, and it writes its sums to memory first.
-MARGIN = 0.05
+LIBRARY_MARGIN = 0.05
 _REPEATS, _WARMUP = 15, 3
 
 Clock = Callable[[Callable[[], object]], float]
 
 
-def lower(
+def lower_by_linear_times(
     gm: GraphModule, records: Mapping[str, LayerRecord], inputs: Sequence[Tensor], clock: Clock | None = None
-) -> tuple[GraphModule, dict[str, Kernel]]:
-    """As ``Cuda.lower``, in place, but linears that PyTorch multiplies faster on ``inputs`` are left to it.
+) -> Lowered:
+    """As ``lower_to_cuda``, in place, but linears that PyTorch multiplies faster on ``inputs`` are left to it.
 
     Args:
         gm: a q/dq graph.
@@ -37,9 +39,9 @@ def lower(
         inputs: what the graph is called with, once; moved to where it is.
         clock: makes a call and tells its milliseconds; None takes that of the device.
     """
-    lowered, kernels = Cuda().lower(gm, records)
+    lowered, kernels = lower_to_cuda(gm, records)
     device = next(tensor.device for tensor in [*lowered.buffers(), *lowered.parameters()])
-    run = _SideBySide(lowered, clock or clock_of(device))
+    run = _LinearsByTheClock(lowered, clock or clock_of(device))
     with torch.no_grad():
         run.run(*(tensor.to(device) for tensor in inputs))
     for node, why in run.faster.items():
@@ -57,7 +59,13 @@ def _layer_of(node: Node) -> str:
     return str(node.meta[graph.LAYER])
 
 
-class _SideBySide(Interpreter):
+def _multiplies_bytes(linear: Node) -> bool:
+    """Whether a linear multiplies codes, not floats, and its weight's take a byte."""
+    operands = Operands(*linear.args[:-1])  # type: ignore[arg-type]
+    return operands.scale is not None and operands.widths == [8]
+
+
+class _LinearsByTheClock(Interpreter):
     """One run over a lowered graph; ``faster`` has the nodes of linears that are PyTorch's, and why."""
 
     def __init__(self, gm: GraphModule, clock: Clock) -> None:
@@ -68,17 +76,18 @@ class _SideBySide(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         """The node's value; a linear of codes that take a byte is timed as well."""
-        if n.target is cuda_ops.cuda_linear and n.args[1] is not None and n.args[4] == [8]:
+        if n.target is cuda_ops.cuda_linear and _multiplies_bytes(n):
             args, _ = self.fetch_args_kwargs_from_env(n)
             ms = self._times(args)
-            if ms["torch"] < (1 - MARGIN) * ms["triton"]:
+            if ms["torch"] < (1 - LIBRARY_MARGIN) * ms["triton"]:
                 shape = list(args[0].shape)
                 self.faster[n] = f"measured: triton {ms['triton']:.2g} ms, torch {ms['torch']:.2g} ms on {shape}"
         return super().run_node(n)
 
     def _times(self, args: Sequence[Any]) -> dict[str, float]:
         """Milliseconds of both; asked once for linears of the same sizes."""
-        key = (args[0].shape, args[3][0].shape, args[11] is None)
+        operands = Operands(*args[:-1])
+        key = (operands.codes.shape, operands.packed[0].shape, operands.residual is None)
         if key not in self._alike:
             both = {"triton": cuda_ops.cuda_linear, "torch": cuda_ops.library_linear}
             calls = {name: partial(operator, *args) for name, operator in both.items()}

@@ -15,7 +15,7 @@ import torch
 
 from dmq_ao.backends.cuda.weights import LANES
 
-MEASURED = Path(__file__).with_name("cuda_tiles.json")
+TILE_FILE = Path(__file__).with_name("cuda_tiles.json")
 _FEW_STEPS = 4  # a part of a sum should have as many steps, or its start and its atomic additions cost more than it
 _MOST_PARTS = 8
 
@@ -51,10 +51,10 @@ class Shape(NamedTuple):
 
 
 @functools.cache
-def choose(shape: Shape, device: torch.device) -> Tile:
+def tile_for(shape: Shape, device: torch.device) -> Tile:
     """The tile for a product on a device."""
-    name, multiprocessors = _facts(device)
-    measured = _measured().get(name, {}).get(key(shape))
+    name, multiprocessors = _device_facts(device)
+    measured = _measured_tiles().get(name, {}).get(key(shape))
     return Tile(*measured) if measured is not None else rule(shape, multiprocessors)
 
 
@@ -85,14 +85,14 @@ def _power(rows: int) -> int:
     return 1 << max(0, rows - 1).bit_length()
 
 
-def forget() -> None:
+def forget_tiles() -> None:
     """Read the file again at the next choice."""
-    choose.cache_clear()
-    _measured.cache_clear()
+    tile_for.cache_clear()
+    _measured_tiles.cache_clear()
 
 
 @functools.cache
-def _facts(device: torch.device) -> tuple[str, int]:
+def _device_facts(device: torch.device) -> tuple[str, int]:
     if device.type != "cuda":
         return device.type, 1
     properties = torch.cuda.get_device_properties(device)
@@ -100,8 +100,8 @@ def _facts(device: torch.device) -> tuple[str, int]:
 
 
 @functools.cache
-def _measured() -> dict[str, dict[str, list[int]]]:
-    if not MEASURED.exists():
+def _measured_tiles() -> dict[str, dict[str, list[int]]]:
+    if not TILE_FILE.exists():
         return {}
-    found: dict[str, dict[str, list[int]]] = json.loads(MEASURED.read_text(encoding="utf-8"))
-    return found
+    tiles: dict[str, dict[str, list[int]]] = json.loads(TILE_FILE.read_text(encoding="utf-8"))
+    return tiles

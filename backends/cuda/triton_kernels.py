@@ -4,9 +4,13 @@ A kernel computes a tile of ``y^T = W x^T``: transposed, so that weights, which 
 operand that tensor cores take from registers. Lower-case arguments are pointers and sizes; what is None has no code.
 Upper-case ones are compiled in.
 
+* operands: x, packed, order, middle, shifts, partial.
 * x: int8 codes less 128; or floats, where FLOATS, which are multiplied by the codes in their own type.
+* partial: sums that wait to be finished, where PARTS share one.
 * result: y, scale, zero_point, weight_scale, sums, bias, residual.
 * size: rows, outs, rows per item, 1 where items have scales of their own, input height, input width, output width.
+* segment: first output, outputs, input channels, bytes of a tap's codes.
+* TILE: rows, outs, bytes of a row of codes; parts of a sum, tiles of rows that share a tile of weights.
 * GEOMETRY: kernel height and width, then of each both: stride, padding, dilation.
 """
 
@@ -93,31 +97,26 @@ def _unpacked(packed, middle, PLACE: tl.constexpr, BITS: tl.constexpr, INTERPRET
 
 @triton.jit
 def matmul(
-    x,
-    packed,
-    order,
-    middle,
-    shifts,
-    partial,
+    operands,
     result,
     size,
-    start,
-    count,
-    channels,
-    row_bytes,
+    segment,
     GEOMETRY: tl.constexpr,
     CONVOLUTION: tl.constexpr,
     FLOATS: tl.constexpr,
     BITS: tl.constexpr,
     LANES: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_OUTS: tl.constexpr,
-    TILE_BYTES: tl.constexpr,
+    TILE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """One tile of the product with the outputs [start, start + count) of ``order``, or one part of its sum."""
+    x, packed, order, middle, shifts, partial = operands
+    start, count, channels, row_bytes = segment
+    TILE_ROWS: tl.constexpr = TILE[0]
+    TILE_OUTS: tl.constexpr = TILE[1]
+    TILE_BYTES: tl.constexpr = TILE[2]
+    PARTS: tl.constexpr = TILE[3]
+    GROUP: tl.constexpr = TILE[4]
     rows = size[0]
     TAPS: tl.constexpr = GEOMETRY[0] * GEOMETRY[1]
     EACH: tl.constexpr = 8 // BITS

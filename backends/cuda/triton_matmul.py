@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -22,44 +22,19 @@ from torch import Tensor
 
 from dmq_ao.backends.cuda import tiles as cuda_tiles
 from dmq_ao.backends.cuda import triton_kernels
+from dmq_ao.backends.cuda.operands import Operands
 from dmq_ao.backends.cuda.weights import LANES
+from dmq_ao.graph.private import int_mm
 
 _GROUP = 8  # tiles of rows that share a tile of weights while it is in the cache
 _FINISHED = 64  # rows, and outputs, that a program of the second pass writes
 # The interpreter knows no machine code.
 INTERPRETED = not isinstance(triton_kernels.matmul, triton.JITFunction)
-LINEAR = (1, 1, 1, 1, 0, 0, 1, 1)
-
-
-class Product(NamedTuple):
-    """Operands of ``multiply``; all contiguous, on one device.
-
-    Attributes:
-        codes: [rows, channels] int8, codes less 128, or floats; of images, [items, height, width, channels].
-        scale: [1] or [items] float32; rows belong to items in equal shares. None for floats.
-        zero_point: the same in int32, of codes that are not less 128. None for floats.
-        packed: as ``KernelWeight``, and so are widths, order, middle, shifts and sums.
-        weight_scale: [out] float32.
-        bias: [out], any float, or None.
-        residual: [rows, out], any float, added at the end; or None.
-    """
-
-    codes: Tensor
-    scale: Tensor | None
-    zero_point: Tensor | None
-    packed: Sequence[Tensor]
-    widths: Sequence[int]
-    order: Tensor | None
-    middle: Tensor
-    shifts: Tensor | None
-    sums: Tensor
-    weight_scale: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
+LINEAR_GEOMETRY = (1, 1, 1, 1, 0, 0, 1, 1)
 
 
 def multiply(
-    product: Product,
+    product: Operands,
     items: int,
     rows: int,
     geometry: Sequence[int] | None,
@@ -70,7 +45,7 @@ def multiply(
     """Multiply, and return real values [rows, out].
 
     Args:
-        product: the operands.
+        product: the operands, all contiguous.
         items: of the batch.
         rows: of the result: tokens, or pixels.
         geometry: of a convolution, as the kernels take it; None for a linear.
@@ -84,27 +59,27 @@ def multiply(
     size = (rows, outs, max(1, rows // items), each, height, width, out_width)
     y = torch.empty(rows, outs, dtype=dtype, device=device)
     result = (y, product.scale, product.zero_point, product.weight_scale, product.sums, product.bias, product.residual)
-    compiled: dict[str, Any] = {"GEOMETRY": tuple(geometry or LINEAR), "CONVOLUTION": geometry is not None}
+    compiled: dict[str, Any] = {"GEOMETRY": tuple(geometry or LINEAR_GEOMETRY), "CONVOLUTION": geometry is not None}
     with torch.cuda.device_of(product.codes):  # Triton launches on the current device
         if geometry is None and by_library:
-            partial: Tensor | None = torch._int_mm(product.codes, product.packed[0][:, : product.codes.shape[-1]].T)
+            partial: Tensor | None = int_mm(product.codes, product.packed[0][:, : product.codes.shape[-1]].T)
         else:
-            partial = _sums(product, result, size, compiled)
+            partial = _kernel_sums(product, result, size, compiled)
         if partial is not None:
             grid = (triton.cdiv(rows, _FINISHED), triton.cdiv(outs, _FINISHED))
             triton_kernels.finish[grid](partial, result, size, **compiled, TILE=_FINISHED)
     return y
 
 
-def library_takes(product: Product) -> bool:
+def library_takes(product: Operands) -> bool:
     """Whether PyTorch's own int8 product runs a linear: codes that take a byte, in sizes that it knows."""
     rows, channels, outs = *product.codes.shape, len(product.weight_scale)
     sizes = rows > 16 and channels % 8 == 0 and outs % 8 == 0
     return sizes and product.scale is not None and list(product.widths) == [8]
 
 
-def _sums(
-    product: Product, result: tuple[Tensor | None, ...], size: tuple[int, ...], compiled: Mapping[str, Any]
+def _kernel_sums(
+    product: Operands, result: tuple[Tensor | None, ...], size: tuple[int, ...], compiled: Mapping[str, Any]
 ) -> Tensor | None:
     """Sums that wait to be finished, where they are made in parts; else the result is written, and there are none."""
     tiles = _tiles(product, size[0], math.prod(compiled["GEOMETRY"][:2]))
@@ -117,7 +92,7 @@ def _sums(
     return partial
 
 
-def _tiles(product: Product, rows: int, taps: int) -> list[cuda_tiles.Tile]:
+def _tiles(product: Operands, rows: int, taps: int) -> list[cuda_tiles.Tile]:
     """A tile for each segment; either all sums are in parts, to be finished together, or none: floats never are.
 
     Parts are added in no fixed order, which whole numbers do not mind.
@@ -127,7 +102,7 @@ def _tiles(product: Product, rows: int, taps: int) -> list[cuda_tiles.Tile]:
         cuda_tiles.Shape(rows, packed.shape[0], packed.shape[1] // taps, taps, bits)
         for packed, bits in zip(product.packed, product.widths, strict=True)
     ]
-    tiles = [cuda_tiles.choose(shape, device) for shape in shapes]
+    tiles = [cuda_tiles.tile_for(shape, device) for shape in shapes]
     if product.scale is None:
         return [tile._replace(parts=1) for tile in tiles]
     least = 2 if any(tile.parts > 1 for tile in tiles) else 1
@@ -135,7 +110,7 @@ def _tiles(product: Product, rows: int, taps: int) -> list[cuda_tiles.Tile]:
 
 
 def _segment(
-    product: Product,
+    product: Operands,
     packed: Tensor,
     bits: int,
     tile: cuda_tiles.Tile,
@@ -148,29 +123,17 @@ def _segment(
     """The outputs of one width."""
     rows, count = size[0], packed.shape[0]
     taps = math.prod(compiled["GEOMETRY"][:2])
-    narrow = bits < 8
+    middle, shifts = (product.middle, product.shifts) if bits < 8 else (None, None)
     triton_kernels.matmul[triton.cdiv(rows, tile.rows) * triton.cdiv(count, tile.outs), tile.parts](
-        product.codes,
-        packed,
-        product.order,
-        product.middle if narrow else None,
-        product.shifts if narrow else None,
-        partial,
+        (product.codes, packed, product.order, middle, shifts, partial),
         result,
         size,
-        start,
-        count,
-        product.codes.shape[-1],
-        packed.shape[1] // taps,
+        (start, count, product.codes.shape[-1], packed.shape[1] // taps),
         **compiled,
         FLOATS=product.scale is None,
         BITS=bits,
         LANES=LANES,
-        PARTS=tile.parts,
-        GROUP=_GROUP,
-        TILE_ROWS=tile.rows,
-        TILE_OUTS=tile.outs,
-        TILE_BYTES=tile.lanes,
+        TILE=(tile.rows, tile.outs, tile.lanes, tile.parts, _GROUP),
         INTERPRETED=INTERPRETED,
         num_warps=tile.warps,
         num_stages=tile.stages,

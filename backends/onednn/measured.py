@@ -24,19 +24,21 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from dmq_ao import graph
-from dmq_ao.backends.onednn.backend import OneDNN
-from dmq_ao.backends.onednn.packed import FLOAT
+from dmq_ao.backends.backend import Lowered
+from dmq_ao.backends.onednn.lowering import lower_to_onednn
+from dmq_ao.backends.onednn.operators import INTEGER_KERNELS
+from dmq_ao.backends.products import FLOAT_KERNEL
 from dmq_ao.evaluation import latency
 from dmq_ao.graph.values import VAL, value_of
 from dmq_ao.records import Kernel, LayerRecord
 
 # By how much float must be faster: less may be the clock, and float moves four times the bytes around it.
-MARGIN = 0.1
+FLOAT_MARGIN = 0.1
 _REPEATS, _WARMUP = 7, 2
-_KERNELS = (torch.ops.dmq_ao.int_conv.default, torch.ops.dmq_ao.int_linear.default)
+_TARGETS = tuple(kernel.target for kernel in INTEGER_KERNELS)
 
 Calls = Mapping[str, Callable[[], object]]
-Clock = Callable[[Calls], Mapping[str, float]]
+LayerClock = Callable[[Calls], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Timing:
     @property
     def why(self) -> str:
         """Why the layer runs in float; empty when it runs on integers."""
-        if self.float_ms >= (1 - MARGIN) * self.integer_ms:
+        if self.float_ms >= (1 - FLOAT_MARGIN) * self.integer_ms:
             return ""
         return f"measured: int8 {self.integer_ms:.2g} ms, float {self.float_ms:.2g} ms on {list(self.shape)}"
 
@@ -100,10 +102,8 @@ def _laid_out(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
-def lower(
-    gm: GraphModule, records: Mapping[str, LayerRecord], inputs: Sequence[Tensor]
-) -> tuple[GraphModule, dict[str, Kernel]]:
-    """As ``OneDNN.lower``, in place, but layers that a float product runs faster on ``inputs`` are left in float.
+def lower_by_layer_times(gm: GraphModule, records: Mapping[str, LayerRecord], inputs: Sequence[Tensor]) -> Lowered:
+    """As ``lower_to_onednn``, in place, but layers that a float product runs faster on ``inputs`` are left in float.
 
     Layers that one kernel runs together stay or go together.
 
@@ -112,27 +112,27 @@ def lower(
         records: of its layers.
         inputs: what the graph is called with, once.
     """
-    found = _measured(gm, records, inputs)
+    times = _layer_times(gm, records, inputs)
 
     def by_the_clock(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel | None:
-        why = found[node.meta[graph.LAYER]].why
-        return _in_float(gm, node, record, why) if why else None
+        why = times[node.meta[graph.LAYER]].why
+        return _left_in_float(gm, node, record, why) if why else None
 
-    return OneDNN().lower(gm, records, by_the_clock)
+    return lower_to_onednn(gm, records, by_the_clock)
 
 
-def _measured(gm: GraphModule, records: Mapping[str, LayerRecord], inputs: Sequence[Tensor]) -> dict[str, Timing]:
+def _layer_times(gm: GraphModule, records: Mapping[str, LayerRecord], inputs: Sequence[Tensor]) -> dict[str, Timing]:
     """Times of every integer layer of ``gm``, which stays as it is: lowering edits a graph."""
     products: dict[str, FloatProduct] = {}
 
     def note(_: GraphModule, node: Node, record: LayerRecord) -> None:
         products[node.meta[graph.LAYER]] = FloatProduct.of(node, record)
 
-    lowered, _ = OneDNN().lower(GraphModule(gm, copy.deepcopy(gm.graph)), records, note)
+    lowered, _ = lower_to_onednn(GraphModule(gm, copy.deepcopy(gm.graph)), records, note)
     return timings(lowered, products, inputs)
 
 
-def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Kernel:
+def _left_in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Kernel:
     """Leave a layer as it is, but for its weight: that is dequantized now, not in every call."""
     weight = _laid_out(record.weight.dequantize().to(_dtype(node)))
     with gm.graph.inserting_before(node):
@@ -140,7 +140,7 @@ def _in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> Ker
     read.meta[VAL] = value_of(weight)
     bias_and_geometry = () if node.args[2:] == (None,) else node.args[2:]  # of joint layers; as export writes it
     node.args = (node.args[0], read, *bias_and_geometry)
-    return Kernel(FLOAT, why)
+    return Kernel(FLOAT_KERNEL, why)
 
 
 def medians(calls: Calls) -> dict[str, float]:
@@ -149,29 +149,29 @@ def medians(calls: Calls) -> dict[str, float]:
 
 
 def timings(
-    gm: GraphModule, products: Mapping[str, FloatProduct], inputs: Sequence[Tensor], clock: Clock = medians
+    gm: GraphModule, products: Mapping[str, FloatProduct], inputs: Sequence[Tensor], clock: LayerClock = medians
 ) -> dict[str, Timing]:
     """Run a lowered graph once, and time its integer layers against float products on the way.
 
     Args:
-        gm: from ``OneDNN.lower``.
+        gm: from ``lower_to_onednn``.
         products: for each integer layer, what it is compared with.
         inputs: of the graph.
         clock: tells the milliseconds of calls named ``int8`` and ``float``; asked once for layers that are alike.
     """
-    run = _SideBySide(gm, products, clock)
+    run = _LayersByTheClock(gm, products, clock)
     with torch.no_grad():
         run.run(*inputs)
-    return run.found
+    return run.times
 
 
-class _SideBySide(Interpreter):
-    """One run over a lowered graph; ``found`` has the layers that it came by."""
+class _LayersByTheClock(Interpreter):
+    """One run over a lowered graph; ``times`` has the layers that it came by."""
 
-    def __init__(self, gm: GraphModule, products: Mapping[str, FloatProduct], clock: Clock) -> None:
+    def __init__(self, gm: GraphModule, products: Mapping[str, FloatProduct], clock: LayerClock) -> None:
         super().__init__(gm)
         self.products, self.clock = products, clock
-        self.found: dict[str, Timing] = {}
+        self.times: dict[str, Timing] = {}
         self._ends = {node: name for name, node in graph.layer_nodes(gm).items() if name in products}
         self._owners = {part: name for node, name in self._ends.items() for part in _parts(node)}
         self._shapes: dict[Node, tuple[int, ...]] = {product.codes: () for product in products.values()}
@@ -189,13 +189,13 @@ class _SideBySide(Interpreter):
             self._calls[self._owners[n]].append(partial(n.target, *args, **kwargs))
         if n in self._ends:
             name = self._ends[n]
-            self.found[name] = self._timing(self.products[name], self._calls.pop(name))
+            self.times[name] = self._timing(self.products[name], self._calls.pop(name))
         return result
 
     def _timing(self, product: FloatProduct, calls: Sequence[partial[Tensor]]) -> Timing:
         shape = self._shapes[product.codes]
         in_float = product.call(shape)
-        key = tuple(_likeness(call) for call in (in_float, *calls))
+        key = tuple(_cost_key(call) for call in (in_float, *calls))
         if key not in self._alike:
             times = self.clock({"int8": lambda: [call() for call in calls], "float": in_float})
             self._alike[key] = times["int8"], times["float"]
@@ -204,17 +204,17 @@ class _SideBySide(Interpreter):
 
 def _parts(end: Node) -> list[Node]:
     """The integer kernels that end in a layer's last node, and their sums."""
-    if end.target in _KERNELS:
+    if end.target in _TARGETS:
         return [end]
     before = [part for source in end.all_input_nodes for part in _parts(source)]
     return [*before, end] if end.target is graph.aten.add.Tensor else before
 
 
-def _likeness(call: partial[Tensor]) -> tuple[object, ...]:
+def _cost_key(call: partial[Tensor]) -> tuple[object, ...]:
     """What the time of a call depends on: shapes, types, plain arguments, and whether rows differ in scale."""
     kinds: list[object] = [call.func]
     kinds += [(tuple(arg.shape), arg.dtype) if isinstance(arg, Tensor) else str(arg) for arg in call.args]
-    if call.func in _KERNELS:
+    if call.func in _TARGETS:
         scale = call.args[1]
         kinds.append(bool((scale != scale[0]).any()))
     return tuple(kinds)

@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, numerics
+from dmq_ao.backends.products import FLOAT_KERNEL
+from dmq_ao.graph.kernels import KernelOperator
 from dmq_ao.graph.values import VAL
 from dmq_ao.numerics import ops
 from dmq_ao.records import PACKED_BITS, Kernel, LayerRecord, PackedWeight, channel_shifts
 
-FLOAT = "float on dequantized values"
 PER_CALL = ", unpacked per call"
 INT4 = "int4 linear, bfloat16"
 # Of the int4 kernel: inputs that share a scale, largest first, and what divides the number of outputs.
@@ -77,6 +78,7 @@ int4_linear = torch.ops.dmq_ao.int4_linear.default
 output they are small whole numbers, so that only ``x`` and the sums are rounded to bfloat16; with several per output,
 the scales are rounded as well.
 """
+FLOAT_KERNELS = (KernelOperator(int4_linear),)
 
 
 def unpacked(
@@ -103,7 +105,7 @@ def float_layer(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> K
     weight = record.weight
     if not isinstance(weight, PackedWeight):
         may = record.activation is None and weight.bits <= PACKED_BITS
-        return Kernel(FLOAT, f"{why} (packed=True would keep two codes a byte)" if may else why)
+        return Kernel(FLOAT_KERNEL, f"{why} (packed=True would keep two codes a byte)" if may else why)
     real = node.args[1]
     assert isinstance(real, Node)
     assert real.target == ops.dequantize_weight
@@ -112,11 +114,15 @@ def float_layer(gm: GraphModule, node: Node, record: LayerRecord, why: str) -> K
         codes = _unpack(gm, record.name, weight.packed, offset, None, weight.shape)
     real.args = (codes, *real.args[1:])
     if record.kind != "linear":
-        return Kernel(FLOAT + PER_CALL, why)
+        return Kernel(FLOAT_KERNEL + PER_CALL, why)
     if _fitting_group(weight.shape[0], weight.shape[1] // weight.scale.shape[1]) is None:
-        return Kernel(FLOAT + PER_CALL, f"{why}; the int4 kernel wants outputs by 16 and inputs of a scale by 32")
+        return Kernel(
+            FLOAT_KERNEL + PER_CALL, f"{why}; the int4 kernel wants outputs by 16 and inputs of a scale by 32"
+        )
     if node.meta[VAL].dtype != torch.bfloat16:
-        return Kernel(FLOAT + PER_CALL, f"{why}; the int4 kernel multiplies bfloat16: mode='max', or such a denoiser")
+        return Kernel(
+            FLOAT_KERNEL + PER_CALL, f"{why}; the int4 kernel multiplies bfloat16: mode='max', or such a denoiser"
+        )
     _on_int4(gm, node)
     return Kernel(INT4, why)
 

@@ -1,4 +1,4 @@
-"""``torch.compile`` with what a quantized denoiser wants, and the fastest plan that the CPU has."""
+"""``torch.compile`` with what a quantized denoiser wants, and the fastest plan that its backend has."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from dmq_ao.backends.onednn import fused as onednn_fused
-from dmq_ao.backends.onednn import packed as onednn_packed
+from dmq_ao.backends.backend import MaxPlan
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.passes import fast_gelu, join_projections, lower_precision
+from dmq_ao.graph.private import replace_child
 
 Mode = Literal["default", "max"]
 
@@ -46,18 +46,29 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
         )
     if mode not in ("default", "max"):
         raise ValueError(f"mode must be 'default' or 'max', got {mode!r}")
-    if mode == "max" and quantized.backend not in _PLANS:
-        raise ValueError(
-            f"mode='max' is a plan of the backends {sorted(_PLANS)}, and this denoiser runs on {quantized.backend!r}"
-        )
-    planned = _with_graph(quantized, _PLANS[quantized.backend](quantized.graph_module)) if mode == "max" else quantized
     options: dict[str, Any] = {"guard_filter_fn": _without_own_tensors, "size_asserts": False}
-    if mode == "max" and quantized.backend == "cuda":
-        options["triton.cudagraphs"] = True
+    planned = quantized
+    if mode == "max":
+        plan = _max_plan(quantized.backend)
+        planned = _with_graph(quantized, plan.rewrite(quantized.graph_module))
+        options |= plan.options
     options |= given.pop("options", {})
     compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **given}, options=options)
     assert isinstance(compiled, nn.Module)
     return compiled
+
+
+def _max_plan(name: str) -> MaxPlan:
+    """The plan of ``"max"`` of a backend.
+
+    Raises:
+        ValueError: when it has none.
+    """
+    plan = ALL_BACKENDS[name].max_plan
+    if plan is None:
+        able = sorted(backend.name for backend in ALL_BACKENDS.values() if backend.max_plan is not None)
+        raise ValueError(f"mode='max' is a plan of the backends {able}, and this denoiser runs on {name!r}")
+    return plan
 
 
 def _without_own_tensors(guards: Sequence[Any]) -> list[bool]:
@@ -66,32 +77,7 @@ def _without_own_tensors(guards: Sequence[Any]) -> list[bool]:
     return [not (guard.guard_type == "TENSOR_MATCH" and own.search(guard.name)) for guard in guards]
 
 
-def fastest(gm: GraphModule) -> GraphModule:
-    """The plan of ``"max"`` on CPUs: another graph of the same tensors."""
-    plan = GraphModule(gm, copy.deepcopy(gm.graph))
-    join_projections(plan)
-    if multiplies_bfloat16():
-        plan = lower_precision(onednn_packed.use_int4(plan))
-    fast_gelu(plan)
-    return onednn_fused.fuse(plan)
-
-
-def fastest_on_cuda(gm: GraphModule) -> GraphModule:
-    """The plan of ``"max"`` on GPUs."""
-    plan = GraphModule(gm, copy.deepcopy(gm.graph))
-    join_projections(plan)
-    return plan
-
-
-_PLANS = {"onednn": fastest, "cuda": fastest_on_cuda}
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX)."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
 def _with_graph(quantized: QuantizedDenoiser, gm: GraphModule) -> QuantizedDenoiser:
     twin = copy.copy(quantized)
-    twin.__dict__["_modules"] = {**quantized._modules, "graph_module": gm}
+    replace_child(twin, "graph_module", gm)
     return twin

@@ -15,7 +15,8 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph
 from dmq_ao.api.calibrate import CalibrationReport, calibrate
-from dmq_ao.backends import MEASURED, Backend, choose
+from dmq_ao.backends.backend import Backend
+from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import MissingStatistics, Ranges, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import values
@@ -60,7 +61,7 @@ def prepare(
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
-    choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
+    choose_backend(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
     signature = graph.signature_of(captured)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     graph.set_signature(prepared, signature)
@@ -120,7 +121,7 @@ def convert(
             "the last calibration of this graph did not end: its layers are decided in part; run"
             " calibrate(prepared, samples) again before convert"
         )
-    device_backend = choose(backend, graph.device_of(prepared), state.plan, packed, latency_aware)
+    device_backend = choose_backend(backend, graph.device_of(prepared), state.plan, packed, latency_aware)
     records = _records(prepared) | _table_records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
     with torch.random.fork_rng(devices=[]):  # torchao traces its patterns on random tensors
@@ -173,8 +174,8 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
     """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
     records = known["records"]
     if latency_aware:
-        inputs = list(noise_tensors(known["signature"]).values())
-        lowered, kernels = MEASURED[backend.name](gm, records, inputs)
+        assert backend.measured is not None  # choose_backend asked
+        lowered, kernels = backend.measured(gm, records, list(noise_tensors(known["signature"]).values()))
     else:
         lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     graph.drop_unused(lowered)

@@ -16,10 +16,10 @@ from torch.fx import GraphModule
 
 from dmq_ao import graph
 from dmq_ao.api.quantize import convert, lower, prepare
-from dmq_ao.backends import choose
+from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import InvalidFile, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.graph import Signature
+from dmq_ao.graph import Signature, private
 from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.passes import out_of_place, place_on
 from dmq_ao.quantizer.prepared import float_weight, observers, state_of, weight_observers
@@ -41,7 +41,7 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
         TypeError: when ``quantized`` is not a converted denoiser.
         ValueError: for what could not be loaded again.
     """
-    quantized = getattr(quantized, "_orig_mod", quantized)
+    quantized = private.uncompiled(quantized)
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
     skeleton, call = quantized.skeleton, quantized.signature
@@ -171,7 +171,7 @@ def usable_device(device: torch.device | str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(device)!r} is not to be had here: {error}; take 'cpu'") from error
+        raise ValueError(f"device {str(device)!r} is unavailable: {error}; use 'cpu'") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +229,7 @@ def _from_graph(
     device: torch.device,
 ) -> QuantizedDenoiser:
     whole = stored_skeleton(stored, model, folder)
-    target = choose(backend, device, parts.plan, **how)
+    target = choose_backend(backend, device, parts.plan, **how)
     if how["latency_aware"]:
         parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs
     with _damage_is_named(folder):

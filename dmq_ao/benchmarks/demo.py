@@ -14,6 +14,7 @@ from dmq_ao.api.calibrate import calibrate
 from dmq_ao.api.compile import Mode
 from dmq_ao.api.quantize import convert, prepare
 from dmq_ao.api.saving import save
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.benchmarks.measure import GRID_IMAGES, compiled_latency, held_out_states, images_of, variant_report
 from dmq_ao.evaluation import machine, write_report
 from dmq_ao.evaluation.cost import float_bytes
@@ -42,7 +43,7 @@ def run_demo(
     Args:
         folder: where the report goes.
         backend: as for ``dmq_ao.convert``.
-        mode: as for ``dmq_ao.compile``; None takes ``"max"`` where the onednn backend runs.
+        mode: as for ``dmq_ao.compile``; None takes ``"max"`` where the backend has such a plan.
         images: same-seed images to compare.
         num_samples: calibration samples.
         with_latency: compile float and integer denoisers and time them, which is most of the run.
@@ -78,7 +79,7 @@ def run_demo(
             variants.append({**row, "calibration_seconds": calibration.seconds})
     float_ms = None
     if with_latency:
-        mode = mode or ("max" if quantized.backend == "onednn" else "default")
+        mode = mode or ("default" if ALL_BACKENDS[quantized.backend].max_plan is None else "max")
         say(f"compile {len(denoisers)} denoisers (mode {mode}) and time them in turns")
         times = compiled_latency(denoisers, samples.example(LATENCY_BATCH), mode=mode)
         float_ms = times[FLOAT_ROW].median_ms

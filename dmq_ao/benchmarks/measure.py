@@ -117,7 +117,7 @@ def compiled_calls(
 
     Quantized ones by ``dmq_ao.compile`` in ``mode``, float ones by ``torch.compile``.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     calls: dict[str, Callable[[], object]] = {}
     seconds = {}
     for name, denoiser in denoisers.items():

@@ -125,7 +125,7 @@ def side_by_side(
         ``macs``: integer multiply-accumulates of a call, of the one of ours that has the fewest. ``int8_peak``: those
         per second that the machine reaches. Both None without any; the latter also without VNNI.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     rows: dict[str, dict[str, Any]] = {}
     calls: dict[str, Call] = {}
     for name, one in ours.items():

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dmq_ao.evaluation.cost import folder_bytes
 from dmq_ao.graph.arguments import flatten_inputs, moved_inputs
+from dmq_ao.graph.private import inductor_freezing
 
 Inputs = Mapping[str, Any]
 Call = Callable[..., Tensor]
@@ -168,7 +169,7 @@ def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -
     converted = convert_pt2e(prepared)
 
     def ready() -> Call:
-        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        with torch.no_grad(), inductor_freezing():
             fast: Call = torch.compile(converted, dynamic=False)
             fast(**inputs)
         call: Call = torch.no_grad()(fast)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dmq_ao.cli.options import BackendName, BackendOption, Debug, FormatOption, Quantized, examples
+from dmq_ao.cli.options import AUTO_BACKEND, BackendOption, Debug, FormatOption, Quantized, examples
 from dmq_ao.cli.terminal import FAILURE, Format, emit
 
 INSPECT_EXAMPLES = examples(
@@ -36,7 +36,7 @@ def inspect_command(
     everything: Annotated[
         bool, typer.Option("--all", help="Every layer; else those kept, those that fall back, and the noisiest.")
     ] = False,
-    backend: BackendOption = BackendName.AUTO,
+    backend: BackendOption = AUTO_BACKEND,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from dmq_ao import recipes
 from dmq_ao.cli.options import (
-    BackendName,
+    AUTO_BACKEND,
     BackendOption,
     Bits,
     CompileMode,
@@ -55,7 +55,7 @@ def compare_command(
     steps: Steps = 20,
     seed: Seed = 0,
     prompt: Prompt = None,
-    backend: BackendOption = BackendName.AUTO,
+    backend: BackendOption = AUTO_BACKEND,
     device: Device = "cpu",
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
@@ -101,7 +101,7 @@ def benchmark_command(
         typer.Option(metavar="PATTERN", help="Only the peers of such a name ('openvino*'); repeatable."),
     ] = None,
     prompt: Prompt = None,
-    backend: BackendOption = BackendName.AUTO,
+    backend: BackendOption = AUTO_BACKEND,
     mode: ModeOption = CompileMode.DEFAULT,
     form: FormatOption = Format.HUMAN,
     debug: Debug = False,
@@ -142,7 +142,7 @@ def benchmark_command(
 
 def demo_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report.")] = Path("demo_report"),
-    backend: BackendOption = BackendName.AUTO,
+    backend: BackendOption = AUTO_BACKEND,
     mode: Annotated[
         CompileMode | None, typer.Option("--mode", help="Compilation mode; default: max where it is available.")
     ] = None,

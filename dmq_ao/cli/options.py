@@ -8,16 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from dmq_ao.backends import AUTO, NAMES
 from dmq_ao.cli.terminal import Format, debug, option_values, read_prompts
 
-
-class BackendName(str, Enum):
-    """Choices of ``--backend``."""
-
-    AUTO = "auto"
-    ONEDNN = "onednn"
-    CUDA = "cuda"
-    REFERENCE = "reference"
+BackendName = Enum("BackendName", {name.upper(): name for name in (AUTO, *NAMES)}, type=str)  # type: ignore[misc]
+AUTO_BACKEND = BackendName(AUTO)
 
 
 class CompileMode(str, Enum):
@@ -82,7 +77,7 @@ Images = Annotated[int, typer.Option(min=1, help="Images from the same seeds, fl
 def open_pipeline(
     model: str,
     prompt: list[str] | None,
-    backend: BackendName = BackendName.AUTO,
+    backend: BackendName = AUTO_BACKEND,
     packed: bool = False,
     device: str = "cpu",
     dtype: Dtype | None = None,

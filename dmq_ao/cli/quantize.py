@@ -11,7 +11,7 @@ import typer
 
 from dmq_ao import recipes
 from dmq_ao.cli.options import (
-    BackendName,
+    AUTO_BACKEND,
     BackendOption,
     Bits,
     Debug,
@@ -81,7 +81,7 @@ def quantize_command(
     steps: Steps = 20,
     prompt: Prompt = None,
     seed: Seed = 0,
-    backend: BackendOption = BackendName.AUTO,
+    backend: BackendOption = AUTO_BACKEND,
     device: Device = "cpu",
     dtype: DtypeOption = Dtype.FLOAT32,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,

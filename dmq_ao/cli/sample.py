@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dmq_ao.cli.options import (
-    BackendName,
+    AUTO_BACKEND,
     BackendOption,
     Debug,
     Device,
@@ -37,7 +37,7 @@ def sample_command(
     steps: Steps = 20,
     seed: Seed = 0,
     prompt: Prompt = None,
-    backend: BackendOption = BackendName.AUTO,
+    backend: BackendOption = AUTO_BACKEND,
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
     ] = False,

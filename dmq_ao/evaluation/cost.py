@@ -106,7 +106,7 @@ def machine() -> dict[str, Any]:
         where torch cannot say), ``gpu`` (None without CUDA).
     """
     capability = torch.backends.cpu.get_cpu_capability()
-    vnni = getattr(torch.cpu, "_is_vnni_supported", None)
+    features = getattr(torch.cpu, "get_capabilities", None)
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
@@ -116,7 +116,7 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "capability": capability,
         "avx512": "AVX512" in capability,
-        "vnni": bool(vnni()) if callable(vnni) else None,
+        "vnni": None if features is None else bool(features().get("avx512_vnni", False)),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

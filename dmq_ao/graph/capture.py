@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from dmq_ao.graph import size_rules
+from dmq_ao.graph import private, size_rules
 from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
 from dmq_ao.graph.layers import name_layers
 from dmq_ao.graph.patch_embed import any_size
@@ -120,7 +120,7 @@ def capture(
         program = _export(module, tensors)
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
-    gm._forward_pre_hooks.clear()  # they also refuse sizes that only compute another way; ``rules`` say what must hold
+    private.drop_call_checks(gm)  # they also refuse sizes that only compute another way; ``rules`` say what must hold
     return_type, returns_tuple = _return_type(denoiser, tensors, constants)
     gm.meta[META] = Signature(
         parameters=tuple(inspect.signature(denoiser.forward).parameters),
@@ -212,9 +212,7 @@ def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> torch.export.Ex
 def _return_type(
     denoiser: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
 ) -> tuple[type | None, bool]:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with private.fake_tensor_mode(), torch.no_grad():
         inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in tensors.items()}
         result = skeleton(denoiser)(**unflatten_inputs({**constants, **inputs}))
     if dataclasses.is_dataclass(result):

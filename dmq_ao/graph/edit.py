@@ -7,6 +7,7 @@ import re
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from dmq_ao.graph import private
 from dmq_ao.graph.layers import SOURCE
 
 
@@ -41,7 +42,7 @@ def place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
     *path, last = target.split(".")
     module = root
     for part in path:
-        if part not in module._modules:  # not hasattr: a name must not lead out of the tree of modules
+        if part not in private.children(module):  # not hasattr: a name must not lead out of the tree of modules
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
     return module, last

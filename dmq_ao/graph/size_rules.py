@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from dmq_ao.graph.private import guards_of
+
 _INPUT = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
 _ARITHMETIC: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -34,7 +36,7 @@ def of_program(program: torch.export.ExportedProgram, names: Sequence[str], exam
         example: shapes that it was exported with.
     """
     rules: dict[str, None] = {}
-    for guard in program._guards_code:
+    for guard in guards_of(program):
         rule = _INPUT.sub(lambda found: f"shape[{names[int(found[1])]!r}][{found[2]}]", guard)
         if _is_equation(rule, example):
             rules[rule] = None

@@ -10,12 +10,12 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dmq_ao import graph
 from dmq_ao.config import MAX_INPUT_BITS
 from dmq_ao.graph import aten
+from dmq_ao.graph.private import OpOverload, mutates_arguments, operator_arguments
 from dmq_ao.numerics import ops
 
 MAX_PIECES = 4096
@@ -46,12 +46,12 @@ def check_arguments(target: Callable[..., Any], args: tuple[Any, ...], kwargs: M
     Raises:
         ValueError, TypeError: saying what is wanted.
     """
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         _check_arithmetic(target, args)
         return
-    if target._schema.is_mutable:
+    if mutates_arguments(target):
         raise ValueError("it changes its argument, which a stored graph does not")
-    arguments = {one.name: value for one, value in zip(target._schema.arguments, args, strict=False)} | dict(kwargs)
+    arguments = {one.name: value for one, value in zip(operator_arguments(target), args, strict=False)} | dict(kwargs)
     if target.namespace == "dmq_ao":
         _check_ours(target, arguments)
     elif target in _SPLITS:
@@ -101,7 +101,7 @@ def _check_arithmetic(target: Callable[..., Any], args: tuple[Any, ...]) -> None
         raise ValueError(f"sizes are taken to powers of 0 to {MAX_POWER}")
 
 
-def _check_pieces(target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> None:
+def _check_pieces(target: OpOverload, arguments: Mapping[str, Any]) -> None:
     """Splitting makes a tensor a piece, each of which takes time."""
     size = max(arguments["self"].shape, default=0)
     if target is aten.split.Tensor:
@@ -132,7 +132,7 @@ def _check_resampling(arguments: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name} must be {_SCALES[0]:g} to {_SCALES[1]:g}, got {scale}")
 
 
-def _check_factors(target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> None:
+def _check_factors(target: OpOverload, arguments: Mapping[str, Any]) -> None:
     """Of one dtype, which the meta device does not look at; a bias is one number an output, which it would repeat."""
     dtypes = {value.dtype for name, value in arguments.items() if isinstance(value, Tensor) and name != "attn_mask"}
     if len(dtypes) > 1:
@@ -148,7 +148,7 @@ def _check_factors(target: torch._ops.OpOverload, arguments: Mapping[str, Any]) 
         raise ValueError("a stride and a dilation of 1 or more")
 
 
-def _check_ours(target: torch._ops.OpOverload, arguments: Mapping[str, Any]) -> None:
+def _check_ours(target: OpOverload, arguments: Mapping[str, Any]) -> None:
     x = arguments.get("x", arguments.get("codes"))
     if target in (ops.quantize, ops.quantize_float8, ops.dequantize):
         _check_scales(x, arguments)

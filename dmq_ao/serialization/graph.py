@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from dmq_ao import graph
+from dmq_ao.graph import private
 from dmq_ao.graph.values import VAL, Value
 from dmq_ao.serialization import operators
 
@@ -63,7 +63,7 @@ def to_json(gm: GraphModule, float_names: Collection[str]) -> dict[str, Any]:
         NotStorable: for an operator or argument that the format does not know.
     """
     nodes = [_node_to_json(gm, node, float_names) for node in gm.graph.nodes if node.op != "output"]
-    outputs = pytree.tree_flatten(gm.graph.output_node().args[0])[0]
+    outputs = private.leaves(gm.graph.output_node().args[0])
     return {"nodes": nodes, "outputs": [_argument_to_json(value) for value in outputs], "single": _returns_one(gm)}
 
 
@@ -73,10 +73,9 @@ def _returns_one(gm: GraphModule) -> bool:
     Raises:
         NotStorable: for anything but a tensor or a flat sequence of them.
     """
-    info = getattr(gm.graph._codegen, "pytree_info", None)
-    if info is None:  # a graph that returns what its last node says
+    spec = private.answer_spec(gm)
+    if spec is None:  # a graph that returns what its last node says
         return isinstance(gm.graph.output_node().args[0], Node)
-    spec = info.out_spec
     if spec.is_leaf():
         return True
     if spec.type not in (tuple, list) or any(not child.is_leaf() for child in spec.children()):

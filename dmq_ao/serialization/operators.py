@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from dmq_ao.graph.private import OpOverload, operator_arguments
+
 _ATEN = """
 _assert_tensor_metadata.default _to_copy.default abs.default acos.default acosh.default adaptive_avg_pool1d.default
 adaptive_avg_pool2d.default add.Scalar add.Tensor addbmm.default addcdiv.default addcmul.default addmm.default
@@ -110,7 +112,7 @@ class Forbidden(ValueError):
 
 def name_of(target: Any) -> str | None:
     """How a file names an operator; None when it has no name for it."""
-    name = str(target) if isinstance(target, torch._ops.OpOverload) else _NAMES.get(target)
+    name = str(target) if isinstance(target, OpOverload) else _NAMES.get(target)
     return name if name in ALLOWED else None
 
 
@@ -127,7 +129,7 @@ def operator_of(name: Any) -> Callable[..., Any]:
         return FUNCTIONS[name]
     namespace, packet, overload = name.split(".")
     target = getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         raise NotReadable(f"torch {torch.__version__} has no operator {name!r}")
     return target
 
@@ -145,15 +147,15 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
         TypeError: for a keyword that is not in the operator's schema, or that is given twice.
         ValueError: for an operator that would draw, or change what it keeps, and for words that are no mode.
     """
-    schema = getattr(target, "_schema", None)
-    if name in OURS and (kwargs or len(args) != len(schema.arguments)):  # type: ignore[union-attr]
+    arguments = operator_arguments(target)
+    if name in OURS and (kwargs or len(args) != len(arguments)):
         raise TypeError(f"{name} takes all its arguments by position")
     if kwargs:
-        names = () if schema is None else [argument.name for argument in schema.arguments]
+        names = [argument.name for argument in arguments]
         later = set(names[len(args) :])
         unknown = sorted(set(kwargs) - later)
         if unknown:
-            raise TypeError(f"{name} takes no further arguments {unknown}; it has {list(names)}")
+            raise TypeError(f"{name} takes no further arguments {unknown}; it has {names}")
     for value in (*args, *kwargs.values()):
         _check_word(name, value)
     for place, (argument, literal) in _literals(target).items():
@@ -173,8 +175,7 @@ def check_call(name: str, target: Callable[..., Any], args: tuple[Any, ...], kwa
 def _literals(target: Callable[..., Any]) -> dict[int, tuple[str, type]]:
     """The arguments of an operator that are neither tensors nor numbers: places with names and types."""
     places = {}
-    schema = getattr(target, "_schema", None)
-    for place, argument in enumerate([] if schema is None else schema.arguments):
+    for place, argument in enumerate(operator_arguments(target)):
         word = str(argument.real_type).removeprefix("Optional[").removesuffix("]")
         if word in _LITERAL_TYPES:
             places[place] = (argument.name, _LITERAL_TYPES[word])

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dmq_ao import graph
 from dmq_ao.config import InvalidFile
 from dmq_ao.graph import aten
+from dmq_ao.graph.private import OpOverload, TorchDispatchMode, operator_arguments
 from dmq_ao.graph.values import VAL, Value
 from dmq_ao.serialization import calls
 
@@ -186,7 +186,7 @@ class _Trial:
         if step.op == "output":
             return args[0]
         calls.check_arguments(step.target, args, kwargs)
-        if isinstance(step.target, torch._ops.OpOverload) and _takes_device(step.target):
+        if isinstance(step.target, OpOverload) and _takes_device(step.target):
             kwargs = {**kwargs, "device": _META}  # else it would make what it makes for real
         if step.target in _COMPOSED:
             with _Counted(self):
@@ -237,14 +237,14 @@ def _value_bytes(value: Any) -> int:
 
 
 @functools.cache
-def _takes_device(target: torch._ops.OpOverload) -> bool:
-    return any(argument.name == "device" and argument.kwarg_only for argument in target._schema.arguments)
+def _takes_device(target: OpOverload) -> bool:
+    return any(argument.name == "device" and argument.kwarg_only for argument in operator_arguments(target))
 
 
 def _check_description(step: _Step, value: Any) -> None:
     described = step.described
     if described is None:
-        ours = isinstance(step.target, torch._ops.OpOverload) and step.target.namespace == "dmq_ao"
+        ours = isinstance(step.target, OpOverload) and step.target.namespace == "dmq_ao"
         if step.op == "call_function" and isinstance(value, Tensor) and not ours and step.target not in _UNDESCRIBED:
             raise ValueError("its value is not described")
         return

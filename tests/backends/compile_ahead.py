@@ -32,39 +32,43 @@ VARIANTS = [
     (4, False, False, False, 1, True),
     (8, True, False, False, 1, True),
 ]
-TYPES = {"x": "*i8", "order": "*i32", "middle": "*i8", "shifts": "*i8", "partial": "*i32"}
+TILE = (128, 128, 64)
+GROUP = 8
 
 
 def source(bits: int, convolution: bool, shifted: bool, ordered: bool, parts: int, floats: bool = False) -> ASTSource:
     """One variant of the kernel, pointers and row lengths aligned to 16 bytes as the library lays them out."""
     kernel = triton_kernels.matmul
+    operands = {
+        "x": "*bf16" if floats else "*i8",
+        "packed": "*i8" if bits == 8 else "*u8",
+        "order": "*i32" if ordered else "constexpr",
+        "middle": "*i8" if bits < 8 else "constexpr",
+        "shifts": "*i8" if shifted else "constexpr",
+        "partial": "*i32" if parts > 1 else "constexpr",
+    }
+    tuples = {
+        "operands": tuple(operands.values()),
+        "result": OF_FLOATS if floats else RESULT,
+        "size": SIZE,
+        "segment": ("i32",) * 4,
+    }
     constants: dict[Any, Any] = {
-        "GEOMETRY": CONVOLUTION if convolution else triton_matmul.LINEAR,
+        "GEOMETRY": CONVOLUTION if convolution else triton_matmul.LINEAR_GEOMETRY,
         "CONVOLUTION": convolution,
         "FLOATS": floats,
         "BITS": bits,
         "LANES": LANES,
-        "PARTS": parts,
-        "GROUP": 8,
-        "TILE_ROWS": 128,
-        "TILE_OUTS": 128,
-        "TILE_BYTES": 64,
+        "TILE": (*TILE, parts, GROUP),
         "INTERPRETED": False,
     }
-    absent = {"order": not ordered, "middle": bits == 8, "shifts": not shifted, "partial": parts == 1}
-    constants |= {name: None for name, missing in absent.items() if missing}
-    signature: dict[str, Any] = {}
-    for name in kernel.arg_names:
-        whole = {"result": OF_FLOATS if floats else RESULT, "size": SIZE, "packed": "*i8" if bits == 8 else "*u8"}
-        whole |= {"x": "*bf16"} if floats else {}
-        signature[name] = "constexpr" if name in constants else whole.get(name, TYPES.get(name, "i32"))
-    place = kernel.arg_names.index("size")
-    aligned = [(i,) for i, name in enumerate(kernel.arg_names) if signature[name] != "constexpr" and name != "size"]
-    aligned = [path for path in aligned if kernel.arg_names[path[0]] not in ("result", "start", "count")]
+    signature: dict[str, Any] = tuples | dict.fromkeys(constants, "constexpr")
+    assert list(signature) == kernel.arg_names
+    for place, types in enumerate(tuples.values()):
+        constants |= {(place, i): None for i, kind in enumerate(types) if kind == "constexpr"}
+    constants[2, SIZE.index("constexpr")] = 0 if floats else 1
+    aligned = [(0, i) for i, kind in enumerate(operands.values()) if kind != "constexpr"] + [(3, 2), (3, 3)]
     attrs = {path: [["tt.divisibility", 16]] for path in aligned}
-    constants[place, 3] = 0 if floats else 1
-    if floats:
-        constants |= {(kernel.arg_names.index("result"), i): None for i in (1, 2, 4)}
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
 
 

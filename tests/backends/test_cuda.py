@@ -21,12 +21,13 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import dmq_ao
 from dmq_ao import BitPlan, CalibrationSet, QuantizedDenoiser, UnsupportedByBackend, graph
-from dmq_ao.backends import choose
 from dmq_ao.backends.cuda import backend as cuda
+from dmq_ao.backends.cuda import lowering
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.backends.cuda import tiles as cuda_tiles
 from dmq_ao.backends.cuda.tiles import Shape, Tile
 from dmq_ao.backends.products import LOOK_UP
+from dmq_ao.backends.registry import choose_backend
 from dmq_ao.mixed_precision.bit_plan import LayerBits
 from dmq_ao.recipes import minmax
 from tests.backends.exact import run_exactly
@@ -40,7 +41,7 @@ SMALL = Tile(rows=32, outs=16, lanes=32, parts=1, warps=4, stages=2)
 WIDE = SMALL._replace(rows=128, outs=64, lanes=64)  # for whole nets
 ROUNDING = 1e-6
 # The functions themselves: the fixture below puts others in their place.
-WHY_NOT_HERE, CHOOSE = cuda.why_not_here, cuda_tiles.choose
+WHY_NOT_HERE, TILE_FOR = cuda.why_not_here, cuda_tiles.tile_for
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def here() -> Iterator[None]:
     """Kernels run here, in the interpreter and in small tiles."""
     with (
         mock.patch.object(cuda, "why_not_here", return_value=""),
-        mock.patch.object(cuda_tiles, "choose", return_value=SMALL),
+        mock.patch.object(cuda_tiles, "tile_for", return_value=SMALL),
     ):
         yield
 
@@ -122,7 +123,7 @@ def test_what_is_added_to_a_layer_is_added_by_its_kernel() -> None:
     assert distance(run(lowered, x[:3], t[:3]), run(reference, x[:3], t[:3])) < 1e-4
     kinds = (cuda_ops.cuda_conv, cuda_ops.cuda_linear)
     nodes = [node for node in lowered.graph_module.graph.nodes if node.target in kinds]
-    assert [node.args[cuda.RESIDUAL] is not None for node in nodes] == [False, True, True, False, False]
+    assert [node.args[lowering.RESIDUAL] is not None for node in nodes] == [False, True, True, False, False]
 
 
 class LayerByLayer(Interpreter):
@@ -163,11 +164,11 @@ def test_a_denoiser_equals_the_quantize_dequantize_graph(
         )
     dmq_ao.calibrate(prepared, samples, progress=False)
     reference = dmq_ao.convert(prepared, "reference")
-    with mock.patch.object(cuda, "_add_residuals"):
+    with mock.patch.object(lowering, "_add_residuals"):
         apart = dmq_ao.convert(prepared, "cuda")
     exact, layers = run_exactly(reference, **inputs)
     assert all(kernel.is_integer or kernel.name == LOOK_UP for kernel in apart.kernels.values())
-    with torch.no_grad(), mock.patch.object(cuda_tiles, "choose", return_value=WIDE):
+    with torch.no_grad(), mock.patch.object(cuda_tiles, "tile_for", return_value=WIDE):
         checked = LayerByLayer(apart.graph_module, layers)
         last = checked.run(*(inputs[name] for name in reference.signature.names))
         whole = dmq_ao.convert(prepared, "cuda")(**inputs).sample
@@ -222,22 +223,22 @@ def test_centred_codes_wider_than_a_byte_stay_in_float() -> None:
 def test_a_device_that_cannot_is_told_what_to_do() -> None:
     plan: dict[str, Any] = {}
     with mock.patch("torch.cuda.is_available", return_value=False):
-        assert "sees no CUDA device" in WHY_NOT_HERE(torch.device("cuda"))
+        assert "finds no CUDA device" in WHY_NOT_HERE(torch.device("cuda"))
     with (
         mock.patch.object(cuda, "why_not_here", WHY_NOT_HERE),
         mock.patch("torch.cuda.is_available", return_value=True),
     ):
         with pytest.raises(
-            ValueError, match="'cuda' does not run here: it is for CUDA devices .* on cpu; move it, or"
+            ValueError, match="'cuda' is unavailable: it runs on CUDA devices .* on cpu; move the denoiser, or"
         ):
-            choose("cuda", torch.device("cpu"), plan)
-        assert choose("auto", torch.device("cpu"), plan).name != "cuda"
+            choose_backend("cuda", torch.device("cpu"), plan)
+        assert choose_backend("auto", torch.device("cpu"), plan).name != "cuda"
         with mock.patch("importlib.util.find_spec", return_value=None):
             assert "pip install triton" in WHY_NOT_HERE(torch.device("cuda"))
         with mock.patch("torch.cuda.get_device_capability", return_value=(7, 5)):
             assert "(7, 5) of cuda is below (8, 0)" in WHY_NOT_HERE(torch.device("cuda"))
         with mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)):
-            assert choose("cuda", torch.device("cuda"), plan).name == "cuda"
+            assert choose_backend("cuda", torch.device("cuda"), plan).name == "cuda"
 
 
 def test_what_no_stored_weight_can_hold_is_refused() -> None:
@@ -269,12 +270,12 @@ def test_measured_tiles_come_before_the_rule(tmp_path: Path) -> None:
     file, shape = tmp_path / "tiles.json", Shape(1000, 320, 160, 9, 4)
     measured = SMALL._replace(parts=5)
     file.write_text(json.dumps({"cpu": {cuda_tiles.key(shape): measured}}))
-    with mock.patch.object(cuda_tiles, "MEASURED", file):
-        cuda_tiles.forget()
-        assert CHOOSE(shape, torch.device("cpu")) == measured
-        assert CHOOSE(shape._replace(rows=1024), torch.device("cpu")) == measured
-        assert CHOOSE(shape._replace(rows=1025), torch.device("cpu")) != measured
-    cuda_tiles.forget()
+    with mock.patch.object(cuda_tiles, "TILE_FILE", file):
+        cuda_tiles.forget_tiles()
+        assert TILE_FOR(shape, torch.device("cpu")) == measured
+        assert TILE_FOR(shape._replace(rows=1024), torch.device("cpu")) == measured
+        assert TILE_FOR(shape._replace(rows=1025), torch.device("cpu")) != measured
+    cuda_tiles.forget_tiles()
 
 
 @pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])

@@ -12,12 +12,12 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import CalibrationSet, QuantizedDenoiser, TensorConfig
-from dmq_ao.backends import MEASURED
 from dmq_ao.backends.cuda import backend as cuda
 from dmq_ao.backends.cuda import measured as cuda_measured
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.backends.cuda import tiles as cuda_tiles
 from dmq_ao.backends.cuda.tiles import Tile
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.recipes import minmax
 from tests.backends.one_layer import distance, everywhere, run
 
@@ -59,7 +59,7 @@ def here() -> Iterator[None]:
     tile = Tile(rows=64, outs=16, lanes=32, parts=1, warps=4, stages=2)
     with (
         mock.patch.object(cuda, "why_not_here", return_value=""),
-        mock.patch.object(cuda_tiles, "choose", return_value=tile),
+        mock.patch.object(cuda_tiles, "tile_for", return_value=tile),
     ):
         yield
 
@@ -77,7 +77,7 @@ def prepared() -> GraphModule:
 
 
 def measured(prepared: GraphModule, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> QuantizedDenoiser:
-    monkeypatch.setitem(MEASURED, "cuda", partial(cuda_measured.lower, clock=clock))
+    monkeypatch.setattr(ALL_BACKENDS["cuda"], "measured", partial(cuda_measured.lower_by_linear_times, clock=clock))
     return dmq_ao.convert(prepared, "cuda", latency_aware=True)
 
 

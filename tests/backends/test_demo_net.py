@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dmq_ao
-from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.pipelines.adapter import load_pipeline, record_pipeline
 from dmq_ao.recipes import minmax
 from tests.backends.exact import run_exactly

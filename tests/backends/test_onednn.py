@@ -12,9 +12,10 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import CalibrationSet, PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, TensorConfig, UnsupportedByBackend
-from dmq_ao.backends import choose, products
-from dmq_ao.backends.onednn import backend as onednn
+from dmq_ao.backends import products
+from dmq_ao.backends.onednn import cpu
 from dmq_ao.backends.onednn.backend import OneDNN
+from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import Granularity
 from dmq_ao.numerics import along, sqnr
 from dmq_ao.recipes import minmax
@@ -32,7 +33,7 @@ from tests.backends.one_layer import (
     run,
 )
 
-needs_vnni = pytest.mark.skipif(not onednn.has_vnni(), reason="this CPU has no VNNI: its int8 products saturate")
+needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this CPU has no VNNI: its int8 products saturate")
 
 # The sums are exact; kernels differ in the order in which they multiply one by its scales.
 ROUNDING = 1e-6
@@ -365,14 +366,14 @@ def check_fallback(layer: nn.Module, recipe: Recipe, samples: CalibrationSet, wh
 
 @pytest.mark.parametrize("name", FALLBACKS)
 def test_a_layer_without_an_integer_kernel_says_why(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "has_vnni", lambda: True)  # whatever this CPU has: nothing of it is used
+    monkeypatch.setattr(cpu, "has_vnni", lambda: True)  # whatever this CPU has: nothing of it is used
     build, shape, recipe, why = FALLBACKS[name]
     check_fallback(build(), recipe, example(shape), why)
 
 
 @pytest.mark.parametrize("kind", ["conv2d", "vectors"])
 def test_without_vnni_a_layer_runs_in_float(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": False})
     build, shape = LAYERS[kind]
     check_fallback(build(), RECIPES["w4a8 votes"], example(shape), "this CPU has no VNNI: its int8 products saturate")
 
@@ -430,10 +431,10 @@ def test_an_unknown_backend_is_refused_by_name() -> None:
 
 def test_another_device_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="backend 'onednn' does not run here: it is for CPUs and the denoiser is on meta"
+        ValueError, match="backend 'onednn' is unavailable: it runs on CPUs and the denoiser is on meta"
     ):
-        choose("onednn", torch.device("meta"), {})
-    assert choose("auto", torch.device("meta"), {}).name == "reference"
+        choose_backend("onednn", torch.device("meta"), {})
+    assert choose_backend("auto", torch.device("meta"), {}).name == "reference"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.api.compile import fastest, multiplies_bfloat16
-from dmq_ao.backends.onednn import fused as onednn_fused
-from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.backends.onednn import compiled
+from dmq_ao.backends.onednn.cpu import has_vnni, multiplies_bfloat16
+from dmq_ao.backends.onednn.fused import fastest_on_cpu, fuse
 from dmq_ao.config import Ranges
 from dmq_ao.numerics import along
 from dmq_ao.recipes import minmax
@@ -31,7 +31,7 @@ needs_bfloat16 = pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU 
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels() -> None:
-    onednn_fused.load_kernels()
+    compiled.load_kernels()
 
 
 def real_codes(x: Tensor, shift: Tensor | None, groups: int, norm: nn.GroupNorm, silu: bool, step: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def test_a_feed_forward_is_fused(activation: Callable[[Tensor], Tensor], inner: 
     model = seeded(Feed)
     samples = record(model, lambda step: model(torch.randn(4, 5, 8), torch.full((4,), step)))
     quantized = flow(model, minmax("w8a8", ranges=Ranges.PER_STEP), samples, backend="onednn")[0]
-    fused, x, t = fastest(quantized.graph_module), torch.randn(4, 5, 8), torch.tensor([900, 600, 300, 0])
+    fused, x, t = fastest_on_cpu(quantized.graph_module), torch.randn(4, 5, 8), torch.tensor([900, 600, 300, 0])
     targets = [str(node.target) for node in fused.graph.nodes]
     assert targets.count("dmq_ao_cpu.gelu_quantize.default") == 1
     assert not [name for name in targets if "gelu." in name or "gelu_tanh" in name]
@@ -270,7 +270,7 @@ def block() -> dmq_ao.QuantizedDenoiser:
 
 @needs_bfloat16
 def test_a_block_is_fused_and_keeps_its_output(block: dmq_ao.QuantizedDenoiser) -> None:
-    fused = fastest(block.graph_module)
+    fused = fastest_on_cpu(block.graph_module)
     targets = [str(node.target) for node in fused.graph.nodes]
     assert targets.count("dmq_ao_cpu.group_norm_quantize.default") == 3
     assert targets.count("dmq_ao_cpu.attention.default") == 2
@@ -288,7 +288,7 @@ def test_a_block_is_fused_and_keeps_its_output(block: dmq_ao.QuantizedDenoiser) 
 
 @needs_bfloat16
 def test_the_compiler_is_told_the_layouts(block: dmq_ao.QuantizedDenoiser) -> None:
-    fused = fastest(block.graph_module)
+    fused = fastest_on_cpu(block.graph_module)
     calls = []
 
     class Calls(torch.fx.Interpreter):
@@ -318,7 +318,7 @@ def test_attention_of_one_tensor_to_itself_is_no_stumbling_block() -> None:
             return F.scaled_dot_product_attention(x, x, x)
 
     x = torch.randn(2, 2, 5, 8)
-    fused = onednn_fused.fuse(torch.export.export(Itself(), (x,)).module())
+    fused = fuse(torch.export.export(Itself(), (x,)).module())
     torch.testing.assert_close(fused(x), Itself()(x))
 
 
@@ -332,7 +332,7 @@ def test_tiles_of_a_transposed_convolution_are_one_product(
     layer = nn.ConvTranspose2d(4, 3, kernel, stride, bias=bias).requires_grad_(False)
     x = torch.randn(2, 4, 3, 5)
     gm = torch.export.export(layer, (x,)).module()
-    fused = onednn_fused.fuse(gm)
+    fused = fuse(gm)
     assert ("conv_transpose2d" not in fused.code) == tiles
     torch.testing.assert_close(fused(x), layer(x), rtol=1e-5, atol=1e-5)
 
@@ -345,7 +345,7 @@ def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(cpp_extension, "load", fail)
     with pytest.raises(RuntimeError, match=r"install a C\+\+ compiler .* and ninja"):
-        onednn_fused.load_kernels.__wrapped__()
+        compiled.load_kernels.__wrapped__()
 
 
 def test_numbers_that_are_read_by_index_must_be_there() -> None:

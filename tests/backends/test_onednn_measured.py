@@ -13,6 +13,7 @@ import dmq_ao
 from dmq_ao import PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, graph
 from dmq_ao.backends.onednn import measured as onednn_measured
 from dmq_ao.backends.onednn.measured import FloatProduct, Timing
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.numerics import ops
 from dmq_ao.passes import lower_precision
 from dmq_ao.quantizer.prepared import state_of
@@ -123,7 +124,7 @@ def test_nothing_slow_changes_nothing(prepared: GraphModule, monkeypatch: pytest
 def test_float_layers_stand_between_bfloat16_ones(prepared: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_clock(monkeypatch, "again", "q+k")
     chosen = dmq_ao.convert(prepared, latency_aware=True)
-    narrow = lower_precision(chosen.graph_module)
+    narrow = lower_precision(chosen.graph_module, ALL_BACKENDS["onednn"].kernels)
     x, t = torch.randn(3, 8, 5, 4), torch.tensor([900, 500, 100])
     with torch.no_grad():
         assert relative(narrow(x, t), run(chosen, x, t)) < 0.05

@@ -14,8 +14,10 @@ from torch.fx import Graph, GraphModule
 
 import dmq_ao
 from dmq_ao import PowerOfTwo, QuantizedDenoiser, Ranges, Recipe, graph
-from dmq_ao.api.compile import fastest, multiplies_bfloat16
 from dmq_ao.backends.onednn import packed as onednn_packed
+from dmq_ao.backends.onednn.cpu import multiplies_bfloat16
+from dmq_ao.backends.onednn.fused import fastest_on_cpu
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.numerics import code_range
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
@@ -246,10 +248,10 @@ def test_one_compilation_serves_all_shapes(bits: str, compiler: str) -> None:
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="this CPU does not multiply bfloat16")
 def test_the_plan_of_max_puts_float32_linears_on_the_int4_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dmq_ao.backends.onednn.fused.load_kernels", lambda: None)
+    monkeypatch.setattr("dmq_ao.backends.onednn.compiled.load_kernels", lambda: None)
     plain, packed = pair(Wide(), minmax("w4a16"))
     code = packed.graph_module.code
-    fast = fastest(packed.graph_module)
+    fast = fastest_on_cpu(packed.graph_module)
     assert "int4_linear" in fast.code
     assert fast.code.count("ops.dmq_ao.unpack_codes") == 1  # the convolution
     assert packed.graph_module.code == code
@@ -264,7 +266,7 @@ def test_an_int4_linear_between_narrow_layers_is_narrow() -> None:
     inputs = replace(mixed.config.activation, bits=16)
     weight_only = replace(mixed, config=replace(mixed.config, overrides=(dmq_ao.Override("last", activation=inputs),)))
     plain, packed = pair(Wide(), weight_only)
-    narrow = lower_precision(onednn_packed.use_int4(packed.graph_module))
+    narrow = lower_precision(onednn_packed.use_int4(packed.graph_module), ALL_BACKENDS["onednn"].kernels)
     (node,) = narrow.graph.find_nodes(op="call_function", target=onednn_packed.int4_linear)
     assert node.meta["val"].dtype == torch.bfloat16
     x, t = torch.randn(3, 8, 5, 4), torch.tensor([900, 500, 100])
@@ -278,9 +280,7 @@ def test_an_int4_linear_between_narrow_layers_is_narrow() -> None:
 
 def test_the_reference_keeps_nothing_packed() -> None:
     prepared = calibrated(nn.Linear(8, 6), minmax("w4a8"), example((8,)), "reference")
-    with pytest.raises(
-        ValueError, match="packed=True keeps codes packed on the 'onednn' backend only, .* 'reference'"
-    ):
+    with pytest.raises(ValueError, match="packed=True keeps codes packed on the backends .'onednn'., .* 'reference'"):
         dmq_ao.convert(prepared, "reference", packed=True)
 
 
@@ -288,5 +288,5 @@ def test_auto_says_so_where_it_would_take_the_reference() -> None:
     votes = PowerOfTwo(layers=("layer",), per_step=True)
     recipe = minmax("w4a8", power_of_two=votes, ranges=Ranges.PER_STEP)
     prepared = calibrated(nn.Linear(8, 6), recipe, example((8,)), "auto")
-    with pytest.raises(ValueError, match="would run on 'reference'; leave packed out, or use a recipe that"):
+    with pytest.raises(ValueError, match="would run on 'reference'; leave packed out, or use a recipe and"):
         dmq_ao.convert(prepared, packed=True)

@@ -36,7 +36,7 @@ slowly = settings(max_examples=25, deadline=None)
 
 def using(tile: Tile) -> Any:
     """Have kernels take this tile: the interpreter computes whole ones, so they should be small."""
-    return mock.patch("dmq_ao.backends.cuda.tiles.choose", return_value=tile)
+    return mock.patch("dmq_ao.backends.cuda.tiles.tile_for", return_value=tile)
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
 
 import dmq_ao
-from dmq_ao.backends.onednn.backend import has_vnni
+from dmq_ao.backends.onednn.cpu import has_vnni
+from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.numerics import ops
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
 from tests.plain import Plain, flow, plain_samples, relative, seeded
 
 aten = torch.ops.aten
+KERNELS = ALL_BACKENDS["onednn"].kernels
 pytestmark = pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI: there are no integer kernels")
 
 
@@ -44,7 +46,7 @@ class Recorder(Interpreter):
 def test_values_between_kernels_are_narrow_and_the_output_is_not(
     lowered: dmq_ao.QuantizedDenoiser, inputs: tuple[Tensor, Tensor]
 ) -> None:
-    narrow = lower_precision(lowered.graph_module)
+    narrow = lower_precision(lowered.graph_module, KERNELS)
     recorder = Recorder(narrow)
     with torch.no_grad():
         output = recorder.run(*inputs)
@@ -68,7 +70,7 @@ def test_values_between_kernels_are_narrow_and_the_output_is_not(
 def test_vectors_stay_wide() -> None:
     model = seeded(Plain)
     net = flow(model, minmax("w8a8", embeddings=True), plain_samples(model), backend="onednn")[0]
-    recorder = Recorder(lower_precision(net.graph_module))
+    recorder = Recorder(lower_precision(net.graph_module, KERNELS))
     with torch.no_grad():
         recorder.run(torch.randn(4, 3, 8, 8), torch.full((4,), 600))
     kernels = [value for node, value in recorder.seen.items() if "dmq_ao.int_" in str(node.target)]
@@ -82,7 +84,7 @@ def test_it_changes_little_and_leaves_the_given_graph_alone(
     with torch.no_grad():
         before = lowered.graph_module(*inputs)
         nodes = len(lowered.graph_module.graph.nodes)
-        narrow = lower_precision(lowered.graph_module)(*inputs)
+        narrow = lower_precision(lowered.graph_module, KERNELS)(*inputs)
         after = lowered.graph_module(*inputs)
     assert torch.equal(before, after)
     assert len(lowered.graph_module.graph.nodes) == nodes
@@ -92,7 +94,7 @@ def test_it_changes_little_and_leaves_the_given_graph_alone(
 def test_tensors_are_shared(lowered: dmq_ao.QuantizedDenoiser) -> None:
     own = {tensor.data_ptr() for tensor in lowered.graph_module.buffers() if not tensor.is_mkldnn}
     packed = {id(tensor) for tensor in lowered.graph_module.buffers() if tensor.is_mkldnn}
-    for tensor in lower_precision(lowered.graph_module).buffers():
+    for tensor in lower_precision(lowered.graph_module, KERNELS).buffers():
         if tensor.is_mkldnn:
             assert id(tensor) in packed
         elif tensor.dtype != torch.bfloat16:
@@ -107,7 +109,7 @@ def test_an_unknown_operator_gets_its_own_type_back(lowered: dmq_ao.QuantizedDen
     strange.meta = dict(kernel.meta)
     kernel.replace_all_uses_with(strange, lambda user: user is not strange)
     gm.recompile()
-    recorder = Recorder(lower_precision(gm))
+    recorder = Recorder(lower_precision(gm, KERNELS))
     with torch.no_grad():
         recorder.run(torch.randn(4, 3, 8, 8), torch.full((4,), 600))
     value = next(value for node, value in recorder.seen.items() if node.target is aten.cumsum.default)
@@ -120,12 +122,12 @@ def test_a_graph_that_writes_in_place_stays_as_it_is(lowered: dmq_ao.QuantizedDe
     silu = next(node for node in gm.graph.nodes if node.target is aten.silu.default)
     silu.target = aten.silu_.default
     with pytest.warns(UserWarning, match=r"aten\.silu_\.default changes a tensor in place"):
-        kept = lower_precision(gm)
+        kept = lower_precision(gm, KERNELS)
     assert [str(n.target) for n in kept.graph.nodes] == [str(n.target) for n in gm.graph.nodes]
 
 
 def test_without_integer_kernels_nothing_happens() -> None:
     gm = symbolic_trace(nn.Sequential(nn.Linear(4, 4), nn.SiLU()))
     x = torch.randn(2, 4)
-    assert torch.equal(lower_precision(gm)(x), gm(x))
+    assert torch.equal(lower_precision(gm, KERNELS)(x), gm(x))
     assert ops.quantize not in {node.target for node in gm.graph.nodes}

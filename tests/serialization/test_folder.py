@@ -169,16 +169,14 @@ def test_a_denoiser_is_loaded_on_any_device(
     assert moved.device == torch.device("meta")
     result = moved(**{name: value.to("meta") for name, value in inputs.items()}).sample
     assert (result.device.type, result.shape) == ("meta", quantized(**inputs).sample.shape)
-    with pytest.raises(
-        ValueError, match="'cuda' does not run here: it is for CUDA devices and the denoiser is on meta"
-    ):
+    with pytest.raises(ValueError, match="'cuda' is unavailable: it runs on CUDA devices and the denoiser is on meta"):
         dmq_ao.load(tmp_path / "out", backend="cuda", device="meta")
 
 
 def test_a_device_that_is_not_there_is_named(folder: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match="device 'cuda' is not to be had here: .*; take 'cpu'"):
+    with pytest.raises(ValueError, match="device 'cuda' is unavailable: .*; use 'cpu'"):
         dmq_ao.load(folder, device="cuda")
 
 

@@ -1,0 +1,114 @@
+"""What this package uses of PyTorch that PyTorch keeps to itself, each under a name of ours.
+
+A private name may change in any release, so no other file has one: when PyTorch moves, this is the file to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload as OpOverload
+from torch.fx import GraphModule
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+# What ``torch.cpu.get_capabilities`` calls an instruction, and what older releases answer for it.
+_OLDER_QUESTIONS = {
+    "amx_tile": "_is_amx_tile_supported",
+    "avx512_bf16": "_is_avx512_bf16_supported",
+    "avx512_vnni": "_is_vnni_supported",
+}
+
+
+def cpu_has(instructions: str) -> bool:
+    """Whether this CPU has instructions, by their name in ``torch.cpu.get_capabilities``; False if PyTorch cannot say.
+
+    Private where a release has no ``get_capabilities``.
+    """
+    if hasattr(torch.cpu, "get_capabilities"):
+        return bool(torch.cpu.get_capabilities().get(instructions, False))
+    older = getattr(torch.cpu, _OLDER_QUESTIONS.get(instructions, ""), None)
+    return bool(older and older())
+
+
+def schema_of(target: object) -> torch.FunctionSchema | None:
+    """The schema of an operator; None for anything else. FX nodes hold operators, and no public name tells it."""
+    schema: torch.FunctionSchema | None = getattr(target, "_schema", None)
+    return schema
+
+
+def operator_arguments(target: object) -> list[torch.Argument]:
+    """The arguments of an operator's schema in order: ``name``, ``default_value``, ``real_type``, ``kwarg_only``."""
+    schema = schema_of(target)
+    return [] if schema is None else list(schema.arguments)
+
+
+def mutates_arguments(target: object) -> bool:
+    """Whether an operator changes one of its arguments; False for what is none."""
+    schema = schema_of(target)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def fake_tensor_mode() -> AbstractContextManager[Any]:
+    """The block in which tensors have shapes and no values; tensors that have values may take part."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def guards_of(program: torch.export.ExportedProgram) -> Sequence[str]:
+    """What an exported program asks of its inputs, as Python expressions: what its guards are made of."""
+    return program._guards_code
+
+
+def drop_call_checks(gm: GraphModule) -> None:
+    """Remove what ``torch.export`` hangs before every call of a module; there is no option to leave it out."""
+    gm._forward_pre_hooks.clear()
+
+
+def children(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """The modules right below one, by name: also those that ``named_children`` names once for two names."""
+    return module._modules
+
+
+def replace_child(module: nn.Module, name: str, child: nn.Module) -> None:
+    """Give a shallow copy of a module another child, which the module it was copied from does not get."""
+    module.__dict__["_modules"] = {**module._modules, name: child}
+
+
+def uncompiled(module: Any) -> Any:
+    """The module that ``torch.compile`` wrapped; what is not wrapped is itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def leaves(value: Any) -> list[Any]:
+    """What nested tuples, lists and dicts of a graph's answer hold, as ``torch.export`` takes them apart."""
+    return _pytree.tree_flatten(value)[0]
+
+
+def answer_spec(gm: GraphModule) -> Any:
+    """How ``torch.export`` puts a graph's answer together, a ``TreeSpec``; None for what its last node says."""
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    return None if info is None else info.out_spec
+
+
+def int_mm(left: Tensor, right: Tensor) -> Tensor:
+    """int32 sums [rows, columns] of int8 [rows, inner] times int8 [inner, columns], by PyTorch's own kernel."""
+    return torch._int_mm(left, right)
+
+
+def scaled_mm(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float8 [rows, inner] times float8 [inner, columns] in ``dtype``, with scales [rows, 1] and [1, columns]."""
+    return torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=dtype)
+
+
+def inductor_freezing() -> AbstractContextManager[Any]:
+    """The block in which ``torch.compile`` takes weights for constants, as guides to Inductor's quantization say."""
+    import torch._inductor.config
+
+    patch: AbstractContextManager[Any] = torch._inductor.config.patch(freezing=True)
+    return patch
