@@ -380,7 +380,7 @@ def test_wrong_options_are_usage_errors(tmp_path: Path, arguments: tuple[str, ..
 
 
 def test_an_output_is_wanted() -> None:
-    assert "only --dry-run does without" in failure(2, "quantize", "demo")
+    assert "required, unless --dry-run is given" in failure(2, "quantize", "demo")
 
 
 def test_a_recipe_keeps_what_it_decides_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,7 +413,7 @@ def test_an_unknown_model_is_one_line(
         pytest.param({}, "config.json is missing", id="empty"),
         pytest.param({"config.json": "{}"}, "no quantization_config of dmq_ao in it", id="float"),
         pytest.param({"config.json": "{"}, "not JSON", id="truncated"),
-        pytest.param({"model_index.json": "{}"}, "a pipeline without unet or transformer", id="no denoiser"),
+        pytest.param({"model_index.json": "{}"}, "a pipeline without a unet or transformer", id="no denoiser"),
     ],
 )
 def test_a_foreign_folder_is_one_line(tmp_path: Path, command: str, files: dict[str, str], words: str) -> None:
