@@ -73,13 +73,12 @@ KNOWN_TWICE = frozenset(
         "describe",
         "forget",
         "lower",
-        "output_error",
         "quantize",
     ]
 )
 # Rooms whose variables still have such names; may only become fewer.
 ROOMS_WITH_PARTICIPLES = frozenset(
-    ["algorithms", "api", "backends", "denoiser", "graph", "mixed_precision", "quantizer", "samples"]
+    ["algorithms", "api", "backends", "denoiser", "graph", "samples"]
 )
 # Files of other rooms.
 FILES_WITH_PARTICIPLES = frozenset({"dmq_ao/benchmarks/roofline.py", "passes/lower_precision.py"})

@@ -32,8 +32,8 @@ from dmq_ao.config import (
 )
 from dmq_ao.mixed_precision.bit_errors import (
     input_errors,
-    output_error,
-    output_error_of_inputs,
+    error_of_rounded_weights,
+    error_of_rounded_inputs,
     probe_of,
     weight_errors,
 )
@@ -122,13 +122,13 @@ def test_sharing_is_judged_by_the_output_of_the_converted_graph(
     probe = probe_of(prepared, samples)
     if bits.startswith("w8"):
         widths = {name: activation.config.bits for name, (_, activation) in observers(prepared).items() if activation}
-        found = output_error_of_inputs(prepared, probe, widths)
+        found = error_of_rounded_inputs(prepared, probe, widths)
     else:
         layers, fixed = weight_errors(prepared, samples, BitAllocation(), probe, 4, tqdm(disable=True))
         assert not fixed
-        found = output_error(prepared, probe, layers, None)
+        found = error_of_rounded_weights(prepared, probe, layers, None)
         eight = {name: torch.full((len(one.curves),), 8) for name, one in layers.items()}
-        assert output_error(prepared, probe, layers, eight) < 0.1 * found
+        assert error_of_rounded_weights(prepared, probe, layers, eight) < 0.1 * found
     with torch.no_grad():
         expected = relative_error(quantized.graph_module(*probe.arguments), probe.expected).mean()
     assert found == pytest.approx(float(expected), rel=tolerance)

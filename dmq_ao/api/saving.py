@@ -304,8 +304,8 @@ def _exported_again(
 def _tie(denoiser: nn.Module, merged: Mapping[str, str]) -> None:
     """Give layers that were copies the numbers of those that stand for them: a file holds one layer's numbers."""
     own = dict(denoiser.named_parameters(remove_duplicate=False))
-    for gone, kept in merged.items():
-        copied, first = (name.partition("#")[0] for name in (gone, kept))
+    for copied_layer, layer in merged.items():
+        copied, first = (name.partition("#")[0] for name in (copied_layer, layer))
         for what in ("weight", "bias"):
             if f"{first}.{what}" in own and f"{copied}.{what}" in own:
                 own[f"{copied}.{what}"].data = own[f"{first}.{what}"].data

@@ -49,7 +49,7 @@ class Run:
         batch_size: rows per forward pass.
         max_memory: bytes of values to hold.
         bits: widths that were given.
-        held: [N] bool, samples that nothing was fitted to; known once layers have learned.
+        held_out: [N] bool, samples that nothing was fitted to; known once layers have learned.
     """
 
     prepared: GraphModule
@@ -60,7 +60,7 @@ class Run:
     batch_size: int
     max_memory: int
     bits: BitPlan | None
-    held: Tensor | None = None
+    held_out: Tensor | None = None
 
     def stream(self) -> Iterator[list[Tensor]]:
         """The graph's arguments [B, ...], a list a batch, made as they are asked for."""
@@ -96,7 +96,7 @@ class Stage:
         reports: fields of ``CalibrationReport`` that it fills.
         ticks: how many there will be.
         run: does it, and returns the report with what it adds.
-        asked: whether a run has it; by its ``fields`` alone where this is None.
+        condition: whether a run has it; by its ``fields`` alone where this is None.
         check: what can be known to be wrong before the first stage begins.
     """
 
@@ -106,13 +106,13 @@ class Stage:
     reports: tuple[str, ...]
     ticks: Callable[[Run], int]
     run: Callable[[Run, CalibrationReport, tqdm[Any]], CalibrationReport]
-    asked: Callable[[Run], bool] | None = None
+    condition: Callable[[Run], bool] | None = None
     check: Callable[[Run], object] | None = None
 
     def is_asked(self, run: Run) -> bool:
         """Whether a run has this stage."""
-        if self.asked is not None:
-            return self.asked(run)
+        if self.condition is not None:
+            return self.condition(run)
         return any(run.recipe.asks_for(name) for name in self.fields)
 
 
@@ -189,7 +189,7 @@ def _learn_layers(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibr
         bar=bar,
     )
     learning.run()
-    run.held = learning.held
+    run.held_out = learning.held
     return replace(
         report,
         resumed=bool(learning.restored),
@@ -203,12 +203,12 @@ def _distill(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibration
     """What stays in float learns to make up for the codes."""
     config = run.recipe.distillation
     assert config is not None
-    assert run.held is not None
+    assert run.held_out is not None
     outcome = distill(
         run.prepared,
         run.batches,
         config,
-        run.held,
+        run.held_out,
         shared=set(flatten_inputs(run.samples.shared)),
         watched=run.watched,
         seed=run.seed,
@@ -232,7 +232,7 @@ STAGES = (
         ("bits",),
         lambda run: _layer_count(run) if run.bits is None else 0,
         _set_bits,
-        asked=lambda run: run.bits is not None or run.recipe.allocation is not None,
+        condition=lambda run: run.bits is not None or run.recipe.allocation is not None,
     ),
     Stage(
         "calibrate",
@@ -241,7 +241,7 @@ STAGES = (
         ("resumed", "votes"),
         lambda run: _batch_count(run) * len(passes_of(run.prepared)),
         _observe,
-        asked=lambda run: not run.recipe.learns,
+        condition=lambda run: not run.recipe.learns,
     ),
     Stage(
         "calibrate",
@@ -250,7 +250,7 @@ STAGES = (
         ("resumed", "votes", "layers", "blocks"),
         lambda run: len(units_of(run.prepared)),
         _learn_layers,
-        asked=lambda run: run.recipe.learns,
+        condition=lambda run: run.recipe.learns,
     ),
     Stage(
         "distill",

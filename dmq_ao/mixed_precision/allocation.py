@@ -81,7 +81,7 @@ def swap(scores: Tensor, curves: Tensor, nominal: int, candidates: Sequence[int]
 
 
 def places(widths: Tensor, candidates: Sequence[int]) -> Tensor:
-    """Column of each width among the ascending ``candidates``."""
+    """Column [...] of each of ``widths`` [...] among the ascending ``candidates``."""
     return torch.searchsorted(torch.tensor(list(candidates), device=widths.device), widths.long())
 
 

@@ -115,7 +115,7 @@ def _factors(channels: Tensor, node: Node, weight: Tensor) -> Tensor:
     return spread(channels, len(weight), weight[0, 0].numel(), geometry(node, weight).groups).reshape(weight.shape)
 
 
-def output_error(
+def error_of_rounded_weights(
     prepared: GraphModule, probe: Perturbed, layers: Mapping[str, WeightErrors], widths: Mapping[str, Tensor] | None
 ) -> float:
     """Relative error of the denoiser's output when the weights of all ``layers`` are rounded to nearest at once.
@@ -137,7 +137,7 @@ def output_error(
     return probe.error_of(changed)
 
 
-def output_error_of_inputs(prepared: GraphModule, probe: Perturbed, widths: Mapping[str, int]) -> float:
+def error_of_rounded_inputs(prepared: GraphModule, probe: Perturbed, widths: Mapping[str, int]) -> float:
     """The same with the inputs of layers rounded, to so many bits."""
     nodes = graph.layer_nodes(prepared)
     return probe.error_of({nodes[name]: (None, bits) for name, bits in widths.items()})

@@ -20,8 +20,8 @@ from dmq_ao.mixed_precision.allocation import exchange, swap
 from dmq_ao.mixed_precision.bit_errors import (
     WeightErrors,
     input_errors,
-    output_error,
-    output_error_of_inputs,
+    error_of_rounded_weights,
+    error_of_rounded_inputs,
     probe_of,
     weight_errors,
 )
@@ -233,7 +233,7 @@ def _weights_gain(
     """
     if not widths or any(one.nominal not in one.candidates for one in layers.values()):
         return True
-    even, shared = (output_error(prepared, probe, layers, bits) for bits in (None, widths))
+    even, shared = (error_of_rounded_weights(prepared, probe, layers, bits) for bits in (None, widths))
     return least_gain * shared**2 <= even**2
 
 
@@ -267,7 +267,7 @@ def _inputs_that_gain(prepared: GraphModule, probe: Perturbed, least_gain: float
     widths = exchange([one.curve for one in inputs], costs, [one.candidates for one in inputs], budget)
     shared = {name: int(bits) for one, bits in zip(inputs, widths, strict=True) for name in one.products}
     even = {name: one.nominal for one in inputs for name in one.products}
-    before, after = (output_error_of_inputs(prepared, probe, widths) for widths in (even, shared))
+    before, after = (error_of_rounded_inputs(prepared, probe, widths) for widths in (even, shared))
     if least_gain * after**2 > before**2:
         return {}
     return {name: InputBits(count, shared[name]) for one in inputs for name, count in one.products.items()}

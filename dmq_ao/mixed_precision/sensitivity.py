@@ -48,7 +48,7 @@ def sensitivities(
 
     Args:
         prepared: from ``dmq_ao.prepare``.
-        arguments: of the graph, a few samples.
+        arguments: [B, ...] of the graph, a few samples.
         bar: one tick a layer.
         most: layers that have as many bits already are left out; None leaves out none.
     """
@@ -126,7 +126,7 @@ def protect(
 
     Args:
         prepared: from ``dmq_ao.prepare``.
-        arguments: of the graph, a few samples.
+        arguments: [B, ...] of the graph, a few samples.
         protection: shares and widths.
         checkpoint: where the sensitivities are saved.
         bar: one tick a layer.

@@ -140,8 +140,8 @@ def _check_pattern(field: str, pattern: str, roles: dict[str, set[str]]) -> None
             raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
     elif not any(matches(pattern, name, own) or _awaits(pattern, name, own) for name, own in roles.items()):
         names = list(roles)
-        shown = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-        raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {shown}")
+        listing = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
+        raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {listing}")
 
 
 def _awaits(pattern: str, name: str, roles: set[str]) -> bool:
