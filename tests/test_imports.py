@@ -35,7 +35,6 @@ LONG_FUNCTIONS = [
     "backends/cuda/triton_kernels.py: matmul",
     "backends/onednn/backend.py: _int_conv",
     "backends/onednn/backend.py: fake_conv",
-    "dmq_ao/denoiser.py: __init__",
     "dmq_ao/pipelines/ptq.py: quantize_pipeline",
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}

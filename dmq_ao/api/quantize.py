@@ -17,7 +17,7 @@ from dmq_ao import graph
 from dmq_ao.api.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.backends import MEASURED, Backend, choose
 from dmq_ao.config import Ranges, Recipe
-from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.denoiser import DenoiserParts, QuantizedDenoiser
 from dmq_ao.graph import values
 from dmq_ao.graph.arguments import TIMESTEP_NAMES
 from dmq_ao.graph.noise import noise_tensors
@@ -174,7 +174,7 @@ def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> Store
 
 
 def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: bool, **known: Any) -> QuantizedDenoiser:
-    """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
+    """A quantize/dequantize graph on a backend; ``known`` is the rest of ``DenoiserParts``."""
     records = known["records"]
     if latency_aware:
         inputs = list(noise_tensors(known["signature"]).values())
@@ -183,7 +183,7 @@ def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: boo
         lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     graph.drop_unused(lowered)
     graph.allow_train_eval(lowered)
-    return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
+    return QuantizedDenoiser(lowered, DenoiserParts(kernels=kernels, backend=backend.name, **known)).eval()
 
 
 def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
