@@ -22,7 +22,7 @@ from dmq_ao.graph import values
 from dmq_ao.graph.arguments import TIMESTEP_NAMES
 from dmq_ao.graph.noise import noise_tensors
 from dmq_ao.observers import ActivationObserver
-from dmq_ao.passes import out_of_place
+from dmq_ao.passes import out_of_place, own_tensors
 from dmq_ao.quantizer.quantizer import (
     MERGED,
     PLAN,
@@ -97,7 +97,12 @@ def _pass_timestep(prepared: GraphModule) -> None:
 
 
 def convert(
-    prepared: GraphModule, backend: str = "auto", *, packed: bool = False, latency_aware: bool = False
+    prepared: GraphModule,
+    backend: str = "auto",
+    *,
+    packed: bool = False,
+    latency_aware: bool = False,
+    share_float: bool = False,
 ) -> QuantizedDenoiser:
     """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
 
@@ -113,6 +118,8 @@ def convert(
             tenth; on a GPU, linears of 8-bit weights by PyTorch's int8 product where that is faster. The result means
             the same, up to rounding; ``layer_reports`` gives both times of those layers. They come from a clock:
             another run may choose others. Takes about twenty calls' time and a second lowering.
+        share_float: read what stays in float (norms, embeddings, first and last layers) from the float model's own
+            tensors, which saves their memory while both are there; a change of the model then changes the result.
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
@@ -135,6 +142,8 @@ def convert(
     quantized.meta.update(meta)
     values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
     out_of_place(quantized)
+    if not share_float:
+        own_tensors(quantized)
     float_tensors = _float_tensors(quantized)
     if packed:
         records = {name: packed_record(record) for name, record in records.items()}
