@@ -567,7 +567,7 @@ def with_config(**changes: Any) -> Recipe:
     [
         (
             {"keep_float": ("nothing.*",)},
-            r"keep_float: pattern 'nothing.\*' matches no layer; the layers are first, t",
+            r"keep_float: pattern 'nothing.\*' matches no layer; near ones of 6 are \[",
         ),
         ({"overrides": (Override("Conv", keep_float=True),)}, "override: pattern 'Conv' matches no layer"),
         ({"overrides": (Override("conv.part0", keep_float=True),)}, "override: pattern 'conv.part0' matches no layer"),

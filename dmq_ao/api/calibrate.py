@@ -27,6 +27,7 @@ from dmq_ao.algorithms.features import find_feature_node
 from dmq_ao.algorithms.layerwise import LayerLearning, Reconstruction, units_of
 from dmq_ao.algorithms.ranges import observe, passes_of
 from dmq_ao.algorithms.relations import Watched
+from dmq_ao.api import arguments
 from dmq_ao.config import BitAllocation, Protection, Recipe
 from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.graph.arguments import flatten_inputs
@@ -121,24 +122,23 @@ def calibrate(
     """
     if not isinstance(prepared, GraphModule) or PLAN not in prepared.meta:
         raise TypeError(f"calibrate takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
-    if not isinstance(samples, CalibrationSet):
-        raise TypeError(
-            f"calibrate takes a CalibrationSet, got {type(samples).__name__}; dmq_ao.record makes one from any"
-            " sampling loop"
-        )
+    arguments.check_samples(samples, "calibrate")
     if bits is not None and not isinstance(bits, BitPlan):
         raise TypeError(f"bits must be a BitPlan, got {type(bits).__name__}; dmq_ao.search_bits makes one")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    arguments.check_fit(prepared, samples)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    arguments.calibration_begins(prepared)
     _start_clean(prepared)
     recipe: Recipe = prepared.meta[RECIPE]
     run = _Run(prepared, samples, recipe, folder, seed if recipe.learns else 0, batch_size, progress, bits)
     found = run.learn(MAX_MEMORY if max_memory is None else max_memory) if recipe.learns else run.watch()
     sqnr = prepared.meta[SQNR] = _decide_and_measure(prepared, samples, seed)
+    arguments.calibration_ends(prepared)
     return CalibrationReport(
         samples=len(samples),
         seconds=time.monotonic() - started,

@@ -14,6 +14,8 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph
+from dmq_ao.api import arguments
+from dmq_ao.api.arguments import DENOISER_NAMES
 from dmq_ao.api.calibrate import SQNR, CalibrationReport, calibrate
 from dmq_ao.backends import MEASURED, Backend, choose
 from dmq_ao.config import Ranges, Recipe
@@ -41,8 +43,6 @@ from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
 from dmq_ao.serialization.graph import StoredGraph
 
-DENOISER_NAMES = ("unet", "transformer")
-
 
 def prepare(
     denoiser: nn.Module,
@@ -65,11 +65,16 @@ def prepare(
         A graph that computes what the denoiser computes and observes.
 
     Raises:
-        ValueError: for patterns that match nothing, unknown names, training mode, per-step ranges without a timestep.
+        TypeError: for a pipeline, a quantized or compiled model, a recipe's name, or inputs of no call.
+        ValueError: for patterns that match nothing, unknown names, training mode, hooks, inputs that the denoiser
+            fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
+    arguments.check_prepare(denoiser, recipe, example_inputs)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
-    choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
+    plan = make_plan(captured, recipe.config)
+    arguments.check_group_sizes(captured, plan)
+    choose(backend, graph.device_of(denoiser), plan)
     keep = dict(captured.meta)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
@@ -123,12 +128,13 @@ def convert(
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
-        MissingStatistics: for an input that was never observed, by layer.
+        MissingStatistics: for an input that was never observed, by layer; after a calibration that failed.
         ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, cannot keep codes packed, or
             has no choice of kernels; for ``packed`` and ``latency_aware`` at once.
     """
     if not isinstance(prepared, GraphModule) or not {RECIPE, SKELETON} <= set(prepared.meta):
         raise TypeError(f"convert takes what dmq_ao.prepare returned, got {type(prepared).__name__}")
+    arguments.check_calibrated(prepared)
     plan = prepared.meta[PLAN]
     chosen = choose(backend, graph.device_of(prepared), plan, packed, latency_aware)
     records = _records(prepared) | _table_records(prepared)
@@ -273,8 +279,9 @@ def quantize(
         max_memory: as for ``calibrate``.
 
     Raises:
-        TypeError: when ``target`` has no denoiser.
+        TypeError: when ``target`` has no denoiser, or a quantized one, and for what is no recipe or calibration set.
     """
+    arguments.check_quantize(target, recipe, samples)
     name = denoiser_name(target)
     timestep_arg = samples.timestep_arg
     prepared = prepare(getattr(target, name), recipe, samples.example(), timestep_arg=timestep_arg, backend=backend)
