@@ -8,6 +8,7 @@ from dmq_ao.passes.look_up_codes import look_up_codes
 from dmq_ao.passes.lower_precision import lower_precision
 from dmq_ao.passes.merge_layers import merge_layers
 from dmq_ao.passes.out_of_place import out_of_place
+from dmq_ao.passes.own_tensors import own_tensors
 from dmq_ao.passes.place_on import place_on
 from dmq_ao.passes.split_concat import split_concat
 
@@ -21,6 +22,7 @@ __all__ = [
     "lower_precision",
     "merge_layers",
     "out_of_place",
+    "own_tensors",
     "place_on",
     "split_concat",
 ]

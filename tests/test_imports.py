@@ -25,9 +25,7 @@ FLOORS = (
 LONG_FILES = {
     "dmq_ao/samples/record.py",
 }
-LONG_FUNCTIONS = [
-    "dmq_ao/denoiser.py: __init__",
-]
+LONG_FUNCTIONS = []
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 
 

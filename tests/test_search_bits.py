@@ -31,9 +31,9 @@ from dmq_ao.config import (
     TensorConfig,
 )
 from dmq_ao.mixed_precision.bit_errors import (
-    input_errors,
-    error_of_rounded_weights,
     error_of_rounded_inputs,
+    error_of_rounded_weights,
+    input_errors,
     probe_of,
     weight_errors,
 )

@@ -122,7 +122,7 @@ def test_a_calibration_that_failed_is_not_converted(
         patch.setattr(stages, "observe", _fail)
         with pytest.raises(RuntimeError, match="no memory"):
             dmq_ao.calibrate(prepared, samples, progress=False)
-    with pytest.raises(dmq_ao.MissingStatistics, match="did not end: .* run calibrate"):
+    with pytest.raises(dmq_ao.MissingStatistics, match="failed or was interrupted, .* run calibrate"):
         dmq_ao.convert(prepared)
     dmq_ao.calibrate(prepared, samples, progress=False)
     dmq_ao.convert(prepared)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 
 from dmq_ao import graph
 from dmq_ao.algorithms.layer_noise import layer_noise
+from dmq_ao.api import arguments
 from dmq_ao.api.report import CalibrationReport as CalibrationReport
 from dmq_ao.api.stages import Run, run_stages
 from dmq_ao.evaluation import peak_rss_bytes
@@ -61,15 +62,12 @@ def calibrate(
         InvalidFile: for a damaged file in ``state_dir``.
     """
     state = require_prepared(prepared, "calibrate")
-    if not isinstance(samples, CalibrationSet):
-        raise TypeError(
-            f"calibrate takes a CalibrationSet, got {type(samples).__name__}; dmq_ao.record makes one from any"
-            " sampling loop"
-        )
+    arguments.check_samples(samples, "calibrate")
     if bits is not None and not isinstance(bits, BitPlan):
         raise TypeError(f"bits must be a BitPlan, got {type(bits).__name__}; dmq_ao.search_bits makes one")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    arguments.check_fit(prepared, samples)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:

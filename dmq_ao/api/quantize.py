@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,17 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dmq_ao import graph
+from dmq_ao.api import arguments
 from dmq_ao.api.calibrate import CalibrationReport, calibrate
 from dmq_ao.backends.backend import Backend
 from dmq_ao.backends.registry import choose_backend
-from dmq_ao.config import MissingStatistics, Ranges, Recipe
-from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.config import Ranges, Recipe
+from dmq_ao.denoiser import DenoiserParts, QuantizedDenoiser
 from dmq_ao.graph import values
 from dmq_ao.graph.arguments import TIMESTEP_NAMES
 from dmq_ao.graph.noise import noise_tensors
 from dmq_ao.observers import ActivationObserver
-from dmq_ao.passes import out_of_place
+from dmq_ao.passes import out_of_place, own_tensors
 from dmq_ao.quantizer.plan import make_plan
 from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, state_of, tables
 from dmq_ao.quantizer.quantizer import DiffusionQuantizer
@@ -32,8 +34,6 @@ from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
 from dmq_ao.serialization.graph import StoredGraph
-
-DENOISER_NAMES = ("unet", "transformer")
 
 
 def prepare(
@@ -57,11 +57,16 @@ def prepare(
         A graph that computes what the denoiser computes and observes.
 
     Raises:
-        ValueError: for patterns that match nothing, unknown names, training mode, per-step ranges without a timestep.
+        TypeError: for a pipeline, a quantized or compiled model, a recipe's name, or inputs of no call.
+        ValueError: for patterns that match nothing, unknown names, training mode, hooks, inputs that the denoiser
+            fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
+    arguments.check_prepare(denoiser, recipe, example_inputs)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
-    choose_backend(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
+    plan = make_plan(captured, recipe.config)
+    arguments.check_group_sizes(captured, plan)
+    choose_backend(backend, graph.device_of(denoiser), plan)
     signature = graph.signature_of(captured)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     graph.set_signature(prepared, signature)
@@ -90,7 +95,12 @@ def _pass_timestep(prepared: GraphModule) -> None:
 
 
 def convert(
-    prepared: GraphModule, backend: str = "auto", *, packed: bool = False, latency_aware: bool = False
+    prepared: GraphModule,
+    backend: str = "auto",
+    *,
+    packed: bool = False,
+    latency_aware: bool = False,
+    share_float: bool = False,
 ) -> QuantizedDenoiser:
     """Turn a calibrated graph into integers, and lower it to a backend. ``prepared`` can be converted again.
 
@@ -106,21 +116,19 @@ def convert(
             tenth; on a GPU, linears of 8-bit weights by PyTorch's int8 product where that is faster. The result means
             the same, up to rounding; ``layer_reports`` gives both times of those layers. They come from a clock:
             another run may choose others. Takes about twenty calls' time and a second lowering.
+        share_float: read what stays in float (norms, embeddings, first and last layers) from the float model's own
+            tensors, which saves their memory while both are there; a change of the model then changes the result.
 
     Raises:
         TypeError: when ``prepared`` is not prepared.
-        MissingStatistics: for an input that was never observed, by layer; after a calibration that did not end.
+        MissingStatistics: for an input that was never observed, by layer; after a calibration that failed.
         ValueError, UnsupportedByBackend: for a backend that is unknown, cannot run it, cannot keep codes packed, or
             has no choice of kernels; for ``packed`` and ``latency_aware`` at once.
     """
     state = require_prepared(prepared, "convert")
     if state.skeleton is None:  # torchao's prepare_pt2e alone: torchao's convert_pt2e goes on from there
         raise TypeError("convert takes what dmq_ao.prepare returned, got a graph that prepare_pt2e prepared alone")
-    if state.incomplete:
-        raise MissingStatistics(
-            "the last calibration of this graph did not end: its layers are decided in part; run"
-            " calibrate(prepared, samples) again before convert"
-        )
+    arguments.check_calibrated(state)
     device_backend = choose_backend(backend, graph.device_of(prepared), state.plan, packed, latency_aware)
     records = _records(prepared) | _table_records(prepared)
     shared = {id(tensor): tensor for tensor in [*prepared.parameters(), *prepared.buffers()]}
@@ -132,14 +140,12 @@ def convert(
     graph.set_signature(quantized, graph.signature_of(prepared))
     values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
     out_of_place(quantized)
+    if not share_float:
+        own_tensors(quantized)
     float_tensors = _float_tensors(quantized, state.skeleton)
     if packed:
         records = {name: packed_record(record) for name, record in records.items()}
-    return lower(
-        quantized,
-        device_backend,
-        packed=packed,
-        latency_aware=latency_aware,
+    parts = DenoiserParts(
         stored_graph=_stored_graph(quantized, float_tensors),
         signature=graph.signature_of(prepared),
         skeleton=state.skeleton,
@@ -150,6 +156,7 @@ def convert(
         sqnr_db=state.sqnr_db,
         merged=state.merged,
     )
+    return lower(quantized, device_backend, parts, packed=packed, latency_aware=latency_aware)
 
 
 def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> StoredGraph | None:
@@ -170,17 +177,19 @@ def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> Store
     return stored
 
 
-def lower(gm: GraphModule, backend: Backend, *, packed: bool, latency_aware: bool, **known: Any) -> QuantizedDenoiser:
-    """A quantize/dequantize graph on a backend; ``known`` is the rest of what ``QuantizedDenoiser`` takes."""
-    records = known["records"]
+def lower(
+    gm: GraphModule, backend: Backend, parts: DenoiserParts, *, packed: bool, latency_aware: bool
+) -> QuantizedDenoiser:
+    """A quantize/dequantize graph on a backend; ``parts`` is what is known before that."""
+    records = parts.records
     if latency_aware:
         assert backend.measured is not None  # choose_backend asked
-        lowered, kernels = backend.measured(gm, records, list(noise_tensors(known["signature"]).values()))
+        lowered, kernels = backend.measured(gm, records, list(noise_tensors(parts.signature).values()))
     else:
         lowered, kernels = backend.lower(gm, PackedRecords(records) if packed else records)
     graph.drop_unused(lowered)
     graph.allow_train_eval(lowered)
-    return QuantizedDenoiser(gm=lowered, kernels=kernels, backend=backend.name, **known).eval()
+    return QuantizedDenoiser(lowered, replace(parts, kernels=kernels, backend=backend.name)).eval()
 
 
 def _records(prepared: GraphModule) -> dict[str, LayerRecord]:
@@ -261,8 +270,9 @@ def quantize(
         max_memory: as for ``calibrate``.
 
     Raises:
-        TypeError: when ``target`` has no denoiser.
+        TypeError: when ``target`` has no denoiser, or a quantized one, and for what is no recipe or calibration set.
     """
+    arguments.check_quantize(target, recipe, samples)
     name = denoiser_name(target)
     timestep_arg = samples.timestep_arg
     prepared = prepare(getattr(target, name), recipe, samples.example(), timestep_arg=timestep_arg, backend=backend)
@@ -285,10 +295,10 @@ def denoiser_name(pipeline: Any) -> str:
     Raises:
         TypeError: when it has none.
     """
-    for name in DENOISER_NAMES:
+    for name in arguments.DENOISER_NAMES:
         if isinstance(getattr(pipeline, name, None), nn.Module):
             return name
     raise TypeError(
-        f"{type(pipeline).__name__} has no denoiser under {' or '.join(DENOISER_NAMES)}; give a pipeline, or use"
-        " prepare, calibrate and convert on the module itself"
+        f"{type(pipeline).__name__} has no denoiser under {' or '.join(arguments.DENOISER_NAMES)}; give a pipeline, or"
+        " use prepare, calibrate and convert on the module itself"
     )

@@ -18,7 +18,7 @@ from dmq_ao import graph
 from dmq_ao.api.quantize import convert, lower, prepare
 from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import InvalidFile, as_json
-from dmq_ao.denoiser import QuantizedDenoiser
+from dmq_ao.denoiser import DenoiserParts, QuantizedDenoiser
 from dmq_ao.graph import Signature, private
 from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.passes import out_of_place, place_on
@@ -233,10 +233,7 @@ def _from_graph(
     if how["latency_aware"]:
         parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs
     with _damage_is_named(folder):
-        quantized = lower(
-            parts.gm,
-            target,
-            **how,
+        known = DenoiserParts(
             stored_graph=stored_graph.StoredGraph(parts.text, stored.graph_constants),
             signature=parts.call,
             skeleton=whole,
@@ -247,6 +244,7 @@ def _from_graph(
             sqnr_db=stored.sqnr_db,
             merged=stored.merged,
         )
+        quantized = lower(parts.gm, target, known, **how)
         parts.tensors.fill_codes(quantized.graph_module)
         place_on(quantized.graph_module, device)
     quantized.guard(parts.program, folder)

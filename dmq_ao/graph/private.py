@@ -1,11 +1,11 @@
-"""What this package uses of PyTorch that PyTorch keeps to itself, each under a name of ours.
+"""What this package uses of PyTorch, and of libraries around it, that they keep to themselves, under names of ours.
 
 A private name may change in any release, so no other file has one: when PyTorch moves, this is the file to mend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -83,6 +83,36 @@ def replace_child(module: nn.Module, name: str, child: nn.Module) -> None:
 def uncompiled(module: Any) -> Any:
     """The module that ``torch.compile`` wrapped; what is not wrapped is itself."""
     return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called: it leaves the class and replaces the call."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
+    """Nested tuples, lists and dicts with what they hold changed, as ``torch.export`` takes them apart."""
+    return _pytree.tree_map(change, value)
+
+
+def parameters_of(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
+    """The parameters right at a module, by name."""
+    return module._parameters
+
+
+def offload_hook(module: nn.Module) -> object | None:
+    """What accelerate hangs on a module that it offloads; None on others. Its own private name."""
+    return getattr(module, "_hf_hook", None)
+
+
+def diffusers_hooks(module: nn.Module) -> Iterable[str]:
+    """Names of what diffusers hangs on a module: caches, offloading, casting. Its own private name."""
+    return tuple(getattr(getattr(module, "_diffusers_hook", None), "hooks", ()))
+
+
+def computes_in_chunks(module: nn.Module) -> bool:
+    """Whether a block of diffusers cuts its feed-forward into chunks. Its own private name."""
+    return isinstance(getattr(module, "_chunk_size", None), int)
 
 
 def leaves(value: Any) -> list[Any]:

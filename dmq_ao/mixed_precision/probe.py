@@ -29,7 +29,7 @@ class Perturbed(Interpreter):
         self.values = dict(self.env)
 
     def error(self, node: Node, weight: Tensor | None, bits: int | None) -> float:
-        """Mean relative error of the output when a layer has this ``weight`` [out, ...], and an input of ``bits`` bits."""
+        """Mean relative error of the output with a layer's ``weight`` [out, ...] and an input of ``bits`` bits."""
         return self.error_of({node: (weight, bits)})
 
     def error_of(self, changed: Mapping[Node, Change]) -> float:

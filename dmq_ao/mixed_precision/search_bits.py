@@ -19,9 +19,9 @@ from dmq_ao.config import BitAllocation, Scope, Scorer
 from dmq_ao.mixed_precision.allocation import exchange, swap
 from dmq_ao.mixed_precision.bit_errors import (
     WeightErrors,
-    input_errors,
-    error_of_rounded_weights,
     error_of_rounded_inputs,
+    error_of_rounded_weights,
+    input_errors,
     probe_of,
     weight_errors,
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -118,7 +119,8 @@ def matches(pattern: str, name: str, roles: set[str]) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(whole_name(name), pattern)
 
 
-def _patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
+def patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
+    """Every pattern of layers in a config, with the field that it stands in."""
     for pattern in config.keep_float:
         yield "keep_float", pattern
     for override in config.overrides:
@@ -128,7 +130,7 @@ def _patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
 
 
 def _check_patterns(config: QuantConfig, roles: dict[str, set[str]]) -> None:
-    for field, pattern in _patterns(config):
+    for field, pattern in patterns(config):
         _check_pattern(field, pattern, roles)
     for tensor in (*config.weights, *config.activations):
         estimator(tensor.observer)
@@ -139,9 +141,13 @@ def _check_pattern(field: str, pattern: str, roles: dict[str, set[str]]) -> None
         if pattern not in ROLES:
             raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
     elif not any(matches(pattern, name, own) or _awaits(pattern, name, own) for name, own in roles.items()):
-        names = list(roles)
-        listing = ", ".join(names[:12]) + (f", ... ({len(names)} in all)" if len(names) > 12 else "")
-        raise ValueError(f"{field}: pattern {pattern!r} matches no layer; the layers are {listing}")
+        raise no_match(field, pattern, roles)
+
+
+def no_match(field: str, pattern: str, names: Collection[str]) -> ValueError:
+    """The error for a pattern that no layer's name matches, with the names nearest to it."""
+    near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or sorted(names)[:5]
+    return ValueError(f"{field}: pattern {pattern!r} matches no layer; near ones of {len(names)} are {near}")
 
 
 def _awaits(pattern: str, name: str, roles: set[str]) -> bool:

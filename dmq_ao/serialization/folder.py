@@ -1,7 +1,8 @@
 """A quantized denoiser as a folder: config.json, packed integers in safetensors, graph.json, manifest.json.
 
 The tensors are those of the layers (see ``layers``), constants of the stored graph as ``graph.<name>``, and what
-stayed in float under its own name.
+stayed in float under its own name, or another that the config tells where that one is taken: a weight that is codes in one
+layer and float in another is in the file twice.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.records import LayerRecord
 from dmq_ao.serialization import manifest, meaning
 from dmq_ao.serialization.graph import read_dtype
-from dmq_ao.serialization.layers import layer_configs, layer_tensors, stored_layers
+from dmq_ao.serialization.layers import FIELDS, layer_configs, layer_tensors, stored_layers
 from dmq_ao.serialization.records import StoredRecords
 
 FOLDER_VERSION = 1
@@ -36,7 +37,7 @@ CONFIG = "config.json"
 TENSORS = "diffusion_pytorch_model.safetensors"
 GRAPH = "graph.json"
 KEY = "quantization_config"
-_CONSTANT = "graph."
+_CONSTANT, _FLOAT = "graph.", "float."
 _LONGEST_NAME = 1000
 
 
@@ -97,6 +98,7 @@ class _Config:
     timestep_arg: str | None
     sqnr_db: dict[str, Any]
     merged: dict[str, str] = field(default_factory=dict)
+    float_names: dict[str, str] = field(default_factory=dict)
 
 
 def write(stored: Stored, folder: str | Path) -> None:
@@ -235,22 +237,52 @@ def _config(stored: Stored, layers: Mapping[str, Any], checksums: Mapping[str, s
         "sqnr_db": {name: db if math.isfinite(db) else str(db) for name, db in stored.sqnr_db.items()},
         "merged": dict(stored.merged),
     }
+    renamed = _float_names(stored)
+    if renamed:
+        mine["float_names"] = renamed
     return {**stored.model_config, KEY: mine}
 
 
 def _tensors(stored: Stored) -> dict[str, Tensor]:
-    tensors = {name: value.detach().cpu() for name, value in stored.float_tensors.items()}
+    names = _float_names(stored)
+    tensors = {names.get(name, name): value.detach().cpu() for name, value in stored.float_tensors.items()}
     tensors |= {f"{_CONSTANT}{name}": value.cpu() for name, value in stored.graph_constants.items()}
     own = layer_tensors(stored.records)
     twice = sorted(set(tensors) & set(own))
     if twice:
-        raise ValueError(f"{twice} are both of a quantized layer and kept in float; keep that layer in float too")
+        raise ValueError(f"{twice} are both of a quantized layer and constants of the graph; keep that layer in float")
     return {name: value.clone() for name, value in tensors.items()} | own
+
+
+def _float_names(stored: Stored) -> dict[str, str]:
+    """Names in the file of the float tensors that cannot have their own: a layer's record does, or constants do."""
+    record_names = {f"{layer}.{part}" for layer in stored.records for part in FIELDS}
+    names = {}
+    for name in sorted(stored.float_tensors):
+        if name in record_names or name.startswith(_CONSTANT):
+            names[name] = _FLOAT + name
+            while names[name] in record_names or names[name] in stored.float_tensors:
+                names[name] = _FLOAT + names[name]
+    return names
+
+
+def _by_original_name(tensors: dict[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Take the float tensors that have another name in the file out of ``tensors``.
+
+    Raises:
+        ValueError: for a name that the file does not have, or has under its own name too.
+    """
+    lost = sorted(other for other in names.values() if other not in tensors)
+    if lost or len(set(names.values())) < len(names) or names.keys() & tensors.keys():
+        raise ValueError(f"float_names: {dict(names)} do not name tensors of the file once each; missing {lost}")
+    return {name: tensors.pop(other) for name, other in names.items()}
 
 
 def _from_parts(whole: dict[str, Any], config: _Config, records: StoredRecords, graph: str | None) -> Stored:
     rest = dict(records.rest)
+    renamed = _by_original_name(rest, config.float_names)
     constants = {name.removeprefix(_CONSTANT): rest.pop(name) for name in list(rest) if name.startswith(_CONSTANT)}
+    rest |= renamed
     for names in (records, config.parameters, config.example, config.constants, config.merged):
         _check_names(names)
     _check_float_tensors(rest, config.float_tensors, config.parameters)
