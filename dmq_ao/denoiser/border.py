@@ -62,7 +62,7 @@ def with_nan(answer: Any, rows: Tensor) -> Any:
 
 
 def stand_ins(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """One row [1, ...] of zeros in place of no rows [0, ...]: a graph has shapes for it, and no kernel takes nothing."""
+    """One row [1, ...] of zeros in place of no rows [0, ...], which no kernel takes and graphs have no shapes for."""
     return [x.new_zeros((1, *x.shape[1:])) if x.dim() and not x.shape[0] else x for x in tensors]
 
 

@@ -1,8 +1,8 @@
 """A quantized denoiser as a folder: config.json, packed integers in safetensors, graph.json, manifest.json.
 
 The tensors are those of the layers (see ``layers``), constants of the stored graph as ``graph.<name>``, and what
-stayed in float under its own name, or another that the config tells where that one is taken: a weight that is codes in one
-layer and float in another is in the file twice.
+stayed in float under its own name, or another that the config tells where that one is taken: a weight that is codes in
+one layer and float in another is in the file twice.
 """
 
 from __future__ import annotations
