@@ -19,8 +19,8 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.algorithms.blocks import Block, Rows, find_blocks, run_block
-from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, learn_block, scaled_weight
+from dmq_ao.algorithms.blocks import Block, find_blocks, run_block
+from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, layouts_of, learn_block, scaled_weight
 from dmq_ao.algorithms.layer_rows import Draw, LayerRows
 from dmq_ao.algorithms.moments import Moments
 from dmq_ao.algorithms.rounding import (
@@ -34,15 +34,22 @@ from dmq_ao.algorithms.rounding import (
     round_by_feedback,
     round_by_learning,
 )
-from dmq_ao.algorithms.stream import Stream, Value
+from dmq_ao.algorithms.row_layout import Layout, RowLayout, Shared, row_layouts
+from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
 from dmq_ao.graph.geometry import Geometry, geometry
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.observers import ActivationObserver, VoteReport
 from dmq_ao.quantizer.quantizer import PLAN, SCALED, attention_observers, float_bias, observers, readers
 from dmq_ao.records import LayerRecord, WeightRecord, moved
+from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import load_state, save_state
 from dmq_ao.serialization.layers import layer_configs, layer_records, layer_tensors
+
+_UNTOLD = (
+    "rounded to nearest, no channel scales: samples meet in the rows of its input, or lie in an order of their own"
+)
+_BLOCK_UNTOLD = "its block is not reconstructed: samples meet in the rows of what it reads, or in those of its outputs"
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,14 @@ class LayerLearning:
         scale_steps: gradient steps taken for them.
         nearest_error: held-out error of nearest rounding, relative to the output.
         rounded_error: of the codes that were kept.
+        note: what was not learned, and why; empty where nothing was left out.
     """
 
     scale_gain: float | None
     scale_steps: int
     nearest_error: float
     rounded_error: float
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,10 +103,9 @@ class Reconstruction:
         self,
         prepared: GraphModule,
         recipe: Recipe,
-        batches: list[list[Tensor]],
-        steps: Tensor,
-        count: int,
+        samples: GraphSamples,
         *,
+        batch_size: int,
         seed: int,
         max_memory: int,
         state_dir: Path | None,
@@ -109,9 +117,8 @@ class Reconstruction:
         Args:
             prepared: the graph; its observers are decided in place.
             recipe: scaling, rounding and bias correction.
-            batches: the graph's arguments, a list a batch.
-            steps: [N] place of each sample on the sampler's list of steps.
-            count: length of that list.
+            samples: to learn from.
+            batch_size: samples per forward pass.
             seed: of all that is drawn.
             max_memory: bytes of values to hold.
             state_dir: where units and spilled values go.
@@ -127,8 +134,9 @@ class Reconstruction:
         self.attention = attention_observers(prepared)
         self.units = units_of(prepared)
         self.unit_of = {name: unit for unit in self.units for name in unit.layers}
-        self.count = count
-        self.held = held_out(len(steps), torch.Generator().manual_seed(seed))
+        self.count, self.layouts = len(samples.timesteps), row_layouts(prepared, samples)
+        batches = list(samples.batches(batch_size))
+        self.held = held_out(len(samples), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
         self.blocks: dict[str, BlockLearning] = {}
         self.votes: dict[str, VoteReport] = {}
@@ -147,13 +155,28 @@ class Reconstruction:
             folder=state_dir,
             hold=hold,
         )
-        self.rows = LayerRows(prepared, self.nodes, batches, self.stream, steps, count, self.held, seed)
+        self.rows = LayerRows(
+            prepared,
+            self.nodes,
+            batches,
+            self.stream,
+            self.layouts,
+            samples.step,
+            self.count,
+            self.held,
+            seed,
+        )
 
     def run(self) -> None:
         """Decide every unit."""
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self.stream.run(self._before, self._after, self._passed)
+
+    def output_layout(self) -> RowLayout:
+        """Whose the rows of the denoiser's first output are."""
+        node = next(iter(self.prepared.graph.output_node().all_input_nodes))
+        return self.layouts[node]
 
     def _student(self, node: Node, args: list[Any], index: int) -> Any:
         """A quantized layer's output on a batch, or a factor inside attention."""
@@ -217,7 +240,7 @@ class Reconstruction:
                 found.setdefault(id(watcher), (name, watcher))
         return dict(found.values())
 
-    def _show(self, watcher: ActivationObserver, seen: Value) -> None:
+    def _show(self, watcher: ActivationObserver, seen: NodeValue) -> None:
         for index, x in enumerate(seen):
             watcher(x, self.rows.timestep(index))
 
@@ -227,6 +250,8 @@ class Reconstruction:
         plan = self.prepared.meta[PLAN]
         scaled = self.prepared.meta[SCALED]
         learning = {first: watcher for first, watcher in inputs.items() if first in scaled}
+        if any(self.rows.layout(name) is None for name in unit.layers):
+            learning = {}
         for watcher in inputs.values():
             watcher.channel_scale = None
         if not learning:
@@ -237,7 +262,7 @@ class Reconstruction:
         for _, watcher in learning.items():
             members = [name for name in unit.layers if self.watchers[name][1] is watcher]
             seen = self.stream.teacher_values[self.rows.source(members[0])]
-            low, high = _channel_ranges(seen, watcher.ch_axis)
+            low, high = self.rows.channel_ranges(members[0], seen)
             sampled = [self.rows.teacher(name, seen, config.positions) for name in members]
             given.append(
                 ScaledInput(
@@ -264,8 +289,9 @@ class Reconstruction:
         weight = scaled_weight(self.prepared, node, activation)
         shape = geometry(node, weight)
         nearest = observer.round(weight)
-        rounding = self.recipe.rounding
-        chosen = rounding or Rounding()
+        known = self.rows.layout(name) is not None
+        rounding = self.recipe.rounding if known else None
+        chosen = self.recipe.rounding or Rounding()
         second = rounding is not None and rounding.method is RoundingMethod.FEEDBACK
         moments, held = self.rows.moments(name, node, shape, weight, nearest, chosen, second=second)
         corrects = self.recipe.bias_correction
@@ -289,7 +315,7 @@ class Reconstruction:
             bias = (shift if own is None else own.float() + shift).contiguous()
         observer.restore(best, bias)
         gain, taken = self.scale_gain.get(name, (None, 0))
-        self.learned[name] = LayerLearning(gain, taken, before, left)
+        self.learned[name] = LayerLearning(gain, taken, before, left, "" if known else _UNTOLD)
 
     def _round(
         self,
@@ -322,10 +348,18 @@ class Reconstruction:
     # ---- blocks
 
     def _passed(self, node: Node) -> None:
-        if node in self.ends:
-            self._reconstruct(self.ends[node])
+        if node not in self.ends:
+            return
+        block = self.ends[node]
+        layouts = layouts_of(block, self.layouts)
+        if layouts is not None:
+            self._reconstruct(block, layouts)
+            return
+        for name in block.layers:
+            if not self.learned[name].note:
+                self.learned[name] = replace(self.learned[name], note=_BLOCK_UNTOLD)
 
-    def _reconstruct(self, block: Block) -> None:
+    def _reconstruct(self, block: Block, layouts: Mapping[Node, Layout | Shared]) -> None:
         """Learn a block whose layers are all decided, and bring the student's values up to date."""
         file = None if self.folder is None else self.folder / f"block{block.index:04d}.safetensors"
         saved = load_state(file, self.digest, "a block of a calibration")
@@ -334,7 +368,7 @@ class Reconstruction:
             self._take(layer_records(meta["layers"], tensors))
             self.blocks[block.name] = learned = BlockLearning(**meta["learned"])
         else:
-            learned = self._learn(block)
+            learned = self._learn(block, layouts)
             if file is not None:
                 records = {name: self._record(name) for name in block.layers}
                 meta = {"layers": layer_configs(records), "learned": asdict(learned)}
@@ -344,16 +378,15 @@ class Reconstruction:
                 if self.stream.differs(node):
                     self.stream.replace(node, partial(self._rerun, block, node))
 
-    def _learn(self, block: Block) -> BlockLearning:
+    def _learn(self, block: Block, layouts: Mapping[Node, Layout | Shared]) -> BlockLearning:
         config = self.recipe.blocks
         assert config is not None
-        rows = Rows(self.prepared, self.rows.sizes)
 
-        def taken(values: dict[Node, Value]) -> Callable[[Tensor], dict[Node, Any]]:
-            return lambda chosen: {node: rows.take(node, values[node], chosen) for node in block.inputs}
+        def taken(values: dict[Node, NodeValue]) -> Callable[[Tensor], dict[Node, Any]]:
+            return lambda chosen: {node: self.rows.pick(node, values[node], chosen) for node in block.inputs}
 
         students, teachers = taken(self.stream.student_values), taken(self.stream.teacher_values)
-        data = BlockData(students, teachers, self.rows.steps, self.count, self.held)
+        data = BlockData(students, teachers, layouts, self.rows.steps, self.count, self.held)
         with torch.enable_grad():
             learned, codes, factors = learn_block(
                 self.prepared, block, data, config, self.rows.generator(block.index, Draw.BLOCK)
@@ -422,9 +455,3 @@ class Reconstruction:
             if activation is not None and record.activation is not None:
                 activation.channel_scale = record.activation.channel_scale
                 activation.restore(record.activation)
-
-
-def _channel_ranges(seen: Value, ch_axis: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value [N, C] of each channel in each sample."""
-    ends = [x.float().movedim(ch_axis, 1).flatten(2) if x.dim() > 2 else x.float().unsqueeze(-1) for x in seen]
-    return torch.cat([x.amin(2) for x in ends]), torch.cat([x.amax(2) for x in ends])

@@ -29,7 +29,6 @@ from dmq_ao.algorithms.ranges import observe, passes_of
 from dmq_ao.algorithms.relations import Watched
 from dmq_ao.config import BitAllocation, Protection, Recipe
 from dmq_ao.evaluation import peak_rss_bytes
-from dmq_ao.graph.arguments import flatten_inputs
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.mixed_precision.search_bits import apply_bits, find_bits
 from dmq_ao.mixed_precision.sensitivity import forget, protect
@@ -37,7 +36,7 @@ from dmq_ao.observers import VoteReport
 from dmq_ao.quantizer.quantizer import PLAN, RECIPE, TUNED, float_weight, observers, tables
 from dmq_ao.records import LayerPlan
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.samples.calibration_set import spread_over_steps
+from dmq_ao.samples.graph_samples import GraphSamples
 
 SQNR = "dmq_ao.sqnr_db"
 MEASURED_ROWS = 8
@@ -176,6 +175,7 @@ class _Run:
         bits: BitPlan | None,
     ) -> None:
         self.prepared, self.samples, self.recipe, self.bits = prepared, samples, recipe, bits
+        self.given = GraphSamples.of(prepared, samples)
         self.seed, self.batch_size, self.progress = seed, batch_size, progress
         digest = _digest(prepared, samples, batch_size, seed, bits)
         self.state: dict[str, Any] = {"state_dir": folder, "digest": digest}
@@ -191,7 +191,6 @@ class _Run:
 
     def learn(self, max_memory: int) -> dict[str, Any]:
         """Protect, decide layer by layer, and distill, as far as the recipe asks."""
-        batches = list(self._batches())
         watched = self._watched()
         if self.recipe.protection is not None:
             self._protect(self.recipe.protection)
@@ -203,9 +202,8 @@ class _Run:
             learning = Reconstruction(
                 self.prepared,
                 self.recipe,
-                batches,
-                self.samples.step,
-                len(self.samples.timesteps),
+                self.given,
+                batch_size=self.batch_size,
                 seed=self.seed,
                 max_memory=max_memory,
                 **self.state,
@@ -218,7 +216,7 @@ class _Run:
             "layers": learning.learned,
             "blocks": learning.blocks,
             "bits": self.bits,
-            "distillation": self._distill(batches, learning.held, watched),
+            "distillation": self._distill(learning, watched),
         }
 
     def _watched(self) -> Watched | None:
@@ -227,11 +225,10 @@ class _Run:
         if relation is None:
             return None
         node, ch_axis = find_feature_node(self.prepared, relation.tap)
-        return Watched(relation, node, ch_axis, self.samples.earlier(relation.window))
+        return Watched(relation, node, ch_axis, self.given.earlier(relation.window))
 
     def _protect(self, protection: Protection) -> None:
-        rows = spread_over_steps(self.samples, protection.samples)
-        some = graph.graph_arguments(self.prepared, next(iter(self.samples.select(rows).batches(len(rows)))))
+        some = self.given.spread(protection.samples).whole().arguments
         with self._bar("sensitivity", "layer", len(observers(self.prepared))) as bar:
             protect(self.prepared, some, **self.state, bar=bar)
 
@@ -241,20 +238,18 @@ class _Run:
                 self.prepared, self.samples, allocation, batch_size=self.batch_size, bar=bar, **self.state
             )
 
-    def _distill(
-        self, batches: list[list[Tensor]], held: Tensor, watched: Watched | None
-    ) -> DistillationReport | None:
+    def _distill(self, learning: Reconstruction, watched: Watched | None) -> DistillationReport | None:
         config = self.recipe.distillation
         if config is None:
             return None
-        shared = set(flatten_inputs(self.samples.shared))
         with self._bar("distill", "step", config.steps) as bar:
             return distill(
                 self.prepared,
-                batches,
+                self.given,
                 config,
-                held,
-                shared=shared,
+                learning.held,
+                layout=learning.output_layout(),
+                batch_size=self.batch_size,
                 watched=watched,
                 seed=self.seed,
                 **self.state,
@@ -262,7 +257,7 @@ class _Run:
             )
 
     def _batches(self) -> Iterator[list[Tensor]]:
-        return (graph.graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
+        return (batch.arguments for batch in self.given.batches(self.batch_size))
 
     def _bar(self, what: str, unit: str, total: int) -> tqdm[Any]:
         return tqdm(total=total, disable=not self.progress, unit=unit, desc=what)
@@ -317,8 +312,7 @@ def _decide_and_measure(prepared: GraphModule, samples: CalibrationSet, seed: in
             activation.restore(activation.record())
     rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MEASURED_ROWS]
     with torch.no_grad():
-        inputs = next(iter(samples.select(rows).batches(MEASURED_ROWS)))
-        return _Measure(prepared).measure(graph.graph_arguments(prepared, inputs))
+        return _Measure(prepared).measure(GraphSamples.of(prepared, samples).batch(rows).arguments)
 
 
 def _votes(prepared: GraphModule) -> dict[str, VoteReport]:
