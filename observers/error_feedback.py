@@ -12,17 +12,38 @@ from torch import Tensor
 from dmq_ao import numerics
 
 BLOCK = 128
+# Four to this power is far above one over the precision of any dtype.
+_ATTEMPTS = 40
 
 
-def damp(moments: Tensor, damping: float) -> Tensor:
-    """Add ``damping`` times the mean diagonal to the diagonal of ``moments`` [K, K], in place.
+def damp(moments: Tensor, damping: float, least: float = 0.0) -> Tensor:
+    """Add ``damping`` times the mean diagonal, or ``least``, to the diagonal of ``moments`` [K, K], in place.
 
     Columns never seen then keep their weights, and all factors exist.
     """
     diagonal = moments.diagonal()
-    mean = diagonal.mean()
-    diagonal += torch.where(mean > 0, damping * mean, 1.0)
+    added = (damping * diagonal.mean()).clamp_min(least)
+    diagonal += torch.where(added > 0, added, 1.0)
     return moments
+
+
+def factor(moments: Tensor) -> Tensor:
+    """Lower triangular ``L`` [K, K] with ``L L^T = moments``; where rounding left no such factor, of more damped ones.
+
+    Args:
+        moments: [K, K] symmetric, finite; its diagonal is raised in place until there is a factor.
+
+    Raises:
+        ValueError: for moments that are NaN or infinite.
+    """
+    more = float(moments.diagonal().abs().mean()) * torch.finfo(moments.dtype).eps or 1.0
+    for _ in range(_ATTEMPTS):
+        lower, failed = torch.linalg.cholesky_ex(moments)
+        if not int(failed):
+            return lower
+        moments.diagonal().add_(more)
+        more *= 4
+    raise ValueError("second moments are NaN or infinite; check the inputs that they are of")
 
 
 def round_with_feedback(
@@ -42,7 +63,7 @@ def round_with_feedback(
         codes [out, K] int32.
     """
     order = moments.diagonal().argsort(stable=True)  # the columns that count most are rounded first, from the end
-    lower = torch.linalg.cholesky(moments[order[:, None], order])
+    lower = factor(moments[order[:, None], order])
     groups = (order // (weight.shape[1] // scale.shape[1])).tolist()
     columns = weight.to(moments.dtype)[:, order]
     limits = numerics.RowLimits.of(bits, symmetric, columns[:, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from dmq_ao import graph
 from dmq_ao.algorithms import blockwise as learn_blocks
 from dmq_ao.algorithms.blocks import Block, find_blocks, run_block
 from dmq_ao.algorithms.blockwise import BlockData, BlockStudent, block_error, learn_block, teacher_of
-from dmq_ao.algorithms.stream import Value
+from dmq_ao.algorithms.row_layout import Layout
 from dmq_ao.config import (
     BlockReconstruction,
     ChannelScaling,
@@ -170,30 +171,9 @@ def test_a_block_alone_computes_what_the_graph_does(
                 assert torch.equal(value, env[node]) if isinstance(value, Tensor) else value == env[node]
 
 
-@pytest.mark.parametrize("sizes", [[2, 2], [2, 1]])
-def test_rows_are_taken_out_of_batches(
-    sizes: list[int], unet: Ready, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]
-) -> None:
-    from dmq_ao.algorithms.blocks import Rows
-
-    example = tiny_unet2d[1]
-    batches = [
-        {"sample": torch.randn(size, 3, 16, 16), "timestep": torch.arange(size) + 100 * i}
-        for i, size in enumerate(sizes)
-    ]
-    with torch.no_grad():
-        envs = [_values(unet.prepared, graph_arguments(unet.prepared, batch)) for batch in batches]
-        chosen = torch.tensor([1, 2])
-        both = {name: torch.cat([batches[0][name][1:2], batches[1][name][:1]]) for name in example}
-        expected = _values(unet.prepared, graph_arguments(unet.prepared, both))
-    rows = Rows(unet.prepared, sizes)
-    for block in unet.blocks:
-        for node in block.inputs:
-            found = rows.take(node, Value([env[node] for env in envs]), chosen)
-            if isinstance(found, Tensor):
-                assert torch.allclose(found, expected[node], atol=1e-5), node
-            else:
-                assert found == expected[node], node
+def error_of(block: Block, student: dict[Any, Tensor], teacher: dict[Any, Tensor], layer_weight: float) -> Tensor:
+    """The error of two samples whose values have a row each."""
+    return block_error(block, student, teacher, layer_weight, defaultdict(Layout), 2)
 
 
 # --- what a block learns -----------------------------------------------------
@@ -211,7 +191,7 @@ def test_every_rounding_and_step_has_a_gradient_and_the_teacher_none(
         teacher = teacher_of(found.prepared, block, given)
         assert not any(value.requires_grad for value in teacher.values())
         outputs = student.run(given)
-        error = block_error(block, outputs, teacher, 0.8)
+        error = error_of(block, outputs, teacher, 0.8)
         assert error.shape == (2,)
         error.sum().backward()
         for what, parameter in (*student.logits.items(), *student.log_factors.items()):
@@ -228,7 +208,7 @@ def test_each_inner_error_reaches_its_own_layer(unet: Ready) -> None:
         for node, axis in block.inner:
             student = BlockStudent(unet.prepared, block, WITHOUT_DROPS)
             alone = dataclasses.replace(block, outputs=((node, axis),), inner=())
-            block_error(alone, student.run(unet.given[block.index]), teacher, 0.0).sum().backward()
+            error_of(alone, student.run(unet.given[block.index]), teacher, 0.0).sum().backward()
             gradient = student.logits[names[node]].grad
             assert gradient is not None
             assert bool(gradient.any())
@@ -245,7 +225,7 @@ def test_the_gradient_is_that_of_finite_differences(
     student = BlockStudent(found.prepared, block, WITHOUT_DROPS)
 
     def error() -> Tensor:
-        return block_error(block, student.run(given), teacher, 0.8).double().sum()
+        return error_of(block, student.run(given), teacher, 0.8).double().sum()
 
     for name, logits in student.logits.items():
         (gradient,) = torch.autograd.grad(error(), logits)
@@ -325,7 +305,8 @@ def test_a_share_of_a_blocks_input_is_the_float_networks(
     monkeypatch.setattr(BlockStudent, "run", watched)
     held = torch.zeros(3, dtype=torch.bool)
     held[2] = True
-    data = BlockData(lambda chosen: student, lambda chosen: teacher, torch.zeros(3, dtype=torch.long), 1, held)
+    steps, layouts = torch.zeros(3, dtype=torch.long), defaultdict(Layout)
+    data = BlockData(lambda chosen: student, lambda chosen: teacher, layouts, steps, 1, held)
     config = BlockReconstruction(steps=2, batch_size=2, mix=share)
     with torch.enable_grad():
         learn_block(unet.prepared, block, data, config, torch.Generator().manual_seed(0))

@@ -28,6 +28,7 @@ from dmq_ao.config import Distillation, InvalidFile, Recipe, Reduce, Relation
 from dmq_ao.graph import graph_arguments
 from dmq_ao.objectives import relation_error
 from dmq_ao.quantizer.prepared import observers, state_of
+from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization import checkpoint as state
 
 module = importlib.import_module("dmq_ao.algorithms.distillation")
@@ -469,17 +470,12 @@ def related(
     prepared: GraphModule, samples: dmq_ao.CalibrationSet, student: Student, held: Tensor | None = None, **given: Any
 ) -> tuple[Relations, Callable[[Tensor], Tensor]]:
     """The relation term over ``samples``, and the student's features of some of them."""
-
-    def rows(chosen: Tensor) -> list[Tensor]:
-        [inputs] = samples.select(chosen).batches(len(chosen))
-        return graph_arguments(prepared, inputs)
-
-    batches = [graph_arguments(prepared, inputs) for inputs in samples.batches(5)]
+    whole = GraphSamples.of(prepared, samples)
     config = Relation(**given)
     watched = Watched(config, *find_feature_node(prepared, config.tap), samples.earlier(config.window))
     nothing = torch.zeros(len(samples), dtype=torch.bool)
-    term = Relations(prepared, watched, batches, rows, nothing if held is None else held)
-    return term, lambda chosen: student.predict_with(rows(chosen), term.node)[1]
+    term = Relations(prepared, watched, whole, nothing if held is None else held, 5)
+    return term, lambda chosen: student.predict_with(whole.batch(chosen).arguments, term.node)[1]
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 20])

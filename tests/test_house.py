@@ -23,6 +23,7 @@ STAGES = {
 }
 SHARED_BY_STAGES = {
     "dmq_ao.algorithms.blocks",
+    "dmq_ao.algorithms.dequantized_codes",
     "dmq_ao.algorithms.features",
     "dmq_ao.algorithms.inputs",
     "dmq_ao.algorithms.layer_noise",
@@ -30,7 +31,9 @@ SHARED_BY_STAGES = {
     "dmq_ao.algorithms.low_rank",
     "dmq_ao.algorithms.moments",
     "dmq_ao.algorithms.relations",
+    "dmq_ao.algorithms.row_layout",
     "dmq_ao.algorithms.stream",
+    "dmq_ao.algorithms.teacher_outputs",
     "dmq_ao.algorithms.units",
     "dmq_ao.algorithms.weights",
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dmq_ao.algorithms.moments import Moments
 from dmq_ao.algorithms.rounding import (
-    Rows,
+    SampledRows,
     ScaledInput,
     ScaleOutcome,
     correction,
@@ -56,11 +56,11 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def rows_of(x: Tensor, weight: Tensor, groups: int = 1) -> Rows:
-    """Rows of a layer whose inputs ``x`` are [N, positions, K]; every eighth sample is held out."""
+def rows_of(x: Tensor, weight: Tensor, groups: int = 1) -> SampledRows:
+    """SampledRows of a layer whose inputs ``x`` are [N, positions, K]; every eighth sample is held out."""
     grouped = x.unflatten(-1, (groups, -1))
     held = torch.arange(len(x)) % 8 == 7
-    return Rows(grouped, product(grouped, weight), torch.arange(len(x)) % STEPS, held)
+    return SampledRows(grouped, product(grouped, weight), torch.arange(len(x)) % STEPS, held)
 
 
 def uneven(channels: int = 8, out: int = 6, groups: int = 1, even: bool = False) -> tuple[Tensor, Tensor]:
@@ -328,7 +328,7 @@ def test_codes_by_learning(config: TensorConfig, weighting: Weighting) -> None:
     x, weight = layer()
     grouped = x.reshape(SAMPLES // 2, 25, 1, -1)
     held = torch.arange(len(grouped)) % 8 == 7
-    data = Rows(grouped, product(grouped, weight), torch.arange(len(grouped)) % STEPS, held)
+    data = SampledRows(grouped, product(grouped, weight), torch.arange(len(grouped)) % STEPS, held)
     rounding = Rounding(
         RoundingMethod.ADAROUND, steps=60, lr=5e-2, batch_size=4, step_weights=StepWeights(weighting, gamma=2.0)
     )
@@ -348,7 +348,9 @@ def test_codes_by_learning(config: TensorConfig, weighting: Weighting) -> None:
 def test_learned_codes_are_closer_than_the_nearest() -> None:
     x, weight = layer()
     grouped = x.reshape(SAMPLES // 2, 25, 1, -1)
-    data = Rows(grouped, product(grouped, weight), torch.arange(16) % STEPS, torch.arange(len(grouped)) % 8 == 7)
+    data = SampledRows(
+        grouped, product(grouped, weight), torch.arange(16) % STEPS, torch.arange(len(grouped)) % 8 == 7
+    )
     rounding = Rounding(RoundingMethod.ADAROUND, steps=300, lr=3e-2, batch_size=16, regularizer=0.05)
     config = TensorConfig(3, Granularity.PER_CHANNEL)
     record = round_by_learning(weight, config, MinMax, data, rounding, STEPS, generator())
@@ -360,7 +362,7 @@ def test_learned_codes_are_closer_than_the_nearest() -> None:
 def test_rounding_leaves_weight_and_rows_alone() -> None:
     x, weight = layer()
     grouped = x.reshape(16, 25, 1, -1)
-    data = Rows(grouped, product(grouped, weight), torch.arange(16) % STEPS, torch.arange(16) % 8 == 7)
+    data = SampledRows(grouped, product(grouped, weight), torch.arange(16) % STEPS, torch.arange(16) % 8 == 7)
     kept = [one.clone() for one in (weight, data.x, data.y)]
     round_by_learning(weight, W4, MinMax, data, Rounding(RoundingMethod.ADAROUND, steps=3), STEPS, generator())
     round_by_feedback(weight, W4, MinMax, moments_of(x, torch.zeros(len(x), 4)), Rounding(compensate=True))
@@ -445,7 +447,7 @@ def test_the_held_out_error_in_float64(groups: int, shift: float | None) -> None
 
 def test_a_teacher_of_zeros_has_a_finite_error() -> None:
     x = torch.zeros(8, 2, 1, 3)
-    data = Rows(x, torch.zeros(8, 2, 4), torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool))
+    data = SampledRows(x, torch.zeros(8, 2, 4), torch.zeros(8, dtype=torch.int64), torch.ones(8, dtype=torch.bool))
     assert math.isfinite(held_out_error(data, torch.randn(4, 3), torch.ones(4)))
 
 

@@ -10,8 +10,12 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dmq_ao.algorithms.moments import Moments, outputs, rows, windows
+from dmq_ao.algorithms.rounding import product, round_by_feedback
+from dmq_ao.config import Granularity, Rounding, TensorConfig
 from dmq_ao.graph import CONVOLUTIONS, LINEAR
 from dmq_ao.graph.geometry import Geometry, geometry
+from dmq_ao.observers import MinMax
+from dmq_ao.observers.error_feedback import factor
 
 AXES = pytest.mark.parametrize("axes", [1, 2, 3])
 
@@ -144,3 +148,130 @@ def test_a_covariance_is_the_end_of_counting() -> None:
     assert torch.equal(found.covariance(), first)
     with pytest.raises(AssertionError, match="were turned into a covariance"):
         found.update(*rows_given)
+
+
+# --- inputs that hardly vary -------------------------------------------------
+
+INPUTS = 12
+
+
+def _rows(kind: str, generator: torch.Generator) -> Tensor:
+    """Rows [64, 12] float32 of a kind that sums of squares in float32 do badly on."""
+    x = torch.randn(64, INPUTS, generator=generator)
+    if kind == "constant":
+        return x[:1].expand(64, INPUTS).clone()
+    if kind == "constant but for rounding":
+        return x[:1] * (1 + 1e-7 * torch.randn(64, INPUTS, generator=generator))
+    if kind == "far from zero":
+        return 1000 + x
+    if kind == "of low rank":
+        return x[:, :2] @ torch.randn(2, INPUTS, generator=generator)
+    if kind == "with copies":
+        return torch.cat([x[:, :6], x[:, :6]], 1)
+    if kind == "with columns of zeros":
+        return x * (torch.arange(INPUTS) % 3 > 0)
+    if kind == "of nine orders of magnitude":
+        return x * torch.logspace(0, 9, INPUTS)
+    if kind == "of nine orders about as many means":
+        return (x + 100) * torch.logspace(0, 9, INPUTS)
+    if kind == "zero":
+        return torch.zeros_like(x)
+    if kind == "too large to be squared":
+        return x * 1e25
+    assert kind == "one row"
+    return x[:1]
+
+
+KINDS = [
+    "constant",
+    "constant but for rounding",
+    "far from zero",
+    "of low rank",
+    "with copies",
+    "with columns of zeros",
+    "of nine orders of magnitude",
+    "of nine orders about as many means",
+    "zero",
+    "too large to be squared",
+    "one row",
+]
+
+
+def _moments(x: Tensor, r: Tensor, weight: Tensor, damping: float = 0.01) -> Moments:
+    """As a layer has them: once, and again where that was not precise."""
+    first = Moments(INPUTS, r.shape[1])
+    first.update(x, r, weight)
+    if first.precise(damping):
+        return first
+    second = Moments(INPUTS, r.shape[1], torch.float64, around=first)
+    second.update(x, r, weight)
+    return second
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 2**31))
+def test_moments_are_those_of_float64_as_far_as_damping_can_tell(kind: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = _rows(kind, generator)
+    r, weight = torch.randn(len(x), 3, generator=generator), torch.rand(len(x), generator=generator) + 0.1
+    moments = _moments(x, r, weight)
+    wide, share = x.double(), (weight / weight.double().sum()).double()[:, None]
+    mean_x, mean_r = (share * wide).sum(0), (share * r.double()).sum(0)
+    xx = (share * (wide - mean_x)).T @ (wide - mean_x)
+    rx = (r.double() - mean_r).T @ (share * (wide - mean_x))
+    # What is added to the diagonal, or the noise that float32 inputs bring.
+    damped = 0.01 * float(xx.diagonal().mean()) + 1e-9 * float((share * wide.square()).sum(0).mean())
+    assert float((moments.covariance() - xx).norm()) <= 0.2 * damped
+    assert torch.allclose(moments.mean_x().double(), mean_x, rtol=1e-4, atol=1e-4 * float(mean_x.abs().max()))
+    assert torch.allclose(moments.mean_r().double(), mean_r, rtol=1e-4, atol=1e-4)
+    assert float((moments.centred_rx() - rx).norm()) <= 1e-4 * float(rx.norm()) + damped**0.5 * 1e-2
+    assert moments.mean_square() == pytest.approx(float((share * wide.square()).sum(0).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compensate", [True, False])
+@given(seed=st.integers(0, 2**31))
+def test_feedback_on_such_inputs_is_no_worse_than_nearest(kind: str, compensate: bool, seed: int) -> None:
+    """Of the output's variance; the mean is the bias' business."""
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = _rows(kind, generator), torch.randn(5, INPUTS, generator=generator)
+    residual = 0.01 * product(x[:, None], weight)
+    moments = _moments(x, residual, torch.ones(len(x)))
+    config = TensorConfig(4, Granularity.PER_CHANNEL)
+    record = round_by_feedback(weight, config, MinMax, [moments], Rounding(compensate=compensate))
+    values = record.dequantize()
+    assert bool(torch.isfinite(values).all())
+    wide = (x - x.mean(0)).double()
+    wanted = wide @ weight.double().T
+    error = float((wide @ values.double().T - wanted).norm())
+    nearest = round_by_feedback(
+        weight,
+        config,
+        MinMax,
+        [_moments(torch.zeros_like(x), residual, torch.ones(len(x)))],
+        Rounding(compensate=False),
+    ).dequantize()
+    assert error <= 1.25 * float((wide @ nearest.double().T - wanted).norm()) + 0.05 * float(wanted.norm())
+    # Along what never varied nothing was compensated: the weight stays within its own grid.
+    assert float((values - weight).abs().max()) <= float(weight.abs().max())
+
+
+def test_well_conditioned_rows_are_seen_once_in_float32() -> None:
+    moments = _moments(torch.randn(64, INPUTS) + 0.5, torch.randn(64, 3), torch.ones(64))
+    assert moments.covariance().dtype is torch.float32
+
+
+def test_a_matrix_that_rounding_left_indefinite_is_damped_until_it_has_a_factor() -> None:
+    vectors, _ = torch.linalg.qr(torch.randn(8, 8))
+    matrix = vectors @ torch.diag(torch.tensor([4.0, 3, 2, 1, 1, 1, 1e-4, -1e-4])) @ vectors.T
+    matrix = (matrix + matrix.T) / 2
+    before = matrix.clone()
+    lower = factor(matrix)
+    assert torch.allclose(lower @ lower.T, matrix, atol=1e-5)
+    assert 0 < float((matrix - before).diagonal().max()) < 1e-3
+    assert torch.equal(factor(torch.zeros(3, 3)), torch.eye(3))
+
+
+def test_a_matrix_that_is_not_finite_has_no_factor() -> None:
+    with pytest.raises(ValueError, match="second moments are NaN or infinite"):
+        factor(torch.full((3, 3), float("nan")))

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import dmq_ao
 from dmq_ao import graph
-from dmq_ao.algorithms.stream import Stream, Value
-from dmq_ao.graph import graph_arguments
+from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.quantizer.prepared import observers
+from dmq_ao.samples.graph_samples import Batch, GraphSamples
 
 QUANTIZED = ["conv", "tokens", "merge.part0", "merge.part1"]
 AMPLE = 1 << 40
@@ -31,8 +31,8 @@ def prepared(model: nn.Module, samples: dmq_ao.CalibrationSet) -> GraphModule:
 
 
 @pytest.fixture(scope="module")
-def batches(prepared: GraphModule, samples: dmq_ao.CalibrationSet) -> list[list[Tensor]]:
-    return [graph_arguments(prepared, inputs) for inputs in samples.batches(5)]
+def batches(prepared: GraphModule, samples: dmq_ao.CalibrationSet) -> list[Batch]:
+    return list(GraphSamples.of(prepared, samples).batches(5))
 
 
 def coarse(node: Node, args: list[Any], index: int) -> Any:
@@ -61,7 +61,7 @@ def layers(prepared: GraphModule, names: list[str]) -> dict[Node, str]:
 
 
 def streamed(
-    prepared: GraphModule, batches: list[list[Tensor]], names: list[str] = QUANTIZED, **given: Any
+    prepared: GraphModule, batches: list[Batch], names: list[str] = QUANTIZED, **given: Any
 ) -> tuple[Stream, Values, Values, list[str]]:
     """The stream after its run, what it held after each layer, and the order of the calls."""
     nodes, teacher, student, calls = layers(prepared, names), {}, {}, []
@@ -80,12 +80,12 @@ def streamed(
     return stream, teacher, student, calls
 
 
-def whole(prepared: GraphModule, batches: list[list[Tensor]], names: list[str]) -> Values:
+def whole(prepared: GraphModule, batches: list[Batch], names: list[str]) -> Values:
     nodes, found = set(layers(prepared, names)), {}
     with torch.no_grad():
         for index, batch in enumerate(batches):
             run = Whole(prepared, nodes, index)
-            run.run(*batch)
+            run.run(*batch.arguments)
             for name, value in run.found.items():
                 found.setdefault(name, []).append(value)
     return found
@@ -98,7 +98,7 @@ def assert_equal(actual: Values, expected: Values) -> None:
 
 
 @pytest.mark.parametrize("names", [QUANTIZED, ["tokens"], ["merge.part1"]], ids=" ".join)
-def test_values_are_those_of_whole_runs(names: list[str], prepared: GraphModule, batches: list[list[Tensor]]) -> None:
+def test_values_are_those_of_whole_runs(names: list[str], prepared: GraphModule, batches: list[Batch]) -> None:
     _, teacher, student, calls = streamed(prepared, batches, names)
     assert calls == [f"{when} {name}" for name in names for when in ("before", "after")]
     assert set(teacher) == set(student)
@@ -106,7 +106,7 @@ def test_values_are_those_of_whole_runs(names: list[str], prepared: GraphModule,
     assert_equal(student, whole(prepared, batches, names))
 
 
-def test_the_student_differs_after_a_quantized_layer_alone(prepared: GraphModule, batches: list[list[Tensor]]) -> None:
+def test_the_student_differs_after_a_quantized_layer_alone(prepared: GraphModule, batches: list[Batch]) -> None:
     node = next(iter(layers(prepared, ["tokens"])))
     below = {node}
     for other in prepared.graph.nodes:
@@ -125,7 +125,7 @@ def test_the_student_differs_after_a_quantized_layer_alone(prepared: GraphModule
     assert len(seen) > 2
 
 
-def test_values_that_nobody_reads_any_more_are_let_go(prepared: GraphModule, batches: list[list[Tensor]]) -> None:
+def test_values_that_nobody_reads_any_more_are_let_go(prepared: GraphModule, batches: list[Batch]) -> None:
     held = []
     nodes = set(layers(prepared, QUANTIZED))
     order = {node: place for place, node in enumerate(prepared.graph.nodes)}
@@ -143,7 +143,7 @@ def test_values_that_nobody_reads_any_more_are_let_go(prepared: GraphModule, bat
 
 @pytest.mark.parametrize("max_memory", [0, 1, 60_000])
 def test_a_bound_on_memory_changes_no_bit_and_leaves_no_files(
-    max_memory: int, prepared: GraphModule, batches: list[list[Tensor]], tmp_path: Path
+    max_memory: int, prepared: GraphModule, batches: list[Batch], tmp_path: Path
 ) -> None:
     ample, *expected = streamed(prepared, batches)
     bound, *found = streamed(prepared, batches, max_memory=max_memory, folder=tmp_path)
@@ -157,7 +157,7 @@ def test_a_bound_on_memory_changes_no_bit_and_leaves_no_files(
 
 
 def test_what_is_on_disk_is_beside_the_state_and_bounded(
-    prepared: GraphModule, batches: list[list[Tensor]], tmp_path: Path
+    prepared: GraphModule, batches: list[Batch], tmp_path: Path
 ) -> None:
     counts = []
     nodes = set(layers(prepared, QUANTIZED))
@@ -180,7 +180,7 @@ def test_what_is_on_disk_is_beside_the_state_and_bounded(
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interruption_leaves_no_files(
-    error: type[BaseException], prepared: GraphModule, batches: list[list[Tensor]], tmp_path: Path
+    error: type[BaseException], prepared: GraphModule, batches: list[Batch], tmp_path: Path
 ) -> None:
     def stop(_: Node) -> None:
         assert list(tmp_path.iterdir())
@@ -194,7 +194,7 @@ def test_an_interruption_leaves_no_files(
 
 def test_no_gradient_is_kept_and_no_observer_fed(model: nn.Module, samples: dmq_ao.CalibrationSet) -> None:
     gm = dmq_ao.prepare(model, dmq_ao.recipes.minmax("w4a8"), samples.example(), backend="reference")
-    _, teacher, student, _ = streamed(gm, [graph_arguments(gm, inputs) for inputs in samples.batches(8)])
+    _, teacher, student, _ = streamed(gm, list(GraphSamples.of(gm, samples).batches(8)))
     for name in (node.name for node in layers(gm, QUANTIZED)):
         assert not any(value.requires_grad for value in [*teacher[name], *student[name]])
     assert not any(activation.ranges.rows for _, activation in observers(gm).values() if activation is not None)
@@ -217,7 +217,8 @@ def test_pieces_and_sizes(tmp_path: Path) -> None:
     denoiser = seeded(Pieces)
     inputs = {"x": torch.randn(3, 8), "t": torch.tensor([1, 2, 3])}
     gm = dmq_ao.prepare(denoiser, dmq_ao.recipes.minmax("w4a8"), inputs, backend="reference")
-    given, parts = [[torch.randn(n, 8), torch.arange(n)] for n in (3, 2)], ["middle.part0", "middle.part1"]
+    given = [Batch(torch.arange(n), [torch.randn(n, 8), torch.arange(n)], torch.arange(n)) for n in (3, 2)]
+    parts = ["middle.part0", "middle.part1"]
     _, teacher, student, calls = streamed(gm, given, parts, max_memory=0, folder=tmp_path)
     assert calls == [f"{when} {name}" for name in parts for when in ("before", "after")]
     assert_equal(teacher, whole(gm, given, []))
@@ -227,7 +228,7 @@ def test_pieces_and_sizes(tmp_path: Path) -> None:
 
 def test_a_value_on_disk_is_the_value(tmp_path: Path) -> None:
     items = [torch.randn(4, 3).t(), torch.arange(5), torch.randn(2, 6)[:, ::2].half()]
-    value = Value(list(items))
+    value = NodeValue(list(items))
     assert value.nbytes == 4 * 12 + 8 * 5 + 2 * 6
     value.spill(tmp_path / "one")
     assert value.nbytes == 0

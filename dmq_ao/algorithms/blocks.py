@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from dmq_ao import graph
-from dmq_ao.algorithms.stream import Value
 from dmq_ao.config import LeftOut
 from dmq_ao.graph.roles import blocks_of, whole_name
 from dmq_ao.quantizer.plan import ATTENTION
@@ -248,53 +246,3 @@ def _parameter(prepared: GraphModule, node: Node) -> Tensor:
         assert isinstance(node.args[0], Node)
         node = node.args[0]
     return graph.attribute(prepared, node).detach()
-
-
-class Rows:
-    """Samples of what a block reads, out of values that lie batch by batch."""
-
-    def __init__(self, prepared: GraphModule, sizes: Sequence[int]) -> None:
-        """Of batches with ``sizes`` rows."""
-        self.starts = [0, *itertools.accumulate(sizes)]
-        self.sizes = list(sizes)
-        signature = graph.signature_of(prepared)
-        batch = graph.placeholders(prepared)[signature.batch].meta["val"].shape[0]
-        self._symbols = set(free_symbols(batch))
-
-    def take(self, node: Node, value: Value, chosen: Tensor) -> Any:
-        """The rows ``chosen`` [M], ascending, of a node's value; numbers that grow with the batch grow likewise."""
-        while node.op == "call_module":
-            assert isinstance(node.args[0], Node)
-            node = node.args[0]
-        meta = node.meta.get("val")
-        parts = []
-        for index, start in enumerate(self.starts[:-1]):
-            here = chosen[(chosen >= start) & (chosen < self.starts[index + 1])] - start
-            if len(here):
-                parts.append(self._pick(meta, value[index], here, self.sizes[index]))
-        return _joined(parts, self._grows(meta), len(chosen), self.sizes[0], value)
-
-    def _grows(self, meta: Any) -> Any:
-        if isinstance(meta, (list, tuple)):
-            return [self._grows(one) for one in meta]
-        size = meta.shape[0] if isinstance(meta, Tensor) and meta.dim() else meta
-        return bool(free_symbols(size) & self._symbols) if isinstance(size, torch.SymInt) else False
-
-    def _pick(self, meta: Any, item: Any, here: Tensor, size: int) -> Any:
-        if isinstance(item, (list, tuple)):
-            metas = meta if isinstance(meta, (list, tuple)) else [None] * len(item)
-            return [self._pick(one, x, here, size) for one, x in zip(metas, item, strict=True)]
-        if not isinstance(item, Tensor) or not self._grows(meta):
-            return item
-        # Some axes are the batch times heads: rows of a sample lie together.
-        return item.unflatten(0, (size, -1))[here.to(item.device)].flatten(0, 1)
-
-
-def _joined(parts: list[Any], grows: Any, count: int, size: int, value: Value) -> Any:
-    first = parts[0]
-    if isinstance(first, list):
-        each = grows if isinstance(grows, list) else [False] * len(first)
-        return [_joined([part[i] for part in parts], one, count, size, value) for i, one in enumerate(each)]
-    if not grows:
-        return first
-    return torch.cat(parts) if isinstance(first, Tensor) else value[0] * count // size

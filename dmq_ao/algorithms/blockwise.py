@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph, numerics
 from dmq_ao.algorithms.blocks import Block, run_block
 from dmq_ao.algorithms.rounding import CHECK_EVERY, fitted
+from dmq_ao.algorithms.row_layout import Layout, RowLayout, Shared, is_known
 from dmq_ao.config import BlockReconstruction, Ranges
 from dmq_ao.graph.geometry import geometry
 from dmq_ao.objectives import Compared, StepWeighting, fine_grained_error, rounding_regularizer, temperature
@@ -49,6 +50,7 @@ class BlockData:
     Attributes:
         student: values of the block's inputs in the network as quantized so far, for chosen samples [M], ascending.
         teacher: likewise in the float network.
+        layouts: whose the rows of the block's outputs and inner outputs are.
         step: [N] place of each sample on the sampler's list of steps.
         steps: length of that list.
         held: [N] bool, samples that nothing is fitted to.
@@ -56,6 +58,7 @@ class BlockData:
 
     student: Callable[[Tensor], dict[Node, Any]]
     teacher: Callable[[Tensor], dict[Node, Any]]
+    layouts: Mapping[Node, Layout | Shared]
     step: Tensor
     steps: int
     held: Tensor
@@ -187,6 +190,7 @@ def _timestep(node: Node, given: Given) -> Tensor | None:
 
 
 def _compared(block: Block) -> list[Node]:
+    """Outputs and inner outputs of a block, each once."""
     return list(dict.fromkeys(node for node, _ in (*block.outputs, *block.inner)))
 
 
@@ -200,14 +204,46 @@ def teacher_of(prepared: GraphModule, block: Block, given: Given) -> dict[Node, 
         return run_block(prepared, block, given, layer, _compared(block))
 
 
+def layouts_of(block: Block, layouts: Mapping[Node, RowLayout]) -> dict[Node, Layout | Shared] | None:
+    """Whose the rows of a block's outputs and inner outputs are; None where some value cannot be had by sample."""
+    if not all(is_known(layouts[node]) for node in block.inputs):
+        return None
+    compared = {}
+    for node, ch_axis in (*block.outputs, *block.inner):
+        layout = layouts[node]
+        if not isinstance(layout, (Layout, Shared)) or (isinstance(layout, Layout) and layout.axis == ch_axis):
+            return None
+        compared[node] = layout
+    return compared
+
+
 def block_error(
-    block: Block, student: Mapping[Node, Tensor], teacher: Mapping[Node, Tensor], layer_weight: float
+    block: Block,
+    student: Mapping[Node, Tensor],
+    teacher: Mapping[Node, Tensor],
+    layer_weight: float,
+    layouts: Mapping[Node, Layout | Shared],
+    count: int,
 ) -> Tensor:
-    """Fine-grained error [B] of a block."""
-    outputs, inner = (
-        [Compared(student[node].float(), teacher[node].float(), axis) for node, axis in nodes]
-        for nodes in (block.outputs, block.inner)
-    )
+    """Fine-grained error [count] of a block, one number a sample.
+
+    Args:
+        block: whose values are compared.
+        student: by node, gradients flow.
+        teacher: the same nodes; no gradient.
+        layer_weight: of the inner outputs.
+        layouts: whose the values' rows are.
+        count: samples that the values are of.
+    """
+
+    def compared(node: Node, ch_axis: int) -> Compared:
+        pair = [layouts[node].by_sample(values[node].float(), count) for values in (student, teacher)]
+        axis = layouts[node].channel(ch_axis)
+        if pair[0].shape[1] == 1:  # fewer axes, and sums in the order that they always had
+            return Compared(*(one.flatten(0, 1) for one in pair), axis)
+        return Compared(*pair, axis + 1)
+
+    outputs, inner = ([compared(node, axis) for node, axis in nodes] for nodes in (block.outputs, block.inner))
     return fine_grained_error(outputs, inner, layer_weight)
 
 
@@ -244,7 +280,8 @@ def learn_block(
         wanted = data.teacher(chosen)
         teacher = teacher_of(prepared, block, wanted)
         given = _mixed(data.student(chosen), wanted, config.mix, generator)
-        error = block_error(block, student.run(given, generator), teacher, config.layer_weight)
+        outputs = student.run(given, generator)
+        error = block_error(block, outputs, teacher, config.layer_weight, data.layouts, len(chosen))
         loss = (weighting(error, data.step[chosen]) * error).mean()
         if config.regularizer and taken > config.warmup * config.steps:
             beta = temperature(taken, config.steps, config.warmup)
@@ -283,8 +320,11 @@ def _held_out_error(student: BlockStudent, data: BlockData, weights: Mapping[str
     with torch.no_grad():
         for chosen in torch.nonzero(data.held)[:, 0].split(student.config.batch_size):
             teacher = teacher_of(student.prepared, block, data.teacher(chosen))
-            error = block_error(block, student.predict(data.student(chosen), weights), teacher, 0.0)
+            outputs = student.predict(data.student(chosen), weights)
             nothing = {node: torch.zeros_like(value) for node, value in teacher.items()}
-            errors.append(error / block_error(block, nothing, teacher, 0.0).clamp_min(1e-20))
+            error, size = (
+                block_error(block, values, teacher, 0.0, data.layouts, len(chosen)) for values in (outputs, nothing)
+            )
+            errors.append(error / size.clamp_min(1e-20))
     found = float(torch.cat(errors).mean())
     return found if math.isfinite(found) else math.inf

@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
-from dmq_ao import graph, numerics
+from dmq_ao import graph
 from dmq_ao.algorithms.blockwise import scaled_weight
+from dmq_ao.algorithms.dequantized_codes import DequantizedCodes
 from dmq_ao.algorithms.low_rank import LowRankCodes
 from dmq_ao.algorithms.relations import Relations, Watched
 from dmq_ao.algorithms.rounding import fitted
+from dmq_ao.algorithms.row_layout import Layout, RowLayout
+from dmq_ao.algorithms.teacher_outputs import TeacherOutputs
 from dmq_ao.config import Distillation
 from dmq_ao.objectives import relative_error
 from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, state_of, tables
 from dmq_ao.records import with_positive_scale
+from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import Checkpoint
 
 WARMUP_STEPS = 10
@@ -38,27 +42,19 @@ SMALLEST_SIZE = 1e-3
 
 @dataclass(frozen=True)
 class DistillationReport:
-    """Held-out error of the denoiser's output, relative, before and after, and the gradient steps taken."""
+    """What distillation did.
+
+    Attributes:
+        before: held-out error of the denoiser's output, relative.
+        after: the same at the end.
+        steps: gradient steps taken.
+        note: why there were none; empty where there were.
+    """
 
     before: float
     after: float
     steps: int
-
-
-class _Dequantized(torch.autograd.Function):
-    """A weight from its codes, with a gradient for ``scale`` [out, groups] alone; keeps codes, not their floats."""
-
-    @staticmethod
-    def forward(ctx: Any, scale: Tensor, codes: Tensor, zero_point: Tensor) -> Tensor:
-        ctx.save_for_backward(codes, zero_point)
-        grouped = codes.reshape(*scale.shape, -1)
-        return numerics.dequantize_affine(grouped, scale.unsqueeze(-1), zero_point.unsqueeze(-1)).reshape(codes.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        codes, zero_point = ctx.saved_tensors
-        grouped = codes.reshape(*zero_point.shape, -1).float() - zero_point.unsqueeze(-1)
-        return (gradients[0].reshape(grouped.shape) * grouped).sum(-1), None, None
+    note: str = ""
 
 
 class Student(Interpreter):
@@ -144,7 +140,7 @@ class Student(Interpreter):
         assert record is not None
         if name in self.low_rank:
             return self.low_rank[name].values(scale, self.parameters[f"{name}|up"], self.parameters[f"{name}|down"])
-        values: Tensor = _Dequantized.apply(scale, record.codes, record.zero_point)  # type: ignore[no-untyped-call]
+        values: Tensor = DequantizedCodes.apply(scale, record.codes, record.zero_point)  # type: ignore[no-untyped-call]
         return values
 
     def predict(self, arguments: list[Tensor]) -> Tensor:
@@ -181,11 +177,12 @@ class Student(Interpreter):
 
 def distill(
     prepared: GraphModule,
-    batches: list[list[Tensor]],
+    samples: GraphSamples,
     config: Distillation,
     held: Tensor,
     *,
-    shared: set[str],
+    layout: RowLayout,
+    batch_size: int,
     watched: Watched | None,
     seed: int,
     checkpoint: Checkpoint,
@@ -195,18 +192,21 @@ def distill(
 
     Args:
         prepared: calibrated; its records are changed in place.
-        batches: the graph's arguments, a list a batch.
+        samples: to learn from.
         config: of the stage.
         held: [N] bool, samples that nothing is fitted to.
-        shared: names of arguments that all samples share.
+        layout: whose the rows of the denoiser's output are; where they cannot be told apart, nothing is learned.
+        batch_size: samples per forward pass of the teacher.
         watched: windows and features, where ``config`` has a relation.
         seed: of the order of samples, and of the low-rank updates.
         checkpoint: where the state is saved every few steps.
         bar: one tick a step.
     """
-    data = _Samples(prepared, batches, shared)
+    if not isinstance(layout, Layout):
+        return _left_out(prepared, samples, batch_size)
+    data = TeacherOutputs(prepared, samples, layout, batch_size)
     student = Student(prepared, config.rank, seed)
-    relations = None if watched is None else Relations(prepared, watched, batches, data.rows, held)
+    relations = None if watched is None else Relations(prepared, watched, samples, held, batch_size)
     run = _Run(student, data, relations, config, held, seed)
     bar.reset(run.total)
     saved = checkpoint.load("distillation", "a state of distillation")
@@ -228,20 +228,15 @@ def distill(
     return DistillationReport(run.before, run.best, run.step)
 
 
-class _Samples:
-    """The graph's arguments and the teacher's outputs, sample by sample."""
-
-    def __init__(self, prepared: GraphModule, batches: list[list[Tensor]], shared: set[str]) -> None:
-        with torch.no_grad():
-            self.targets = torch.cat([graph.first_tensor(prepared(*arguments)).float() for arguments in batches])
-        names = graph.signature_of(prepared).names
-        self._by_sample = [name not in shared and part.dim() > 0 for name, part in zip(names, batches[0], strict=True)]
-        columns = zip(self._by_sample, zip(*batches, strict=True), strict=True)
-        self._arguments = [torch.cat(parts) if own else parts[0] for own, parts in columns]
-
-    def rows(self, chosen: Tensor) -> list[Tensor]:
-        """Arguments of the chosen samples [M]."""
-        return [x[chosen] if own else x for own, x in zip(self._by_sample, self._arguments, strict=True)]
+def _left_out(prepared: GraphModule, samples: GraphSamples, batch_size: int) -> DistillationReport:
+    """The report where samples meet in the output: the error of whole batches, and that nothing was learned."""
+    student, errors = Student(prepared), []
+    with torch.no_grad():
+        for batch in samples.batches(batch_size):
+            wanted = graph.first_tensor(prepared(*batch.arguments)).float()
+            errors.append(float(relative_error(student.predict(batch.arguments).float()[None], wanted[None])))
+    error = sum(errors) / len(errors)
+    return DistillationReport(error, error, 0, "the rows of the denoiser's output cannot be told apart by sample")
 
 
 class _Run:
@@ -250,7 +245,7 @@ class _Run:
     def __init__(
         self,
         student: Student,
-        data: _Samples,
+        data: TeacherOutputs,
         relations: Relations | None,
         config: Distillation,
         held: Tensor,
@@ -276,20 +271,21 @@ class _Run:
 
     def error(self, chosen: Tensor) -> Tensor:
         """Relative error of the chosen samples' outputs."""
-        return relative_error(self.student.predict(self.data.rows(chosen)).float(), self.data.targets[chosen])
+        output = self.student.predict(self.data.arguments(chosen))
+        return relative_error(self.data.by_sample(output), self.data.targets[chosen])
 
     def loss(self, chosen: Tensor) -> Tensor:
         """What is minimised, of each chosen sample: the error, and where there are relations, theirs."""
         relations = self.relations
         if relations is None:
             return self.error(chosen)
-        output, features = self.student.predict_with(self.data.rows(chosen), relations.node)
-        error = relative_error(output.float(), self.data.targets[chosen])
+        output, features = self.student.predict_with(self.data.arguments(chosen), relations.node)
+        error = relative_error(self.data.by_sample(output), self.data.targets[chosen])
         return error + relations.error(chosen, features, self._features)
 
     def _features(self, chosen: Tensor) -> Tensor:
         assert self.relations is not None
-        return self.student.predict_with(self.data.rows(chosen), self.relations.node)[1]
+        return self.student.predict_with(self.data.arguments(chosen), self.relations.node)[1]
 
     def check(self) -> float:
         """Mean error of the held-out samples."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule
 
 from dmq_ao.algorithms.layer_rows import Draw, LayerRows
 from dmq_ao.algorithms.rounding import ScaledInput, learn_scales
-from dmq_ao.algorithms.stream import Stream, Value
+from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.algorithms.units import Unit
 from dmq_ao.config import ChannelScaling
 from dmq_ao.graph.roles import whole_name
@@ -66,7 +65,7 @@ class InputLearning:
                 inputs.setdefault(id(watcher), (name, watcher))
         return dict(inputs.values())
 
-    def _show(self, watcher: ActivationObserver, values: Value) -> None:
+    def _show(self, watcher: ActivationObserver, values: NodeValue) -> None:
         for index, x in enumerate(values):
             watcher(x, self.rows.timestep(index))
 
@@ -75,7 +74,7 @@ class InputLearning:
         learning = [watcher for first, watcher in inputs.items() if first in state.scaled]
         for watcher in inputs.values():
             watcher.channel_scale = None
-        if not learning:
+        if not learning or any(self.rows.layout(name) is None for name in unit.layers):
             return
         scaled = [self._scaled_input(unit, watcher, config) for watcher in learning]
         with torch.enable_grad():
@@ -90,16 +89,10 @@ class InputLearning:
         targets = list(dict.fromkeys(whole_name(name) for name in unit.layers))
         members = [name for name in unit.layers if self.watchers[name][1] is watcher]
         values = self.stream.teacher_values[self.rows.source(members[0])]
-        low, high = _channel_ranges(values, watcher.ch_axis)
+        low, high = self.rows.channel_ranges(members[0], values)
         samples = [self.rows.teacher(name, values, config.positions) for name in members]
         layers = [
             (targets.index(whole_name(name)), self.rows.weights[name].float(), self.watchers[name][0].config, one)
             for name, one in zip(members, samples, strict=True)
         ]
         return ScaledInput(low, high, watcher.config, layers)
-
-
-def _channel_ranges(values: Value, ch_axis: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value [N, C] of each channel in each sample."""
-    ends = [x.float().movedim(ch_axis, 1).flatten(2) if x.dim() > 2 else x.float().unsqueeze(-1) for x in values]
-    return torch.cat([x.amin(2) for x in ends]), torch.cat([x.amax(2) for x in ends])

@@ -1,9 +1,16 @@
-"""Rows of a layer's input, drawn from the values that a stream holds where it stands."""
+"""Rows of a layer's input, drawn from the values that a stream holds where it stands.
+
+What a layer reads need not have one row for each sample: ``row_layout`` says whose they are, and here they come sorted
+by sample. Where nobody can say, all rows count alike, and what is learned by sample is left out.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +18,15 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.algorithms.moments import Moments, outputs, rows
-from dmq_ao.algorithms.rounding import Rows, product
-from dmq_ao.algorithms.stream import Stream, Value
+from dmq_ao.algorithms.rounding import SampledRows, product
+from dmq_ao.algorithms.row_layout import Layout, Mixed, RowLayout, Shared
+from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.config import Rounding, Weighting
 from dmq_ao.graph.geometry import Geometry, geometry
 from dmq_ao.objectives import StepWeighting
 from dmq_ao.quantizer.prepared import float_bias, float_weight, observers
 from dmq_ao.records import WeightRecord
+from dmq_ao.samples.graph_samples import Batch
 
 HELD_ROWS = 2048
 POOL_BYTES = 128 << 20
@@ -35,6 +44,17 @@ class Draw(IntEnum):
     BLOCK = 7
 
 
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """How a layer is looked at: its node and geometry, the output positions ``keep`` (None for all), the rounding."""
+
+    name: str
+    node: Node
+    shape: Geometry
+    keep: Tensor | None
+    rounding: Rounding
+
+
 class LayerRows:
     """What a layer is shown of all samples: some output positions of each."""
 
@@ -42,8 +62,9 @@ class LayerRows:
         self,
         prepared: GraphModule,
         nodes: dict[str, Node],
-        batches: list[list[Tensor]],
+        batches: Sequence[Batch],
         stream: Stream,
+        layouts: Mapping[Node, RowLayout],
         steps: Tensor,
         count: int,
         held: Tensor,
@@ -54,27 +75,24 @@ class LayerRows:
         Args:
             prepared: the graph.
             nodes: its quantized layers, by name.
-            batches: its arguments, a list a batch.
+            batches: of samples.
             stream: holds the teacher's and the student's values.
+            layouts: of the graph's values.
             steps: [N] place of each sample on the sampler's list of steps.
             count: length of that list.
             held: [N] bool, samples that nothing is fitted to.
             seed: of the positions.
         """
-        self.prepared, self.batches, self._stream = prepared, batches, stream
+        self.prepared, self.batches, self._stream, self.layouts = prepared, batches, stream, layouts
         self.steps, self.count, self.held, self.seed = steps, count, held, seed
         self._watchers = observers(prepared)
         self._nodes = nodes
         self.weights = {name: float_weight(prepared, node) for name, node in nodes.items()}
         self.places = {name: place for place, name in enumerate(nodes)}
-        signature = graph.signature_of(prepared)
-        batch = signature.names.index(signature.batch)
-        self.sizes = [len(arguments[batch]) for arguments in batches]
-        self.time_index = None if signature.timestep is None else signature.names.index(signature.timestep)
 
     def timestep(self, index: int) -> Tensor | None:
-        """Timesteps of a batch; None for a denoiser without."""
-        return None if self.time_index is None else self.batches[index][self.time_index]
+        """Timesteps [b] of a batch; None for a denoiser without."""
+        return self.batches[index].timestep
 
     def source(self, name: str) -> Node:
         """The node whose value a layer quantizes: its observer, or what that reads when it has not run yet."""
@@ -89,27 +107,55 @@ class LayerRows:
         """Of what is drawn for one unit or layer, whatever was drawn before."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 17 + purpose)
 
-    def teacher(self, name: str, seen: Value, positions: int) -> Rows:
-        """Some positions of the float inputs ``seen``, and the float layer's products of them."""
+    def layout(self, name: str) -> Layout | Shared | None:
+        """Of a layer's input and output; None where samples meet in their rows, or are the channels' axis."""
+        node = self._nodes[name]
+        ours, output = self.layouts[node.args[0]], self.layouts[node]  # type: ignore[index]
+        if isinstance(ours, Shared):
+            return ours
+        if not isinstance(ours, Layout) or ours != output:
+            return None
+        beside_channels = ours.axis < node.meta["val"].dim() - 1 if node.target == graph.LINEAR else ours.axis == 0
+        return ours if beside_channels else None
+
+    def by_sample(self, name: str, x: Tensor, index: int) -> Tensor:
+        """A batch's input or output of a layer [b, rows of a sample, ...]; [rows, 1, ...] where they are nobody's."""
+        layout = self.layout(name)
+        return x.unsqueeze(1) if layout is None else layout.by_sample(x, len(self.batches[index]))
+
+    def pick(self, node: Node, value: NodeValue, chosen: Tensor) -> Any:
+        """Of a node's value that of the samples ``chosen`` [M], ascending; whole numbers that grow with them too."""
+        parts, start = [], 0
+        for index, batch in enumerate(self.batches):
+            places = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
+            start += len(batch)
+            if len(places):
+                parts.append((value[index], places, len(batch)))
+        layout = self.layouts[node]
+        assert not isinstance(layout, Mixed)
+        return layout.pick(parts)
+
+    def channel_ranges(self, name: str, value: NodeValue) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value [N, C] of each channel of a layer's input in each sample."""
+        axis = -1 if self._nodes[name].target == graph.LINEAR else 2
+        parts = [self.by_sample(name, x.float(), index).movedim(axis, 1).flatten(2) for index, x in enumerate(value)]
+        return torch.cat([x.amin(2) for x in parts]), torch.cat([x.amax(2) for x in parts])
+
+    def teacher(self, name: str, value: NodeValue, positions: int) -> SampledRows:
+        """Some positions of the float inputs ``value``, and the float layer's products of them."""
         node, weight = self._nodes[name], self.weights[name].float()
         shape = geometry(node, weight)
         keep = self._positions(name, shape, positions, Draw.TEACHER)
-        x = torch.cat([_by_sample(rows(x.float(), shape, keep), len(x)) for x in seen])
-        return Rows(x, product(x, weight), self.steps, self.held)
+        x = torch.cat([self._inputs(name, x.float(), index, shape, keep) for index, x in enumerate(value)])
+        return SampledRows(x, product(x, weight), self.steps, self.held)
 
-    def student(self, name: str, node: Node, shape: Geometry, rounding: Rounding) -> Rows:
+    def student(self, name: str, node: Node, shape: Geometry, rounding: Rounding) -> SampledRows:
         """Some positions of the inputs as ``rounding`` wants to see them, and the float network's output there."""
         numbers = self.weights[name][0].numel() * shape.groups * len(self.steps)
         wanted = max(1, min(rounding.positions, POOL_BYTES // (4 * numbers)))
-        keep = self._positions(name, shape, wanted, Draw.STUDENT)
-        bias = float_bias(self.prepared, node)
-        xs, ys = [], []
-        for index, y in enumerate(self._stream.teacher_values[node]):
-            x = self._seen(name, rounding, index)
-            xs.append(_by_sample(rows(x, shape, keep), len(x)))
-            ys.append(outputs(y.float(), shape, keep).reshape(len(y), -1, len(self.weights[name])))
-        target = torch.cat(ys)
-        return Rows(torch.cat(xs), target if bias is None else target - bias.float(), self.steps, self.held)
+        look = _Look(name, node, shape, self._positions(name, shape, wanted, Draw.STUDENT), rounding)
+        xs, ys = zip(*(self._pair(look, index) for index in range(len(self.batches))), strict=True)
+        return SampledRows(torch.cat(xs), torch.cat(ys), self.steps, self.held)
 
     def moments(
         self,
@@ -121,62 +167,102 @@ class LayerRows:
         rounding: Rounding,
         *,
         second: bool,
-    ) -> tuple[list[Moments], Rows]:
-        """Moments of inputs and residuals over the samples to fit, and rows of those held out."""
-        bias = float_bias(self.prepared, node)
+    ) -> tuple[list[Moments], SampledRows]:
+        """Moments of inputs and residuals over the samples to fit, and rows of those held out.
+
+        Raises:
+            ValueError: for inputs that are NaN or infinite, naming the layer.
+        """
+        taps = weight[0].numel()
         fit = ~self.held if len(self.held) > 1 else torch.ones_like(self.held)
-        taps, out = weight[0].numel(), len(weight)
         wanted = rounding.positions
         if second:  # as many rows as the second moments need to have full rank
             wanted = max(wanted, math.ceil(4 * taps / max(1, int(fit.sum()))))
-        keep = self._positions(name, shape, wanted, Draw.MOMENTS)
+        look = _Look(name, node, shape, self._positions(name, shape, wanted, Draw.MOMENTS), rounding)
         sample_weights = self._sample_weights(name, node, shape, nearest, rounding)
+        moments, held = self._summed(look, weight, fit, sample_weights, second=second)
+        if second and not all(one.precise(rounding.damping) for one in moments):
+            moments, held = self._summed(look, weight, fit, sample_weights, second=second, around=moments)
+        if not all(bool(torch.isfinite(one.mean_x()).all()) for one in moments):
+            raise ValueError(f"{name}: its input holds NaN or infinity; check the samples and the float denoiser")
+        return moments, held
+
+    def _summed(
+        self,
+        look: _Look,
+        weight: Tensor,
+        fit: Tensor,
+        sample_weights: Tensor,
+        *,
+        second: bool,
+        around: Sequence[Moments] | None = None,
+    ) -> tuple[list[Moments], SampledRows]:
+        """Moments of each group, in float64 where they are summed ``around`` means, and the rows held out."""
+        groups, out, known = look.shape.groups, len(weight) // look.shape.groups, self.layout(look.name) is not None
         moments = [
             Moments(
-                taps,
-                out // shape.groups,
-                device=weight.device,
+                weight[0].numel(),
+                out,
+                torch.float32 if around is None else torch.float64,
+                weight.device,
                 second=second,
-                mixed=second and rounding.compensate,
+                mixed=second and look.rounding.compensate,
+                around=None if around is None else around[group],
             )
-            for _ in range(shape.groups)
+            for group in range(groups)
         ]
-        few = max(1, HELD_ROWS // max(1, int(self.held.sum())))
         xs, ys, start = [], [], 0
-        for index, wholly in enumerate(self._stream.teacher_values[node]):
-            x = _by_sample(rows(self._seen(name, rounding, index), shape, keep), len(wholly))
-            y = outputs(wholly.float(), shape, keep).reshape(len(wholly), -1, out)
-            y = y if bias is None else y - bias.float()
-            where = slice(start, start := start + len(wholly))
-            mask, held = fit[where], self.held[where]
+        for index, batch in enumerate(self.batches):
+            where = slice(start, start := start + len(batch))
+            x, y = self._pair(look, index)
+            # Rows that are nobody's are all fitted to, and all looked at.
+            everything = torch.ones(len(x), dtype=torch.bool)
+            mask, held = (fit[where], self.held[where]) if known else (everything, everything)
+            few = max(1, HELD_ROWS // (max(1, int(self.held.sum())) if known else len(x) * len(self.batches)))
+            counts = sample_weights[where] if known else everything.float()
             xs.append(x[held, :few])
             ys.append(y[held, :few])
             lost = y[mask] - product(x[mask], weight)
-            repeated = sample_weights[where][mask].repeat_interleave(x.shape[1])
+            repeated = counts[mask].repeat_interleave(x.shape[1])
             for group, one in enumerate(moments):
-                part = slice(group * (out // shape.groups), (group + 1) * (out // shape.groups))
-                one.update(x[mask, :, group].flatten(0, 1), lost[..., part].flatten(0, 1), repeated)
-        inputs, wanted_y = torch.cat(xs), torch.cat(ys)
-        if not rounding.compensate:
-            wanted_y = product(inputs, weight)
-        return moments, Rows(inputs, wanted_y, self.steps[self.held], torch.ones(len(inputs)).bool())
+                part = lost[..., group * out : (group + 1) * out]
+                one.update(x[mask, :, group].flatten(0, 1), part.flatten(0, 1), repeated)
+        inputs = torch.cat(xs)
+        wanted = torch.cat(ys) if look.rounding.compensate else product(inputs, weight)
+        steps = self.steps[self.held] if known else torch.zeros(len(inputs), dtype=torch.int64)
+        return moments, SampledRows(inputs, wanted, steps, torch.ones(len(inputs)).bool())
 
     def _sample_weights(
         self, name: str, node: Node, shape: Geometry, nearest: WeightRecord, rounding: Rounding
     ) -> Tensor:
         """[N] float32: step weights from one look at the error of nearest rounding."""
-        if rounding.step_weights.kind is Weighting.UNIFORM:
+        if rounding.step_weights.kind is Weighting.UNIFORM or self.layout(name) is None:
             return torch.ones(len(self.steps))
-        keep = self._positions(name, shape, 32, Draw.SAMPLE_WEIGHTS)
-        bias, values, errors = float_bias(self.prepared, node), nearest.dequantize(), []
-        for index, wholly in enumerate(self._stream.teacher_values[node]):
-            x = _by_sample(rows(self._seen(name, rounding, index), shape, keep), len(wholly))
-            y = outputs(wholly.float(), shape, keep).reshape(len(wholly), -1, len(values))
-            y = y if bias is None else y - bias.float()
+        look = _Look(name, node, shape, self._positions(name, shape, 32, Draw.SAMPLE_WEIGHTS), rounding)
+        values, errors = nearest.dequantize(), []
+        for index in range(len(self.batches)):
+            x, y = self._pair(look, index)
             errors.append((product(x, values) - y).square().sum(-1).mean(-1))
         weighting = StepWeighting(rounding.step_weights, self.count)
         weights = weighting(torch.cat(errors), self.steps)
         return weights / weights.mean().clamp_min(1e-20)
+
+    def _pair(self, look: _Look, index: int) -> tuple[Tensor, Tensor]:
+        """A batch's inputs [b, positions, groups, K / groups] and the float network's outputs [b, positions, out].
+
+        The outputs are without bias.
+        """
+        x = self._inputs(look.name, self._seen(look.name, look.rounding, index), index, look.shape, look.keep)
+        y = self.by_sample(look.name, self._stream.teacher_values[look.node][index].float(), index)
+        y = outputs(y.flatten(0, 1), look.shape, look.keep).reshape(len(y), -1, len(self.weights[look.name]))
+        bias = float_bias(self.prepared, look.node)
+        return x, y if bias is None else y - bias.float()
+
+    def _inputs(self, name: str, x: Tensor, index: int, shape: Geometry, keep: Tensor | None) -> Tensor:
+        """A batch's inputs [b, positions, groups, K / groups]."""
+        x = self.by_sample(name, x, index)
+        flat = rows(x.flatten(0, 1), shape, keep)
+        return flat.reshape(len(x), -1, *flat.shape[1:])
 
     def _seen(self, name: str, rounding: Rounding, index: int) -> Tensor:
         """What a layer multiplies on a batch: its input, of the student or of the teacher, quantized or not."""
@@ -190,19 +276,17 @@ class LayerRows:
         return activation.simulate(x, self.timestep(index)).float()
 
     def _positions(self, name: str, shape: Geometry, wanted: int, purpose: Draw) -> Tensor | None:
-        """Positions of the output to look at, in order; None for all."""
-        count = _position_count(self._stream.teacher_values[self.source(name)][0], shape)
+        """Positions of the output to look at in each row, in order; None for all."""
+        x = self.by_sample(name, self._stream.teacher_values[self.source(name)][0], 0)
+        count, wanted = _position_count(x[0], shape), max(1, wanted // x.shape[1])
         if count <= wanted:
             return None
         generator = self.generator(self.places[name], purpose)
         return torch.randperm(count, generator=generator)[:wanted].sort().values
 
 
-def _by_sample(flat: Tensor, count: int) -> Tensor:
-    return flat.reshape(count, -1, *flat.shape[1:])
-
-
 def _position_count(x: Tensor, shape: Geometry) -> int:
+    """Output positions of one row of an input [rows, ...]."""
     if not shape.kernel:
         return x[0].numel() // x.shape[-1]
     sizes = zip(x.shape[2:], shape.kernel, shape.stride, shape.padding, shape.dilation, strict=True)

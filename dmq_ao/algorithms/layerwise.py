@@ -18,18 +18,25 @@ from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.algorithms.blocks import Block, Rows, find_blocks, run_block
-from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, learn_block
+from dmq_ao.algorithms.blocks import Block, find_blocks, run_block
+from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, layouts_of, learn_block
 from dmq_ao.algorithms.inputs import InputLearning
 from dmq_ao.algorithms.layer_rows import Draw, LayerRows
 from dmq_ao.algorithms.rounding import held_out
-from dmq_ao.algorithms.stream import Stream, Value
+from dmq_ao.algorithms.row_layout import Layout, RowLayout, Shared, row_layouts
+from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.algorithms.units import Decisions, LayerLearning, Unit, units_of
 from dmq_ao.algorithms.weights import WeightLearning
 from dmq_ao.config import Recipe
 from dmq_ao.observers import VoteReport
 from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers
+from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import Checkpoint
+
+_UNTOLD = (
+    "rounded to nearest, no channel scales: samples meet in the rows of its input, or lie in an order of their own"
+)
+_BLOCK_UNTOLD = "its block is not reconstructed: samples meet in the rows of what it reads, or in those of its outputs"
 
 
 class Reconstruction:
@@ -47,10 +54,9 @@ class Reconstruction:
         self,
         prepared: GraphModule,
         recipe: Recipe,
-        batches: list[list[Tensor]],
-        steps: Tensor,
-        count: int,
+        samples: GraphSamples,
         *,
+        batch_size: int,
         seed: int,
         max_memory: int,
         checkpoint: Checkpoint,
@@ -61,22 +67,23 @@ class Reconstruction:
         Args:
             prepared: the graph; its observers are decided in place.
             recipe: scaling, rounding, bias correction and blocks.
-            batches: the graph's arguments, a list a batch.
-            steps: [N] place of each sample on the sampler's list of steps.
-            count: length of that list.
+            samples: to learn from.
+            batch_size: samples per forward pass.
             seed: of all that is drawn.
             max_memory: bytes of values to hold.
             checkpoint: where units and spilled values go.
             bar: one tick a unit.
         """
-        self.prepared, self.recipe, self.bar, self.count = prepared, recipe, bar, count
+        self.prepared, self.recipe, self.bar, self.count = prepared, recipe, bar, len(samples.timesteps)
         self.decisions = Decisions(prepared, checkpoint)
         self.watchers = observers(prepared)
         self.nodes = {name: node for name, node in graph.layer_nodes(prepared).items() if name in self.watchers}
         self.names = {node: name for name, node in self.nodes.items()}
         self.attention = attention_observers(prepared)
         self.unit_of = {name: unit for unit in units_of(prepared) for name in unit.layers}
-        self.held = held_out(len(steps), torch.Generator().manual_seed(seed))
+        self.layouts = row_layouts(prepared, samples)
+        batches = list(samples.batches(batch_size))
+        self.held = held_out(len(samples), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
         self.blocks: dict[str, BlockLearning] = {}
         self.restored: set[int] = set()
@@ -93,9 +100,19 @@ class Reconstruction:
             folder=checkpoint.folder,
             hold=hold,
         )
-        self.rows = LayerRows(prepared, self.nodes, batches, self.stream, steps, count, self.held, seed)
-        self.inputs = InputLearning(prepared, recipe.scaling, self.stream, self.rows, count)
-        self.weights = WeightLearning(prepared, recipe, self.rows, count)
+        self.rows = LayerRows(
+            prepared,
+            self.nodes,
+            batches,
+            self.stream,
+            self.layouts,
+            samples.step,
+            self.count,
+            self.held,
+            seed,
+        )
+        self.inputs = InputLearning(prepared, recipe.scaling, self.stream, self.rows, self.count)
+        self.weights = WeightLearning(prepared, recipe, self.rows, self.count)
 
     @property
     def votes(self) -> dict[str, VoteReport]:
@@ -105,6 +122,11 @@ class Reconstruction:
     def run(self) -> None:
         """Decide every unit."""
         self.stream.run(self._before, self._after, self._passed)
+
+    def output_layout(self) -> RowLayout:
+        """Whose the rows of the denoiser's first output are."""
+        node = next(iter(self.prepared.graph.output_node().all_input_nodes))
+        return self.layouts[node]
 
     def _student(self, node: Node, args: list[Any], index: int) -> Any:
         """A quantized layer's output on a batch, or a factor inside attention."""
@@ -130,7 +152,8 @@ class Reconstruction:
         if unit.index not in self.restored:
             errors = self.weights.decide(name, node)
             gain, steps = self.inputs.scale_gain.get(name, (None, 0))
-            self.learned[name] = LayerLearning(gain, steps, errors.nearest, errors.best)
+            note = "" if self.rows.layout(name) is not None else _UNTOLD
+            self.learned[name] = LayerLearning(gain, steps, errors.nearest, errors.best, note)
 
     def _restore(self, unit: Unit) -> bool:
         """Take a unit's decisions from its file; False when there is none."""
@@ -155,14 +178,22 @@ class Reconstruction:
         self.bar.update(1)
 
     def _passed(self, node: Node) -> None:
-        if node in self.ends:
-            self._reconstruct(self.ends[node])
+        if node not in self.ends:
+            return
+        block = self.ends[node]
+        layouts = layouts_of(block, self.layouts)
+        if layouts is not None:
+            self._reconstruct(block, layouts)
+            return
+        for name in block.layers:
+            if not self.learned[name].note:
+                self.learned[name] = replace(self.learned[name], note=_BLOCK_UNTOLD)
 
-    def _reconstruct(self, block: Block) -> None:
+    def _reconstruct(self, block: Block, layouts: Mapping[Node, Layout | Shared]) -> None:
         """Learn a block whose layers are all decided, and bring the student's values up to date."""
         saved = self.decisions.load_block(block.index)
         if saved is None:
-            learned = self._learn(block)
+            learned = self._learn(block, layouts)
             self.decisions.save_block(block.index, block.layers, asdict(learned))
         else:
             learned = BlockLearning(saved["before"], saved["after"], int(saved["steps"]))
@@ -172,16 +203,15 @@ class Reconstruction:
                 if self.stream.differs(node):
                     self.stream.replace(node, partial(self._rerun, block, node))
 
-    def _learn(self, block: Block) -> BlockLearning:
+    def _learn(self, block: Block, layouts: Mapping[Node, Layout | Shared]) -> BlockLearning:
         config = self.recipe.blocks
         assert config is not None
-        rows = Rows(self.prepared, self.rows.sizes)
 
-        def reader(values: dict[Node, Value]) -> Callable[[Tensor], dict[Node, Any]]:
-            return lambda samples: {node: rows.take(node, values[node], samples) for node in block.inputs}
+        def reader(values: dict[Node, NodeValue]) -> Callable[[Tensor], dict[Node, Any]]:
+            return lambda samples: {node: self.rows.pick(node, values[node], samples) for node in block.inputs}
 
         students, teachers = reader(self.stream.student_values), reader(self.stream.teacher_values)
-        data = BlockData(students, teachers, self.rows.steps, self.count, self.held)
+        data = BlockData(students, teachers, layouts, self.rows.steps, self.count, self.held)
         with torch.enable_grad():
             learned, codes, factors = learn_block(
                 self.prepared, block, data, config, self.rows.generator(block.index, Draw.BLOCK)

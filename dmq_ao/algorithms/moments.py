@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmq_ao.graph.geometry import Geometry
+
+# How far above the noise of rounding a damped variance must be.
+_MARGIN = 16
 
 
 def windows(x: Tensor, shape: Geometry) -> Tensor:
@@ -59,7 +63,11 @@ def outputs(y: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
 
 
 class Moments:
-    """Weighted means of inputs ``x`` [n, K] and of residuals ``r`` [n, out], and their second moments on request."""
+    """Weighted means of inputs ``x`` [n, K] and of residuals ``r`` [n, out], and their second moments on request.
+
+    Sums of squares lose the variance of rows that hardly vary about a large mean. ``precise`` tells; then the same
+    rows, seen again ``around`` the means of the first time, lose nothing.
+    """
 
     def __init__(
         self,
@@ -70,6 +78,7 @@ class Moments:
         *,
         second: bool = True,
         mixed: bool = True,
+        around: Moments | None = None,
     ) -> None:
         """All zero.
 
@@ -80,16 +89,20 @@ class Moments:
             device: of the sums.
             second: keep the inputs' second moments [K, K], most of the work.
             mixed: keep those of residuals and inputs [out, K].
+            around: of the same rows, whose means are taken off before anything is summed; None for zeros.
         """
-        self.weight, self.centred = 0.0, False
+        self.weight, self.centred, self.precision = 0.0, False, torch.finfo(dtype).eps
         self.sum_x, self.sum_r = (torch.zeros(n, dtype=dtype, device=device) for n in (inputs, out))
         self.xx = torch.zeros(inputs, inputs, dtype=dtype, device=device) if second else None
         self.rx = torch.zeros(out, inputs, dtype=dtype, device=device) if mixed else None
+        self.origin = None if around is None else (around.mean_x().to(dtype), around.mean_r().to(dtype))
 
     def update(self, x: Tensor, r: Tensor, weight: Tensor) -> None:
-        """Add rows with one ``weight`` [n] each."""
+        """Add rows ``x`` [n, K] and ``r`` [n, out] with one ``weight`` [n] each."""
         assert not self.centred, "the second moments were turned into a covariance"
         weight, x, r = weight.to(self.sum_x), x.to(self.sum_x), r.to(self.sum_x)
+        if self.origin is not None:
+            x, r = x - self.origin[0], r - self.origin[1]
         weighted = x * weight[:, None]
         self.weight += float(weight.sum())
         self.sum_x += weighted.sum(0)
@@ -101,17 +114,36 @@ class Moments:
 
     def mean_x(self) -> Tensor:
         """Mean of the inputs [K]."""
-        return self.sum_x / self.weight
+        mean = self.sum_x / self.weight
+        return mean if self.origin is None else mean + self.origin[0]
 
     def mean_r(self) -> Tensor:
         """Mean of the residuals [out]."""
-        return self.sum_r / self.weight
+        mean = self.sum_r / self.weight
+        return mean if self.origin is None else mean + self.origin[1]
+
+    def precise(self, damping: float) -> bool:
+        """Whether ``damping`` times the mean variance is well above what rounding did to the sums of squares.
+
+        Noise in a matrix [K, K] is as strong as ``sqrt(K)`` times that of an element. Sums that overflowed are not
+        precise either.
+        """
+        assert self.xx is not None, "second moments were not asked for"
+        assert not self.centred, "the second moments were turned into a covariance"
+        squares = self.xx.diagonal().mean() / self.weight
+        variance = squares - (self.sum_x / self.weight).square().mean()
+        noise = _MARGIN * self.precision * math.sqrt(len(self.xx)) * squares
+        return bool(torch.isfinite(squares)) and bool(damping * variance >= noise)
+
+    def mean_square(self) -> float:
+        """Mean over all inputs of the mean of their squares."""
+        return float((self.covariance().diagonal() + self.mean_x().square()).mean())
 
     def covariance(self) -> Tensor:
         """Covariance of the inputs [K, K], in the memory of the second moments: nothing can be added any more."""
         assert self.xx is not None, "second moments were not asked for"
         if not self.centred:
-            mean = self.mean_x()
+            mean = self.sum_x / self.weight
             self.xx.div_(self.weight).addr_(mean, mean, alpha=-1)
             self.centred = True
         return self.xx
@@ -119,4 +151,4 @@ class Moments:
     def centred_rx(self) -> Tensor:
         """Covariance of residuals and inputs [out, K]."""
         assert self.rx is not None, "mixed moments were not asked for"
-        return self.rx / self.weight - torch.outer(self.mean_r(), self.mean_x())
+        return self.rx / self.weight - torch.outer(self.sum_r / self.weight, self.sum_x / self.weight)

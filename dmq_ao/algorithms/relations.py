@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from dmq_ao.config import Relation
 from dmq_ao.objectives import relation_error, smoothed
+from dmq_ao.samples.graph_samples import GraphSamples
 
 # Features of the teacher that are kept; where those of all samples are more, they are computed anew in every step.
 KEPT_BYTES = 256 << 20
@@ -48,18 +49,18 @@ class Relations:
         self,
         prepared: GraphModule,
         watched: Watched,
-        batches: list[list[Tensor]],
-        arguments: Callable[[Tensor], list[Tensor]],
+        samples: GraphSamples,
         held: Tensor,
+        batch_size: int,
     ) -> None:
         """Of a prepared graph, which is the teacher as it stands.
 
         Args:
             prepared: the graph.
             watched: windows and features.
-            batches: the graph's arguments, a list a batch.
-            arguments: the same of chosen samples [M].
+            samples: all of them.
             held: [N] bool, samples that nothing is fitted to, as parts of a window neither.
+            batch_size: samples per forward pass.
 
         Raises:
             ValueError: where no window is left.
@@ -69,18 +70,21 @@ class Relations:
         self._whole = ~held & (self._earlier >= 0).all(1) & ~held[self._earlier].any(1)
         if not bool(self._whole.any()):
             raise ValueError(f"each window of {len(held)} samples holds a sample that is held out; record more")
-        self._teacher, self._arguments = _Teacher(prepared, self.node), arguments
-        self._kept = self._of_all(batches, len(held))
+        self._teacher, self._samples = _Teacher(prepared, self.node), samples
+        self._features = self._of_all(batch_size)
 
-    def _of_all(self, batches: list[list[Tensor]], count: int) -> Tensor | None:
-        """The teacher's features of all samples; None where they would be too much."""
-        first = self._teacher.features(batches[0])
-        if first[0].nbytes * count > KEPT_BYTES:
+    def _of_all(self, batch_size: int) -> Tensor | None:
+        """The teacher's features of all samples [N, ...]; None where they would be too much."""
+        batches = self._samples.batches(batch_size)
+        first = self._teacher.features(next(batches).arguments)
+        if first[0].nbytes * len(self._samples) > KEPT_BYTES:
             return None
-        return torch.cat([first, *(self._teacher.features(arguments) for arguments in batches[1:])])
+        return torch.cat([first, *(self._teacher.features(batch.arguments) for batch in batches)])
 
     def _taught(self, chosen: Tensor) -> Tensor:
-        return self._teacher.features(self._arguments(chosen)) if self._kept is None else self._kept[chosen]
+        if self._features is not None:
+            return self._features[chosen]
+        return self._teacher.features(self._samples.batch(chosen).arguments)
 
     def error(self, chosen: Tensor, features: Tensor, student: Callable[[Tensor], Tensor]) -> Tensor:
         """The term of samples [B], weighted; 0 where a sample has no window.

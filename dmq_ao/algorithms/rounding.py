@@ -21,15 +21,17 @@ from dmq_ao.objectives import StepWeighting, output_error, rounding_regularizer,
 from dmq_ao.observers import RangeEstimator, quantize_weight
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
 from dmq_ao.observers.channel_scale import closed_form, fake_quantize_ste, spread
-from dmq_ao.observers.error_feedback import damp, round_with_feedback
+from dmq_ao.observers.error_feedback import damp, factor, round_with_feedback
 from dmq_ao.records import WeightRecord
 
 CHECK_EVERY = 20
 HELD_OUT_SHARE = 8
+# Of the mean square of a layer's inputs: what varies by less than about 3e-5 of itself is the noise of float32.
+_SMALLEST_VARIANCE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class SampledRows:
     """Sampled positions of a layer's input and what the teacher makes of them.
 
     Attributes:
@@ -46,7 +48,7 @@ class Rows:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Rows ``x`` [..., groups, K / groups] times ``weight`` [out, ...], giving [..., out]."""
+    """SampledRows ``x`` [..., groups, K / groups] times ``weight`` [out, ...], giving [..., out]."""
     groups = x.shape[-2]
     rows = weight.reshape(groups, weight.shape[0] // groups, -1)
     result: Tensor = torch.einsum("...gk,gok->...go", x, rows).flatten(-2)
@@ -80,7 +82,7 @@ class ScaledInput:
     low: Tensor
     high: Tensor
     activation: TensorConfig
-    members: Sequence[tuple[int, Tensor, TensorConfig, Rows]]
+    members: Sequence[tuple[int, Tensor, TensorConfig, SampledRows]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,7 +231,8 @@ def round_by_feedback(
     """Codes of ``weight`` [out, ...] by error feedback, on a grid fitted to them.
 
     With ``compensate`` the weight first moves to the ridge solution that undoes the network's error so far:
-    ``weight + R X (X X + damping)^-1`` for residuals R, the part of the output that quantized inputs lose.
+    ``weight + R X (X X + damping)^-1`` for residuals R, the part of the output that quantized inputs lose. Along
+    directions in which the inputs never varied nothing moves, and nothing is fed back.
 
     Args:
         weight: channel scale multiplied in.
@@ -242,9 +245,9 @@ def round_by_feedback(
     parts = weight.flatten(1).chunk(len(moments))
     moved, covariances = [], []
     for part, one in zip(parts, moments, strict=True):
-        covariance = damp(one.covariance(), rounding.damping)
+        covariance = damp(one.covariance(), rounding.damping, _SMALLEST_VARIANCE * one.mean_square())
         if rounding.compensate:
-            shift = torch.cholesky_solve(one.centred_rx().T, torch.linalg.cholesky(covariance))
+            shift = torch.cholesky_solve(one.centred_rx().T, factor(covariance))
             part = part + shift.T.to(part.dtype)
         moved.append(part)
         covariances.append(covariance)
@@ -292,7 +295,7 @@ def round_by_learning(
     weight: Tensor,
     config: TensorConfig,
     estimator: type[RangeEstimator],
-    rows: Rows,
+    rows: SampledRows,
     rounding: Rounding,
     steps: int,
     generator: torch.Generator,
@@ -335,7 +338,7 @@ def correction(weight: Tensor, record: WeightRecord, moments: Sequence[Moments])
     return torch.cat([one.mean_r() for one in moments]).float() + own_correction(weight, record, moments)
 
 
-def held_out_error(rows: Rows, weight: Tensor, bias: Tensor | None) -> float:
+def held_out_error(rows: SampledRows, weight: Tensor, bias: Tensor | None) -> float:
     """Error of a weight on held-out samples, relative to the teacher's output of each sample."""
     held = torch.nonzero(rows.held)[:, 0]
     y = product(rows.x[held], weight)

@@ -11,7 +11,7 @@ import ctypes
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
+from dmq_ao.samples.graph_samples import Batch
 
 SPILLED = "values-"
 
 
-class Value:
+class NodeValue:
     """What a node gave for each batch of samples; tensors may lie on disk."""
 
     def __init__(self, items: list[Any]) -> None:
@@ -77,7 +78,7 @@ class Stream:
     def __init__(
         self,
         gm: GraphModule,
-        batches: list[list[Tensor]],
+        batches: Sequence[Batch],
         student: Callable[[Node, list[Any], int], Any],
         quantized: set[Node],
         *,
@@ -89,7 +90,7 @@ class Stream:
 
         Args:
             gm: the graph; its observers let values through.
-            batches: the graph's arguments, a list a batch.
+            batches: of samples.
             student: computes a quantized node from the node, its arguments and the batch's index.
             quantized: the nodes whose student differs from the teacher even on equal inputs.
             max_memory: bytes of values to hold in memory.
@@ -98,8 +99,8 @@ class Stream:
         """
         self.gm, self.batches, self.student, self.quantized = gm, batches, student, quantized
         self.max_memory, self.folder = max_memory, folder
-        self.teacher_values: dict[Node, Value] = {}
-        self.student_values: dict[Node, Value] = {}
+        self.teacher_values: dict[Node, NodeValue] = {}
+        self.student_values: dict[Node, NodeValue] = {}
         self.last_use = _last_uses(gm, hold or {})
         self.given = _given(gm)
         self.order = {node: index for index, node in enumerate(gm.graph.nodes)}
@@ -124,13 +125,13 @@ class Stream:
                 shutil.rmtree(left_over)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix=SPILLED) as folder, torch.no_grad():
             self._spill_to = Path(folder)
-            inputs = iter(range(len(self.batches[0])))
+            inputs = iter(range(len(self.batches[0].arguments)))
             for node in self.order:
                 if node.op == "output":
                     break
                 if node.op == "placeholder":
                     index = next(inputs)
-                    self._set(node, Value([batch[index] for batch in self.batches]))
+                    self._set(node, NodeValue([batch.arguments[index] for batch in self.batches]))
                     continue
                 self._step(node, before, after)
                 if passed is not None:
@@ -142,14 +143,14 @@ class Stream:
 
     def _step(self, node: Node, before: Callable[[Node], None], after: Callable[[Node], None]) -> None:
         differs = any(self.differs(source) for source in node.all_input_nodes)
-        value = Value([])
+        value = NodeValue([])
         self._set(node, value)
         self._fill(node, value, lambda i: self._evaluate(node, self.teacher_values, i))
         if node not in self.quantized and not differs:
             return
         if node in self.quantized:
             before(node)
-        value = self.student_values[node] = Value([])
+        value = self.student_values[node] = NodeValue([])
         if node in self.quantized:
             self._fill(node, value, lambda i: self.student(node, self._arguments(node, self.student_values, i)[0], i))
             after(node)
@@ -158,13 +159,13 @@ class Stream:
 
     def replace(self, node: Node, compute: Callable[[int], Any]) -> None:
         """Give a node another student's value: ``compute`` of each batch's index."""
-        old, value = self.student_values[node], Value([])
+        old, value = self.student_values[node], NodeValue([])
         self.student_values[node] = value
         self._fill(node, value, compute)
         if old is not self.teacher_values[node]:
             old.drop()
 
-    def _fill(self, node: Node, value: Value, compute: Callable[[int], Any]) -> None:
+    def _fill(self, node: Node, value: NodeValue, compute: Callable[[int], Any]) -> None:
         """Compute a value batch by batch, never holding more than the bound and one batch."""
         for index in range(len(self.batches)):
             value.items.append(compute(index))
@@ -174,11 +175,11 @@ class Stream:
         """Whether the student's value of a node is another than the teacher's."""
         return self.student_values[node] is not self.teacher_values[node]
 
-    def _arguments(self, node: Node, values: dict[Node, Value], index: int) -> tuple[list[Any], dict[str, Any]]:
+    def _arguments(self, node: Node, values: dict[Node, NodeValue], index: int) -> tuple[list[Any], dict[str, Any]]:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: values[n][index])
         return list(args), dict(kwargs)
 
-    def _evaluate(self, node: Node, values: dict[Node, Value], index: int) -> Any:
+    def _evaluate(self, node: Node, values: dict[Node, NodeValue], index: int) -> Any:
         if node.op == "get_attr":
             return graph.attribute(self.gm, node)
         if node.op == "call_module":  # an observer, which changes nothing
@@ -188,7 +189,7 @@ class Stream:
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _set(self, node: Node, value: Value) -> None:
+    def _set(self, node: Node, value: NodeValue) -> None:
         self.teacher_values[node] = self.student_values[node] = value
 
     def _free(self, node: Node) -> None:
@@ -197,8 +198,8 @@ class Stream:
             if not any(value is other for other in [*self.teacher_values.values(), *self.student_values.values()]):
                 value.drop()
 
-    def _live(self) -> list[tuple[Node, Value]]:
-        found: dict[int, tuple[Node, Value]] = {}
+    def _live(self) -> list[tuple[Node, NodeValue]]:
+        found: dict[int, tuple[Node, NodeValue]] = {}
         for values in (self.teacher_values, self.student_values):
             for node, value in values.items():
                 if node not in self.given:

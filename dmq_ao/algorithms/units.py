@@ -26,12 +26,14 @@ class LayerLearning:
         scale_steps: gradient steps taken for them.
         nearest_error: held-out error of nearest rounding, relative to the output.
         rounded_error: of the codes that were kept.
+        note: what was not learned, and why; empty where nothing was left out.
     """
 
     scale_gain: float | None
     scale_steps: int
     nearest_error: float
     rounded_error: float
+    note: str = ""
 
 
 @dataclass(frozen=True)

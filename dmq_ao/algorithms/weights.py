@@ -57,7 +57,8 @@ class WeightLearning:
         shape = geometry(node, weight)
         nearest = observer.round(weight)
         rounding = self.rounding or Rounding()
-        second = self.rounding is not None and rounding.method is RoundingMethod.FEEDBACK
+        learns = self.rounding is not None and self.rows.layout(name) is not None
+        second = learns and rounding.method is RoundingMethod.FEEDBACK
         moments, held = self.rows.moments(name, node, shape, weight, nearest, rounding, second=second)
 
         def error_of(record: WeightRecord) -> float:
@@ -68,7 +69,7 @@ class WeightLearning:
 
         before = error_of(nearest)
         best, after = nearest, before
-        if self.rounding is not None:
+        if learns:
             learned = self._round(name, node, shape, weight, moments, rounding)
             error = error_of(learned)
             if error < before:

@@ -24,6 +24,7 @@ from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, reset, state_of
 from dmq_ao.samples import CalibrationSet
+from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import Checkpoint
 
 MEASURED_ROWS = 8
@@ -72,12 +73,14 @@ def calibrate(
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
+    graph_samples = GraphSamples.of(prepared, samples)
     reset(prepared)
     recipe, state.incomplete = state.recipe, True
     seed_of_run = seed if recipe.learns else 0
     run = Run(
         prepared,
         samples,
+        graph_samples,
         recipe,
         Checkpoint(folder, _digest(prepared, samples, batch_size, seed_of_run, bits)),
         seed_of_run,
@@ -87,7 +90,7 @@ def calibrate(
     )
     report = run_stages(run, CalibrationReport(len(samples), 0.0, resumed=False), progress)
     _decide(prepared)
-    sqnr_db = _measure(prepared, samples, seed)
+    sqnr_db = _measure(prepared, graph_samples, seed)
     state.sqnr_db, state.incomplete = sqnr_db, False
     seconds = time.monotonic() - started
     return replace(report, seconds=seconds, sqnr_db=sqnr_db, peak_bytes=peak_rss_bytes())
@@ -102,11 +105,10 @@ def _decide(prepared: GraphModule) -> None:
             activation.decide()
 
 
-def _measure(prepared: GraphModule, samples: CalibrationSet, seed: int) -> dict[str, float]:
+def _measure(prepared: GraphModule, samples: GraphSamples, seed: int) -> dict[str, float]:
     """Output noise of each layer, dB, on a few samples."""
     rows = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))[:MEASURED_ROWS]
-    inputs = next(iter(samples.select(rows).batches(MEASURED_ROWS)))
-    return layer_noise(prepared, graph.graph_arguments(prepared, inputs))
+    return layer_noise(prepared, samples.batch(rows).arguments)
 
 
 def _digest(prepared: GraphModule, samples: CalibrationSet, batch_size: int, seed: int, bits: BitPlan | None) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
-from dmq_ao import graph
 from dmq_ao.algorithms.distillation import distill
 from dmq_ao.algorithms.features import find_feature_node
 from dmq_ao.algorithms.layerwise import Reconstruction
@@ -25,14 +24,13 @@ from dmq_ao.algorithms.relations import Watched
 from dmq_ao.algorithms.units import units_of
 from dmq_ao.api.report import CalibrationReport
 from dmq_ao.config import Recipe
-from dmq_ao.graph.arguments import flatten_inputs
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.mixed_precision.search_bits import apply_bits, find_bits
 from dmq_ao.mixed_precision.sensitivity import protect
 from dmq_ao.observers import VoteReport
 from dmq_ao.quantizer.prepared import observers
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.samples.calibration_set import spread_over_steps
+from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import Checkpoint
 
 
@@ -43,33 +41,30 @@ class Run:
     Attributes:
         prepared: the graph; its observers and state are changed in place.
         samples: to calibrate on.
+        graph_samples: the same as the graph takes them.
         recipe: as asked for.
         checkpoint: where stages save their progress.
         seed: of all that is drawn.
         batch_size: rows per forward pass.
         max_memory: bytes of values to hold.
         bits: widths that were given.
-        held_out: [N] bool, samples that nothing was fitted to; known once layers have learned.
+        learning: what layers learned, once they have.
     """
 
     prepared: GraphModule
     samples: CalibrationSet
+    graph_samples: GraphSamples
     recipe: Recipe
     checkpoint: Checkpoint
     seed: int
     batch_size: int
     max_memory: int
     bits: BitPlan | None
-    held_out: Tensor | None = None
+    learning: Reconstruction | None = None
 
-    def stream(self) -> Iterator[list[Tensor]]:
+    def batches(self) -> Iterator[list[Tensor]]:
         """The graph's arguments [B, ...], a list a batch, made as they are asked for."""
-        return (graph.graph_arguments(self.prepared, inputs) for inputs in self.samples.batches(self.batch_size))
-
-    @cached_property
-    def batches(self) -> list[list[Tensor]]:
-        """All of them [B, ...] at once."""
-        return list(self.stream())
+        return (batch.arguments for batch in self.graph_samples.batches(self.batch_size))
 
     @cached_property
     def watched(self) -> Watched | None:
@@ -82,7 +77,7 @@ class Run:
         if relation is None:
             return None
         node, ch_axis = find_feature_node(self.prepared, relation.tap)
-        return Watched(relation, node, ch_axis, self.samples.earlier(relation.window))
+        return Watched(relation, node, ch_axis, self.graph_samples.earlier(relation.window))
 
 
 @dataclass(frozen=True)
@@ -137,8 +132,7 @@ def _protect(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibration
     """More bits for the layers that the output is most sensitive to."""
     protection = run.recipe.protection
     assert protection is not None
-    rows = spread_over_steps(run.samples, protection.samples)
-    arguments = graph.graph_arguments(run.prepared, next(iter(run.samples.select(rows).batches(len(rows)))))
+    arguments = run.graph_samples.spread(protection.samples).whole().arguments
     protect(run.prepared, arguments, protection, run.checkpoint, bar)
     return report
 
@@ -157,7 +151,7 @@ def _set_bits(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibratio
 
 def _observe(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> CalibrationReport:
     """Ranges and votes from the float network."""
-    resumed = observe(run.prepared, run.stream, _batch_count(run), run.checkpoint, bar)
+    resumed = observe(run.prepared, run.batches, _batch_count(run), run.checkpoint, bar)
     return replace(report, resumed=resumed, votes=_votes(run.prepared))
 
 
@@ -180,16 +174,15 @@ def _learn_layers(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibr
     learning = Reconstruction(
         run.prepared,
         run.recipe,
-        run.batches,
-        run.samples.step,
-        len(run.samples.timesteps),
+        run.graph_samples,
+        batch_size=run.batch_size,
         seed=run.seed,
         max_memory=run.max_memory,
         checkpoint=run.checkpoint,
         bar=bar,
     )
     learning.run()
-    run.held_out = learning.held
+    run.learning = learning
     return replace(
         report,
         resumed=bool(learning.restored),
@@ -203,13 +196,14 @@ def _distill(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibration
     """What stays in float learns to make up for the codes."""
     config = run.recipe.distillation
     assert config is not None
-    assert run.held_out is not None
+    assert run.learning is not None
     outcome = distill(
         run.prepared,
-        run.batches,
+        run.graph_samples,
         config,
-        run.held_out,
-        shared=set(flatten_inputs(run.samples.shared)),
+        run.learning.held,
+        layout=run.learning.output_layout(),
+        batch_size=run.batch_size,
         watched=run.watched,
         seed=run.seed,
         checkpoint=run.checkpoint,

@@ -27,7 +27,7 @@ from dmq_ao.observers.channel_scale import closed_form, spread
 from dmq_ao.quantizer.prepared import float_weight, observers, readers, state_of
 from dmq_ao.records import LayerPlan, widest_that_fits
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.samples.calibration_set import spread_over_steps
+from dmq_ao.samples.graph_samples import GraphSamples
 
 # What a layer does to the output is asked at a width whose error is small enough to add up with others'.
 PROBE_BITS = 4
@@ -81,7 +81,7 @@ def weight_errors(
         ValueError: for non-finite weights or inputs, naming the layer.
     """
     watchers, nodes, plan = observers(prepared), graph.layer_nodes(prepared), state_of(prepared).plan
-    inputs = _inputs(prepared, samples.select(spread_over_steps(samples, allocation.samples)), batch_size)
+    inputs = _inputs(prepared, GraphSamples.of(prepared, samples).spread(allocation.samples), batch_size)
     scales = _closed_forms(prepared, inputs)
     layers: dict[str, WeightErrors] = {}
     fixed: dict[str, tuple[int, int]] = {}
@@ -188,8 +188,9 @@ class _InputStatistics(Interpreter):
         if n in self.names:
             args, _ = self.fetch_args_kwargs_from_env(n)
             name, x = self.names[n], args[0].float()
-            flat = x.movedim(-1 if n.target == graph.LINEAR else 1, 0).flatten(1)
-            peak, squares = flat.abs().amax(1), flat.square().mean(1) * len(x)
+            rows = x if x.dim() > 1 else x[None]
+            flat = rows.movedim(-1 if n.target == graph.LINEAR else 1, 0).flatten(1)
+            peak, squares = flat.abs().amax(1), flat.square().mean(1) * len(rows)
             if name in self.found:
                 before = self.found[name]
                 peak, squares = torch.maximum(peak, before.peak), squares + before.squares
@@ -197,11 +198,11 @@ class _InputStatistics(Interpreter):
         return super().run_node(n)
 
 
-def _inputs(prepared: GraphModule, samples: CalibrationSet, batch_size: int) -> dict[str, _Input]:
+def _inputs(prepared: GraphModule, samples: GraphSamples, batch_size: int) -> dict[str, _Input]:
     run = _InputStatistics(prepared)
     with torch.no_grad():
-        for inputs in samples.batches(batch_size):
-            run.run(*graph.graph_arguments(prepared, inputs))
+        for batch in samples.batches(batch_size):
+            run.run(*batch.arguments)
     for name, one in run.found.items():
         if not bool(torch.isfinite(one.squares).all()):
             raise ValueError(f"{name}: its input holds NaN or infinity on these samples; check the float denoiser")
@@ -263,8 +264,7 @@ def input_errors(prepared: GraphModule, probe: Perturbed) -> list[InputErrors]:
 
 def probe_of(prepared: GraphModule, samples: CalibrationSet) -> Perturbed:
     """The float graph on a few samples, to round one layer at a time in."""
-    some = samples.select(spread_over_steps(samples, PROBE_SAMPLES))
-    return Perturbed(prepared, graph.graph_arguments(prepared, next(iter(some.batches(PROBE_SAMPLES)))))
+    return Perturbed(prepared, GraphSamples.of(prepared, samples).spread(PROBE_SAMPLES).whole().arguments)
 
 
 def _share(probe: Perturbed, node: Node, weight: Tensor, squares: Tensor) -> float:

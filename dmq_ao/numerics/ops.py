@@ -76,7 +76,8 @@ def _row(timestep: Tensor, timesteps: Tensor) -> Tensor:
 
 
 def _dynamic_qparams(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    low, high = torch.aminmax(x.flatten(1), dim=1)
+    rows = x if x.dim() > 1 else x[None]
+    low, high = torch.aminmax(rows.flatten(1), dim=1)
     return numerics.choose_qparams(low, high, bits, symmetric=False)
 
 
@@ -118,4 +119,4 @@ look_up = torch.ops.dmq_ao.look_up.default
 row = torch.ops.dmq_ao.row.default
 """Rows [B] of the table whose ``timesteps`` [R] are nearest to ``timestep`` [B]; the first on a tie."""
 dynamic_qparams = torch.ops.dmq_ao.dynamic_qparams.default
-"""Scale [B] float32 and zero point [B] int32 of each row of ``x`` [B, ...], zero included."""
+"""Scale [B] float32 and zero point [B] int32 of each row of ``x`` [B, ...], zero included; a vector is one row."""

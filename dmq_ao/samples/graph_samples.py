@@ -1,0 +1,128 @@
+"""A calibration set as the arguments of a graph: what has a row for each sample, and what all samples share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from dmq_ao import graph
+from dmq_ao.samples.calibration_set import CalibrationSet, spread_over_steps, take
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Some samples as a graph takes them.
+
+    Attributes:
+        rows: [b] int64, numbers of the samples.
+        arguments: tensors in the graph's order, on its device.
+        timestep: [b] of these, None where the graph takes none.
+    """
+
+    rows: Tensor
+    arguments: list[Tensor]
+    timestep: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphSamples:
+    """Samples for one graph.
+
+    Attributes:
+        samples: where they are from.
+        names: of the graph's arguments, in its order.
+        per_sample: [N, ...] each, the arguments with a row for each sample, by name.
+        shared: the others, which all samples share.
+        timestep: name of the timestep among the arguments; None for a graph without.
+        device: where the graph is.
+    """
+
+    samples: CalibrationSet
+    names: tuple[str, ...]
+    per_sample: Mapping[str, Tensor]
+    shared: Mapping[str, Tensor]
+    timestep: str | None
+    device: torch.device
+
+    @classmethod
+    def of(cls, gm: GraphModule, samples: CalibrationSet) -> GraphSamples:
+        """The arguments of ``gm`` out of a calibration set.
+
+        Raises:
+            ValueError: when the samples lack an argument that the graph takes, or hold None for one.
+        """
+        signature = graph.signature_of(gm)
+        rows = {**samples.inputs, samples.timestep_arg: samples.timestep}
+        missing = [name for name in signature.names if name not in rows and samples.shared.get(name) is None]
+        if missing:
+            raise ValueError(
+                f"the samples lack {missing}, which the prepared denoiser takes; they hold"
+                f" {sorted([*rows, *samples.shared])}"
+            )
+        shared = {name: torch.as_tensor(samples.shared[name]) for name in signature.names if name not in rows}
+        return cls(
+            samples,
+            signature.names,
+            {name: rows[name] for name in signature.names if name in rows},
+            {name: value.to(graph.device_of(gm)) for name, value in shared.items()},
+            signature.timestep,
+            graph.device_of(gm),
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def step(self) -> Tensor:
+        """[N] int64, place of each sample on the sampler's list of steps."""
+        return self.samples.step
+
+    @property
+    def timesteps(self) -> Tensor:
+        """[S], that list."""
+        return self.samples.timesteps
+
+    def batch(self, rows: Tensor) -> Batch:
+        """The samples with the numbers ``rows`` [b], in that order; a number may come twice."""
+        arguments = [
+            take(self.per_sample[name], rows).to(self.device) if name in self.per_sample else self.shared[name]
+            for name in self.names
+        ]
+        return Batch(rows, arguments, None if self.timestep is None else arguments[self.names.index(self.timestep)])
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """All samples in order; the last batch may be smaller."""
+        return (self.batch(rows) for rows in torch.arange(len(self), device="cpu").split(batch_size))
+
+    def whole(self) -> Batch:
+        """All samples at once."""
+        return self.batch(torch.arange(len(self), device="cpu"))
+
+    def select(self, rows: Tensor) -> GraphSamples:
+        """The samples at ``rows`` [M], in that order.
+
+        Raises:
+            ValueError: for no rows, or one that is not there.
+        """
+        samples = self.samples.select(rows)
+        chosen = {name: take(value, rows) for name, value in self.per_sample.items()}
+        return GraphSamples(samples, self.names, chosen, self.shared, self.timestep, self.device)
+
+    def spread(self, count: int) -> GraphSamples:
+        """``count`` samples, or all, at steps spread over the schedule, from the first to the last."""
+        return self.select(spread_over_steps(self.samples, count))
+
+    def earlier(self, window: int) -> Tensor:
+        """[N, window - 1] the samples before each in its trajectory, see ``CalibrationSet.earlier``.
+
+        Raises:
+            ValueError: for a ``window`` below 1, or where no sample has all of them.
+        """
+        return self.samples.earlier(window)

@@ -1,0 +1,77 @@
+"""What is the same in every sample: one prompt, one guidance scale, one timestep. Families of diffusers, every recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from families import built
+from plain import relative, small
+from torch import Tensor, nn
+
+import dmq_ao
+from dmq_ao import CalibrationSet, recipes
+from dmq_ao.graph.arguments import flatten_inputs
+
+pytest.importorskip("diffusers")
+# What is the same in all samples of each family, the timestep of a one-step sampler apart.
+CONDITIONS = {
+    "flux": ("encoder_hidden_states", "pooled_projections", "guidance"),
+    "sdxl": ("encoder_hidden_states", "added_cond_kwargs.text_embeds", "added_cond_kwargs.time_ids"),
+    "sd3": ("encoder_hidden_states", "pooled_projections"),
+    "pixart": ("encoder_hidden_states", "encoder_attention_mask"),
+    "sana": ("encoder_hidden_states",),
+    "wan": ("encoder_hidden_states",),
+}
+
+
+def constant_samples(inputs: dict[str, Any], same: tuple[str, ...], steps: int) -> CalibrationSet:
+    """Sixteen rows at so many steps, those of ``same`` all alike; ids of tokens have no rows."""
+    flat = {name: x for name, x in flatten_inputs(inputs).items() if isinstance(x, Tensor)}
+    timestep = flat.pop("timestep")
+    shared = {name: flat.pop(name) for name in ("img_ids", "txt_ids") if name in flat}
+    rows = {name: x[:1].expand(16, *x.shape[1:]).clone() if name in same else x for name, x in flat.items()}
+    step = torch.arange(16) * steps // 16
+    times = torch.linspace(0.9, 0.1, steps) if timestep.is_floating_point() else torch.arange(900, 0, -900 // steps)
+    return CalibrationSet(rows, shared, times[:steps][step], step)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        pytest.param(name, steps, marks=() if (name, steps) in (("flux", 1), ("sdxl", 4)) else pytest.mark.slow)
+        for name in CONDITIONS
+        for steps in (1, 4)
+    ],
+)
+def test_one_prompt(name: str, steps: int) -> None:
+    case = built(name)
+    samples = constant_samples(case.inputs(16, 2), CONDITIONS[name], steps)
+    _calibrate(case.model, small(recipes.default("w4a8"), 4), samples)
+
+
+@pytest.mark.parametrize(
+    "recipe", ["default", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mpq_dm", "eda_dm", "dmq"))]
+)
+def test_one_step(recipe: str, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    samples = CalibrationSet(
+        {"sample": torch.randn(16, 3, 16, 16)}, {}, torch.full((16,), 999), torch.zeros(16).long()
+    )
+    chosen = small(recipes.ALL_RECIPES[recipe]("w4a8"), 4)
+    if chosen.distillation is not None and chosen.distillation.relation is not None:  # windows need two steps
+        chosen = dataclasses.replace(chosen, distillation=dataclasses.replace(chosen.distillation, relation=None))
+    _calibrate(tiny_unet2d[0], chosen, samples)
+
+
+def _calibrate(model: nn.Module, recipe: dmq_ao.Recipe, samples: CalibrationSet) -> None:
+    prepared = dmq_ao.prepare(model, recipe, samples.example(), backend="reference")
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    denoiser = dmq_ao.convert(prepared, "reference")
+    inputs = samples.example(16)
+    with torch.no_grad():
+        ours, wanted = (denoiser(**inputs), model(**inputs))
+    ours, wanted = (one if isinstance(one, Tensor) else one[0] for one in (ours, wanted))
+    assert bool(torch.isfinite(ours).all())
+    assert relative(ours, wanted) < 0.5
