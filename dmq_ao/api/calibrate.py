@@ -175,7 +175,7 @@ class _Run:
         bits: BitPlan | None,
     ) -> None:
         self.prepared, self.samples, self.recipe, self.bits = prepared, samples, recipe, bits
-        self.given = GraphSamples.of(prepared, samples)
+        self.graph_samples = GraphSamples.of(prepared, samples)
         self.seed, self.batch_size, self.progress = seed, batch_size, progress
         digest = _digest(prepared, samples, batch_size, seed, bits)
         self.state: dict[str, Any] = {"state_dir": folder, "digest": digest}
@@ -202,7 +202,7 @@ class _Run:
             learning = Reconstruction(
                 self.prepared,
                 self.recipe,
-                self.given,
+                self.graph_samples,
                 batch_size=self.batch_size,
                 seed=self.seed,
                 max_memory=max_memory,
@@ -225,10 +225,10 @@ class _Run:
         if relation is None:
             return None
         node, ch_axis = find_feature_node(self.prepared, relation.tap)
-        return Watched(relation, node, ch_axis, self.given.earlier(relation.window))
+        return Watched(relation, node, ch_axis, self.graph_samples.earlier(relation.window))
 
     def _protect(self, protection: Protection) -> None:
-        some = self.given.spread(protection.samples).whole().arguments
+        some = self.graph_samples.spread(protection.samples).whole().arguments
         with self._bar("sensitivity", "layer", len(observers(self.prepared))) as bar:
             protect(self.prepared, some, **self.state, bar=bar)
 
@@ -245,7 +245,7 @@ class _Run:
         with self._bar("distill", "step", config.steps) as bar:
             return distill(
                 self.prepared,
-                self.given,
+                self.graph_samples,
                 config,
                 learning.held,
                 layout=learning.output_layout(),
@@ -257,7 +257,7 @@ class _Run:
             )
 
     def _batches(self) -> Iterator[list[Tensor]]:
-        return (batch.arguments for batch in self.given.batches(self.batch_size))
+        return (batch.arguments for batch in self.graph_samples.batches(self.batch_size))
 
     def _bar(self, what: str, unit: str, total: int) -> tqdm[Any]:
         return tqdm(total=total, disable=not self.progress, unit=unit, desc=what)
