@@ -38,6 +38,7 @@ def factor(moments: Tensor) -> Tensor:
     """
     more = float(moments.diagonal().abs().mean()) * torch.finfo(moments.dtype).eps or 1.0
     for _ in range(_ATTEMPTS):
+        lower: Tensor
         lower, failed = torch.linalg.cholesky_ex(moments)
         if not int(failed):
             return lower

@@ -1,4 +1,4 @@
-"""What is the same in every sample: one prompt, one guidance scale, one timestep. Families of diffusers, every recipe."""
+"""What is the same in every sample: one prompt, one guidance scale, one timestep; families of diffusers, recipes."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ CONDITIONS = {
     "wan": ("encoder_hidden_states",),
 }
 
+FAST = (("flux", 1), ("sdxl", 4))
+
 
 def constant_samples(inputs: dict[str, Any], same: tuple[str, ...], steps: int) -> CalibrationSet:
     """Sixteen rows at so many steps, those of ``same`` all alike; ids of tokens have no rows."""
@@ -41,7 +43,7 @@ def constant_samples(inputs: dict[str, Any], same: tuple[str, ...], steps: int) 
 @pytest.mark.parametrize(
     ("name", "steps"),
     [
-        pytest.param(name, steps, marks=() if (name, steps) in (("flux", 1), ("sdxl", 4)) else pytest.mark.slow)
+        pytest.param(name, steps, marks=() if (name, steps) in FAST else pytest.mark.slow)
         for name in CONDITIONS
         for steps in (1, 4)
     ],
@@ -75,3 +77,27 @@ def _calibrate(model: nn.Module, recipe: dmq_ao.Recipe, samples: CalibrationSet)
     ours, wanted = (one if isinstance(one, Tensor) else one[0] for one in (ours, wanted))
     assert bool(torch.isfinite(ours).all())
     assert relative(ours, wanted) < 0.5
+
+
+def test_windows_of_a_one_step_sampler_say_what_works(tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
+    model, zeros = tiny_unet2d[0], torch.zeros(4, dtype=torch.int64)
+    samples = CalibrationSet({"sample": torch.randn(4, 3, 16, 16)}, {}, zeros, zeros)
+    with pytest.raises(ValueError, match="a window is 2 timesteps in a row, .* called at 1: .*relation"):
+        samples.earlier(2)
+    with dmq_ao.record(model, select=dmq_ao.Selection(window=2)) as recorder, torch.no_grad():
+        model(torch.randn(4, 3, 16, 16), torch.zeros(4))
+    with pytest.raises(dmq_ao.config.MissingStatistics, match="a window is 2 timesteps in a row, .*at 1: .*uniform"):
+        recorder.calibration_set()
+
+
+def test_calls_with_other_arguments_say_which() -> None:
+    class Hinted(nn.Module):
+        def forward(self, sample: Tensor, timestep: Tensor, hint: Tensor | None = None) -> Tensor:
+            return sample if hint is None else sample + hint
+
+    denoiser, x = Hinted(), torch.randn(2, 3, 4, 4)
+    for first, message in ((None, r"\['hint'\] came and none went"), (x, r"none came and \['hint'\] went")):
+        with dmq_ao.record(denoiser):
+            denoiser(x, torch.zeros(2), **({} if first is None else {"hint": x}))
+            with pytest.raises(ValueError, match=message):
+                denoiser(x, torch.zeros(2), **({"hint": x} if first is None else {}))

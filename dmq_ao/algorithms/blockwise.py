@@ -237,11 +237,11 @@ def block_error(
     """
 
     def compared(node: Node, ch_axis: int) -> Compared:
-        pair = [layouts[node].by_sample(values[node].float(), count) for values in (student, teacher)]
+        ours, wanted = (layouts[node].by_sample(values[node].float(), count) for values in (student, teacher))
         axis = layouts[node].channel(ch_axis)
-        if pair[0].shape[1] == 1:  # fewer axes, and sums in the order that they always had
-            return Compared(*(one.flatten(0, 1) for one in pair), axis)
-        return Compared(*pair, axis + 1)
+        if ours.shape[1] == 1:  # fewer axes, and sums in the order that they always had
+            return Compared(ours.flatten(0, 1), wanted.flatten(0, 1), axis)
+        return Compared(ours, wanted, axis + 1)
 
     outputs, inner = ([compared(node, axis) for node, axis in nodes] for nodes in (block.outputs, block.inner))
     return fine_grained_error(outputs, inner, layer_weight)

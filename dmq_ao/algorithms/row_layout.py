@@ -48,8 +48,10 @@ class Layout:
         """A value of ``count`` samples as [count, rows of a sample, ...]."""
         x = x.movedim(self.axis, 0)
         if self.outer == 1:  # as it lies in memory
-            return x.unflatten(0, (count, self.inner))
-        return x.unflatten(0, (self.outer, count, self.inner)).transpose(0, 1).flatten(1, 2)
+            rows: Tensor = x.unflatten(0, (count, self.inner))
+        else:
+            rows = x.unflatten(0, (self.outer, count, self.inner)).transpose(0, 1).flatten(1, 2)
+        return rows
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> Tensor:
         """The value of some samples: of each part, a batch's value, those at places [m] of its so many samples."""

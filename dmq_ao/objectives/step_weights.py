@@ -1,8 +1,9 @@
 """How much each sample's loss counts, by its place on the sampler's list of steps.
 
 Focal weighting (DMQ, arXiv 2507.12933, adaptive timestep weighting): ``(1 - share) ** gamma``, where ``share`` is the
-step's part of the running loss. A step that holds much of the loss counts less. The paper's Table 6 compares it with
-uniform and linear weights.
+step's part of the running loss. A step that holds much of the loss counts less. A single step would hold all of it and
+count nothing, and of two the weights are decided by the exponent alone: there all steps count alike. The paper's
+Table 6 compares it with uniform and linear weights.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from dmq_ao.config import Reduce, StepWeights, Weighting
+
+# Of fewer, focal weights were worse than none. The published rule keeps them, unless all are 0.
+FEWEST_STEPS = 3
 
 
 class StepWeighting:
@@ -64,6 +68,8 @@ class StepWeighting:
         if config.reduce is Reduce.MEAN:
             running = running / (1 - config.momentum ** self.updates.clamp_min(1))
         total = running.sum()
-        if total <= 0:
+        too_few = config.reduce is Reduce.MEAN and self.steps < FEWEST_STEPS
+        if total <= 0 or too_few:
             return torch.ones(self.steps, dtype=torch.float64)
-        return (1 - running / total).clamp_min(0) ** config.gamma
+        weights = (1 - running / total).clamp_min(0) ** config.gamma
+        return weights if bool(weights.any()) else torch.ones_like(weights)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dmq_ao.config import InvalidFile, as_json
 from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.samples.windows import too_few_steps
 
 FORMAT_VERSION = 2
 # Of sets without trajectories, which older readers know; both are read.
@@ -146,6 +147,8 @@ class CalibrationSet:
         found = [[row_at.get((number, step - back), -1) for back in range(1, window)] for number, step in places]
         rows = torch.tensor(found, dtype=torch.int64, device="cpu").reshape(len(self), window - 1)
         incomplete = (rows < 0).any(1)
+        if bool(incomplete.all()) and len(self.timesteps) < window:
+            raise ValueError(too_few_steps(window, len(self.timesteps)))
         if bool(incomplete.all()):
             raise ValueError(
                 f"no {window} rows of the samples are of one trajectory at steps one after the other; record with"

@@ -16,7 +16,7 @@ from dmq_ao.graph.arguments import TIMESTEP_NAMES, find_timestep, flatten_inputs
 from dmq_ao.samples.calibration_set import SHARED_TYPES, CalibrationSet, Shared, describe, layout, take
 from dmq_ao.samples.quota import Plan
 from dmq_ao.samples.select import counts_of
-from dmq_ao.samples.windows import Row, Windows
+from dmq_ao.samples.windows import Row, Windows, too_few_steps
 
 
 class _Enough(BaseException):
@@ -80,10 +80,12 @@ class Recorder:
             MissingStatistics: when the denoiser was not called, or never in as many steps of a trajectory as a window
                 has.
         """
+        if self._windows is not None and self.num_calls and not self._rows:
+            raise MissingStatistics(too_few_steps(self._windows.length, len(self._steps)))
         if self._timestep_arg is None or not self._rows:
             raise MissingStatistics(
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"
-                " as recorder:`, on that very module, before torch.compile; windows need as many steps of a trajectory"
+                " as recorder:`, on that very module, before torch.compile"
             )
         rows = sorted(self._chosen(), key=lambda row: (row.step, row.priority))
         inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
@@ -210,9 +212,11 @@ class Recorder:
             self._shared = {name: _own(value) for name, value in shared.items()}
         call = f"call {self.num_calls + 1} of the denoiser"
         if layouts.keys() != self._layouts.keys():
+            more, less = (sorted(a.keys() - b.keys()) for a, b in ((layouts, self._layouts), (self._layouts, layouts)))
             raise ValueError(
-                f"{call} has the arguments {sorted(layouts)}, earlier ones {sorted(self._layouts)}; record loops that"
-                " pass different arguments separately"
+                f"{call} has the arguments {sorted(layouts)}, earlier ones {sorted(self._layouts)}: {more or 'none'}"
+                f" came and {less or 'none'} went; a quantized denoiser takes the arguments it was recorded with, so"
+                " record loops that pass different arguments separately"
             )
         for name, now in layouts.items():
             if now != self._layouts[name]:

@@ -38,6 +38,9 @@ class Windows:
 
     Where a timestep is called several times in a row, by guidance or a solver of second order, the first call goes on
     from the first at the step before, the second from the second.
+
+    Attributes:
+        length: rows of a run.
     """
 
     def __init__(self, length: int, num_samples: int) -> None:
@@ -48,7 +51,7 @@ class Windows:
         """
         if num_samples < length:
             raise ValueError(f"num_samples must be {length} or more to hold a window of {length}, got {num_samples}")
-        self._length, self._num_samples = length, num_samples
+        self.length, self._num_samples = length, num_samples
         self._runs: list[tuple[Row, ...]] = []  # newest row first
         self._visited: list[int] = []
         self._again = self._trajectories = 0
@@ -74,9 +77,9 @@ class Windows:
             row.trajectory = before[0][place].trajectory if before else self._trajectories + place
         self._trajectories += 0 if before else len(rows)
         calls = [rows, *before]
-        if len(calls) == self._length:
+        if len(calls) == self.length:
             self._runs = self._fitting([*self._runs, *zip(*calls, strict=True)])
-        self._calls[self._again] = calls[: self._length - 1]
+        self._calls[self._again] = calls[: self.length - 1]
 
     def _fitting(self, runs: list[tuple[Row, ...]]) -> list[tuple[Row, ...]]:
         """The runs of lowest priority, from all steps alike, as long as their rows fit."""
@@ -101,3 +104,12 @@ class Windows:
     def pending(self) -> list[Row]:
         """Rows of the trajectory under way that a next call may bring along."""
         return [row for calls in self._calls.values() for call in calls for row in call]
+
+
+def too_few_steps(window: int, steps: int) -> str:
+    """Why there are no windows, and what works without them."""
+    return (
+        f"a window is {window} timesteps in a row, and the denoiser was called at {steps}: sample in {window} steps or"
+        " more, or leave windows out, with select='uniform' and a recipe without Relation, such as"
+        " recipes.default(...), or dataclasses.replace(recipe.distillation, relation=None)"
+    )

@@ -174,3 +174,21 @@ def test_a_table_of_another_length() -> None:
 def test_what_is_no_weighting(given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StepWeights(**given)
+
+
+@EVERY
+@pytest.mark.parametrize("steps", [1, 2, 4, 20])
+@given(SEEDS)
+def test_weights_never_vanish(steps: int, reduce: Reduce, seed: int) -> None:
+    """However few steps a sampler has; places on its list are all that counts, be its timesteps whole or not."""
+    generator = torch.Generator().manual_seed(seed)
+    weighting = StepWeighting(StepWeights(reduce=reduce), steps)
+    for _ in range(5):
+        step = torch.arange(2 * steps) % steps
+        weights = weighting(torch.rand(2 * steps, generator=generator) + 0.1, step)
+        assert bool(torch.isfinite(weights).all())
+        assert float(weights.max()) > 0
+    if steps == 1 or (steps == 2 and reduce is Reduce.MEAN):
+        assert weights.tolist() == [1.0] * 2 * steps
+    else:
+        assert len(set(weights.tolist())) > 1
