@@ -86,7 +86,7 @@ def check_float(denoiser: Any, verb: str) -> None:
         if type(part).__module__.startswith(_QUANTIZERS):
             raise TypeError(_quantized_by(verb, kind, name, type(part)))
     for name, parameter in denoiser.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+        if isinstance(parameter, nn.UninitializedParameter):
             raise TypeError(
                 f"{verb} takes a denoiser with weights, and {kind}.{name} has none yet; call it once first"
             )

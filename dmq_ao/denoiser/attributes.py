@@ -35,7 +35,18 @@ _MIXINS = (
     "peft",
 )
 # So begin the names of methods that change: not worth a copy to try them on.
-_CHANGES = ("add_", "apply_", "compile", "delete_", "disable_", "enable_", "fuse_", "load_", "register_", "remove_")
+_CHANGES: tuple[str, ...] = (
+    "add_",
+    "apply_",
+    "compile",
+    "delete_",
+    "disable_",
+    "enable_",
+    "fuse_",
+    "load_",
+    "register_",
+    "remove_",
+)
 _CHANGES += ("reset_", "set_", "unfuse_", "unload_", "unset_")
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, enum.Enum, torch.dtype, torch.device, torch.Size)
 _REMEDIES = (

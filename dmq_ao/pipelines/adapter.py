@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dmq_ao.api.arguments import DENOISER_NAMES
 from dmq_ao.api.compile import compile
-from dmq_ao.api.quantize import DENOISER_NAMES, denoiser_name
+from dmq_ao.api.quantize import denoiser_name
 from dmq_ao.api.saving import load, save, usable_device
 from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
