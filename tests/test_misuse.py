@@ -224,6 +224,20 @@ def test_a_calibration_set_is_not_an_example(model: nn.Module, samples: Calibrat
         dmq_ao.prepare(model, RECIPE, samples)
 
 
+@pytest.mark.usefixtures("no_export")
+def test_a_timestep_for_all_rows_is_told_before_calibration() -> None:
+    class Scalar(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            if t.dim():
+                raise AssertionError
+            return super().forward(x, t.expand(len(x)))
+
+    model = seeded(Scalar)
+    samples = record(model, lambda step: model(torch.randn(4, 3, 8, 8), torch.tensor(step)))
+    with pytest.raises(ValueError, match=r"Scalar takes t as one number for all rows, .* t.reshape\(-1, 1, ...\)"):
+        dmq_ao.prepare(model, RECIPE, samples.example())
+
+
 def test_a_denoiser_that_reads_values_is_called_to_find_out() -> None:
     class Reading(Plain):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:

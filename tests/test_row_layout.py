@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao import graph
-from dmq_ao.algorithms.row_layout import Count, Layout, Mixed, RowLayout, Several, Shared, is_known, row_layouts
+from dmq_ao.algorithms.row_layout import Count, Layout, Mixed, RowLayout, Several, SharedValue, is_known, row_layouts
 from dmq_ao.samples.graph_samples import GraphSamples
 
 
@@ -180,7 +180,7 @@ def test_layouts(kind: type[Conv]) -> None:
     guided = kind in (Guidance, GuidedWindows)
     assert layouts[nodes["last"]] == (Mixed() if kind is Pairs else TWICE if guided else Layout())
     if kind in (Vector, Positions):
-        assert layouts[nodes["read"]] == Shared()
+        assert layouts[nodes["read"]] == SharedValue()
 
 
 RECIPES = {
@@ -305,11 +305,11 @@ def test_parts_of_several_batches_join_sample_by_sample() -> None:
     parts = [(first, torch.tensor([1]), 2), (second, torch.tensor([0, 2]), 3)]
     assert layout.pick(parts).tolist() == [1, 2, 4, 11, 12, 14]
     assert Count(3, 2).pick(parts) == 9
-    assert Several((Shared(), layout)).pick([([7, item], places, size) for item, places, size in parts])[0] == 7
+    assert Several((SharedValue(), layout)).pick([([7, item], places, size) for item, places, size in parts])[0] == 7
 
 
-@pytest.mark.parametrize("call", [lambda: Layout(2, 2, 1), Shared])
-def test_channels_stand_where_they_are_said_to(call: Callable[[], Layout | Shared]) -> None:
+@pytest.mark.parametrize("call", [lambda: Layout(2, 2, 1), SharedValue])
+def test_channels_stand_where_they_are_said_to(call: Callable[[], Layout | SharedValue]) -> None:
     layout = call()
     x = torch.randn(5, 8, 6) if isinstance(layout, Layout) else torch.randn(8, 5, 6)
     by_sample = layout.by_sample(x, 2)

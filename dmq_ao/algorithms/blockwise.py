@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph, numerics
 from dmq_ao.algorithms.blocks import Block, run_block
 from dmq_ao.algorithms.rounding import CHECK_EVERY, fitted
-from dmq_ao.algorithms.row_layout import Layout, RowLayout, Shared, is_known
+from dmq_ao.algorithms.row_layout import Layout, RowLayout, SharedValue, is_known
 from dmq_ao.config import BlockReconstruction, Ranges
 from dmq_ao.graph.geometry import geometry
 from dmq_ao.objectives import Compared, StepWeighting, fine_grained_error, rounding_regularizer, temperature
@@ -58,7 +58,7 @@ class BlockData:
 
     student: Callable[[Tensor], dict[Node, Any]]
     teacher: Callable[[Tensor], dict[Node, Any]]
-    layouts: Mapping[Node, Layout | Shared]
+    layouts: Mapping[Node, Layout | SharedValue]
     step: Tensor
     steps: int
     held: Tensor
@@ -204,14 +204,14 @@ def teacher_of(prepared: GraphModule, block: Block, given: Given) -> dict[Node, 
         return run_block(prepared, block, given, layer, _compared(block))
 
 
-def layouts_of(block: Block, layouts: Mapping[Node, RowLayout]) -> dict[Node, Layout | Shared] | None:
+def layouts_of(block: Block, layouts: Mapping[Node, RowLayout]) -> dict[Node, Layout | SharedValue] | None:
     """Whose the rows of a block's outputs and inner outputs are; None where some value cannot be had by sample."""
     if not all(is_known(layouts[node]) for node in block.inputs):
         return None
     compared = {}
     for node, ch_axis in (*block.outputs, *block.inner):
         layout = layouts[node]
-        if not isinstance(layout, (Layout, Shared)) or (isinstance(layout, Layout) and layout.axis == ch_axis):
+        if not isinstance(layout, (Layout, SharedValue)) or (isinstance(layout, Layout) and layout.axis == ch_axis):
             return None
         compared[node] = layout
     return compared
@@ -222,7 +222,7 @@ def block_error(
     student: Mapping[Node, Tensor],
     teacher: Mapping[Node, Tensor],
     layer_weight: float,
-    layouts: Mapping[Node, Layout | Shared],
+    layouts: Mapping[Node, Layout | SharedValue],
     count: int,
 ) -> Tensor:
     """Fine-grained error [count] of a block, one number a sample.

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph
 from dmq_ao.algorithms.moments import Moments, outputs, rows
 from dmq_ao.algorithms.rounding import SampledRows, product
-from dmq_ao.algorithms.row_layout import Layout, Mixed, RowLayout, Shared
+from dmq_ao.algorithms.row_layout import Layout, Mixed, RowLayout, SharedValue
 from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.config import Rounding, Weighting
 from dmq_ao.graph.geometry import Geometry, geometry
@@ -107,11 +107,11 @@ class LayerRows:
         """Of what is drawn for one unit or layer, whatever was drawn before."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 17 + purpose)
 
-    def layout(self, name: str) -> Layout | Shared | None:
+    def layout(self, name: str) -> Layout | SharedValue | None:
         """Of a layer's input and output; None where samples meet in their rows, or are the channels' axis."""
         node = self._nodes[name]
         ours, output = self.layouts[node.args[0]], self.layouts[node]  # type: ignore[index]
-        if isinstance(ours, Shared):
+        if isinstance(ours, SharedValue):
             return ours
         if not isinstance(ours, Layout) or ours != output:
             return None

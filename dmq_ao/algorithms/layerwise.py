@@ -23,7 +23,7 @@ from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, layouts_of, le
 from dmq_ao.algorithms.inputs import InputLearning
 from dmq_ao.algorithms.layer_rows import Draw, LayerRows
 from dmq_ao.algorithms.rounding import held_out
-from dmq_ao.algorithms.row_layout import Layout, RowLayout, Shared, row_layouts
+from dmq_ao.algorithms.row_layout import Layout, RowLayout, SharedValue, row_layouts
 from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.algorithms.units import Decisions, LayerLearning, Unit, units_of
 from dmq_ao.algorithms.weights import WeightLearning
@@ -189,7 +189,7 @@ class Reconstruction:
             if not self.learned[name].note:
                 self.learned[name] = replace(self.learned[name], note=_BLOCK_UNTOLD)
 
-    def _reconstruct(self, block: Block, layouts: Mapping[Node, Layout | Shared]) -> None:
+    def _reconstruct(self, block: Block, layouts: Mapping[Node, Layout | SharedValue]) -> None:
         """Learn a block whose layers are all decided, and bring the student's values up to date."""
         saved = self.decisions.load_block(block.index)
         if saved is None:
@@ -203,7 +203,7 @@ class Reconstruction:
                 if self.stream.differs(node):
                     self.stream.replace(node, partial(self._rerun, block, node))
 
-    def _learn(self, block: Block, layouts: Mapping[Node, Layout | Shared]) -> BlockLearning:
+    def _learn(self, block: Block, layouts: Mapping[Node, Layout | SharedValue]) -> BlockLearning:
         config = self.recipe.blocks
         assert config is not None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dmq_ao.graph.geometry import Geometry
 
 # How far above the noise of rounding a damped variance must be.
-_MARGIN = 16
+_NOISE_MARGIN = 16
 
 
 def windows(x: Tensor, shape: Geometry) -> Tensor:
@@ -132,7 +132,7 @@ class Moments:
         assert not self.centred, "the second moments were turned into a covariance"
         squares = self.xx.diagonal().mean() / self.weight
         variance = squares - (self.sum_x / self.weight).square().mean()
-        noise = _MARGIN * self.precision * math.sqrt(len(self.xx)) * squares
+        noise = _NOISE_MARGIN * self.precision * math.sqrt(len(self.xx)) * squares
         return bool(torch.isfinite(squares)) and bool(damping * variance >= noise)
 
     def mean_square(self) -> float:

@@ -64,7 +64,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Shared:
+class SharedValue:
     """A value that is the same whatever the samples are."""
 
     def by_sample(self, x: Tensor, count: int) -> Tensor:
@@ -113,7 +113,7 @@ class Mixed:
     """A value whose rows cannot be told apart by sample: samples meet in them, or lie in an order of their own."""
 
 
-RowLayout: TypeAlias = Layout | Shared | Count | Several | Mixed
+RowLayout: TypeAlias = Layout | SharedValue | Count | Several | Mixed
 
 
 def is_known(layout: RowLayout) -> bool:
@@ -175,15 +175,15 @@ def _lockstep(
             if node.op == "placeholder":
                 values[node] = next(inputs)
             else:
-                values[node] = tuple(_evaluate(prepared, node, values, run) for run in range(len(runs)))
-            layouts[node] = Shared() if node.op == "get_attr" else _layout(values[node], orders, count)
+                values[node] = tuple(_value_of_node(prepared, node, values, run) for run in range(len(runs)))
+            layouts[node] = SharedValue() if node.op == "get_attr" else _layout_of(values[node], orders, count)
             for source in node.all_input_nodes:
                 if last[source] is node:
                     del values[source]
     return layouts
 
 
-def _evaluate(prepared: GraphModule, node: Node, values: Mapping[Node, tuple[Any, ...]], run: int) -> Any:
+def _value_of_node(prepared: GraphModule, node: Node, values: Mapping[Node, tuple[Any, ...]], run: int) -> Any:
     if node.op == "get_attr":
         return graph.attribute(prepared, node)
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: values[source][run])
@@ -194,18 +194,18 @@ def _evaluate(prepared: GraphModule, node: Node, values: Mapping[Node, tuple[Any
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _layout(value: tuple[Any, ...], orders: tuple[Tensor, Tensor], count: int) -> RowLayout:
+def _layout_of(value: tuple[Any, ...], orders: tuple[Tensor, Tensor], count: int) -> RowLayout:
     """Of a value as computed from ``count`` samples, from them in two other orders, and from half of them."""
     whole, *others, part = value
     if isinstance(whole, (list, tuple)):
-        return Several(tuple(_layout(items, orders, count) for items in zip(*value, strict=True)))
+        return Several(tuple(_layout_of(items, orders, count) for items in zip(*value, strict=True)))
     if isinstance(whole, int) and not isinstance(whole, bool):
         slope, left = divmod(whole - part, count // 2)
-        return Mixed() if left else Count(whole - slope * count, slope) if slope else Shared()
+        return Mixed() if left else Count(whole - slope * count, slope) if slope else SharedValue()
     if not isinstance(whole, Tensor):
-        return Shared() if all(one == whole for one in (*others, part)) else Mixed()
-    if whole.shape == part.shape and all(_alike(whole, one) for one in (*others, part)):
-        return Shared()
+        return SharedValue() if all(one == whole for one in (*others, part)) else Mixed()
+    if whole.shape == part.shape and all(_equal_but_rounding(whole, one) for one in (*others, part)):
+        return SharedValue()
     if whole.dim() != part.dim():
         return Mixed()
     axes = [axis for axis in range(whole.dim()) if whole.shape[axis] != part.shape[axis]]
@@ -227,14 +227,14 @@ def _arrangement(
             (by_sample[order.to(whole.device)], layout.by_sample(other, count))
             for order, other in zip(orders, others, strict=True)
         ]
-        if all(_alike(left, right) for left, right in pairs):
-            apart = sum(float((_finite(left) - _finite(right)).abs().sum()) for left, right in pairs)
+        if all(_equal_but_rounding(left, right) for left, right in pairs):
+            apart = sum(float((_all_finite(left) - _all_finite(right)).abs().sum()) for left, right in pairs)
             if best is None or apart < least / _CLEARLY:
                 best, least = layout, apart
     return best or Mixed()
 
 
-def _alike(left: Tensor, right: Tensor) -> bool:
+def _equal_but_rounding(left: Tensor, right: Tensor) -> bool:
     """Whether two values are the same but for rounding, and of equal shape."""
     if left.shape != right.shape:
         return False
@@ -242,12 +242,12 @@ def _alike(left: Tensor, right: Tensor) -> bool:
         return torch.equal(left, right)
     if not torch.equal(left.isfinite(), right.isfinite()):
         return False
-    left, right = _finite(left), _finite(right)
+    left, right = _all_finite(left), _all_finite(right)
     largest = left.abs().max() if left.numel() else torch.zeros(())
     return bool(((left - right).abs() <= _TOLERANCE * largest).all())
 
 
-def _finite(x: Tensor) -> Tensor:
+def _all_finite(x: Tensor) -> Tensor:
     """The same in float64, 0 where it is not finite."""
     x = x.double()
     return torch.where(x.isfinite(), x, 0.0)

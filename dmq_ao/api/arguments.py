@@ -14,9 +14,9 @@ from dmq_ao import graph
 from dmq_ao.config import MissingStatistics, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import private, size_rules
-from dmq_ao.graph.arguments import bind, flatten_inputs
+from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
 from dmq_ao.graph.roles import whole_name
-from dmq_ao.quantizer.plan import no_match, patterns
+from dmq_ao.quantizer.patterns import no_match, patterns
 from dmq_ao.quantizer.prepared import Prepared, is_prepared
 from dmq_ao.records import LayerPlan
 from dmq_ao.samples import CalibrationSet
@@ -29,7 +29,7 @@ _HOOKS = {
 }
 
 
-def check_prepare(denoiser: Any, recipe: Any, example_inputs: Any) -> None:
+def check_prepare(denoiser: Any, recipe: Any, example_inputs: Any, timestep_arg: str | None) -> None:
     """Refuse what ``prepare`` cannot use.
 
     Raises:
@@ -48,7 +48,7 @@ def check_prepare(denoiser: Any, recipe: Any, example_inputs: Any) -> None:
         )
     _check_state(denoiser)
     _check_patterns_of_modules(denoiser, recipe)
-    _check_call(denoiser, example_inputs)
+    _check_call(denoiser, bind(denoiser, example_inputs), timestep_arg)
 
 
 def check_quantize(target: Any, recipe: Any, samples: Any) -> None:
@@ -84,7 +84,7 @@ def check_float(denoiser: Any, verb: str) -> None:
         if type(part).__module__.startswith(_QUANTIZERS):
             raise TypeError(_quantized_by(verb, kind, name, type(part)))
     for name, parameter in denoiser.named_parameters():
-        if isinstance(parameter, (nn.UninitializedParameter, nn.UninitializedBuffer)):
+        if isinstance(parameter, nn.UninitializedParameter):
             raise TypeError(
                 f"{verb} takes a denoiser with weights, and {kind}.{name} has none yet; call it once first"
             )
@@ -175,24 +175,36 @@ def _may_match(pattern: str, names: Collection[str]) -> bool:
     return any(fnmatchcase(f"{name}{end}", form) for form in forms for name in names for end in ("", ".part0", "#2"))
 
 
-def _check_call(denoiser: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> None:
+def _check_call(denoiser: nn.Module, arguments: Mapping[str, Any], timestep_arg: str | None) -> None:
     """Refuse inputs that the denoiser itself fails on; tried without values first, which costs next to nothing."""
-    arguments = bind(denoiser, example_inputs)
-    if _runs_without_values(denoiser, arguments):
+    error = None if _runs_without_values(denoiser, arguments) else _error_of_call(denoiser, arguments)
+    if error is None:
         return
+    flat, kind = flatten_inputs(arguments), type(denoiser).__name__
+    timestep = arguments.get(find_timestep(list(arguments), timestep_arg) or "")
+    if isinstance(timestep, Tensor) and timestep.dim() == 1:
+        name = next(name for name, value in arguments.items() if value is timestep)
+        if _error_of_call(denoiser, {**arguments, name: timestep[0]}) is None:
+            raise ValueError(
+                f"{kind} takes {name} as one number for all rows, and the rows of a calibration batch are at timesteps"
+                f" of their own, [B]: let its forward take both, as by {name}.reshape(-1, 1, ...), and prepare again"
+            ) from error
+    shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in flat.items()}
+    raise ValueError(
+        f"{kind} cannot be called with the example inputs {shapes}: {type(error).__name__}: {error}. Give inputs of"
+        " one of its calls: samples of this very model, one timestep a row [B], in its dtype"
+    ) from error
+
+
+def _error_of_call(denoiser: nn.Module, arguments: Mapping[str, Any]) -> Exception | None:
     device = graph.device_of(denoiser)
-    inputs = private.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, arguments)
+    inputs = private.map_leaves(lambda x: x.to(device) if isinstance(x, Tensor) else x, dict(arguments))
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             denoiser(**inputs)
     except Exception as error:  # of any type: it is the model's own code
-        flat = flatten_inputs(arguments)
-        shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else x for name, x in flat.items()}
-        raise ValueError(
-            f"{type(denoiser).__name__} cannot be called with the example inputs {shapes}: {type(error).__name__}:"
-            f" {error}. Give inputs of one of its calls: samples of this very model, one timestep a row [B], in its"
-            " dtype"
-        ) from error
+        return error
+    return None
 
 
 def _runs_without_values(denoiser: nn.Module, arguments: Mapping[str, Any]) -> bool:

@@ -62,7 +62,7 @@ def prepare(
             fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
-    arguments.check_prepare(denoiser, recipe, example_inputs)
+    arguments.check_prepare(denoiser, recipe, example_inputs, timestep_arg)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
     plan = make_plan(captured, recipe.config)
     arguments.check_group_sizes(captured, plan)

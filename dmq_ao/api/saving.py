@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -39,19 +40,19 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
 
     Raises:
         TypeError: when ``quantized`` is not a converted denoiser.
-        ValueError: for what could not be loaded again.
+        ValueError: for what could not be loaded again, modules added to a diffusers model among them.
     """
     quantized = private.uncompiled(quantized)
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
-    skeleton, call = quantized.skeleton, quantized.signature
-    config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}
+    original, call = quantized.skeleton, quantized.signature
+    config = dict(original.config) if hasattr(original, "from_config") else {}
     stored = Stored(
         recipe=quantized.recipe,
         records=quantized.records,
         float_tensors=quantized.float_tensors,
-        model_config={**config, "_class_name": type(skeleton).__name__} if config else {},
-        parameters=identity(skeleton),
+        model_config={**config, "_class_name": type(original).__name__} if config else {},
+        parameters=identity(original),
         example=call.example,
         constants=call.constants,
         timestep_arg=call.timestep,
@@ -60,7 +61,28 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
         graph=None if quantized.stored_graph is None else _graph_text(quantized, quantized.stored_graph.text),
         graph_constants={} if quantized.stored_graph is None else quantized.stored_graph.constants,
     )
+    _check_rebuilt(stored, quantized, folder)
     model_folder.write(stored, folder)
+
+
+def _check_rebuilt(stored: Stored, quantized: QuantizedDenoiser, folder: str | Path) -> None:
+    """Refuse what ``load`` would not build: modules that diffusers' class does not make from its config alone.
+
+    Raises:
+        ValueError: naming them, and what to do.
+    """
+    if not hasattr(import_module("diffusers"), stored.model_config.get("_class_name", "")):
+        return  # a class of the caller's own, which load is given
+    try:
+        stored_skeleton(stored, None, folder)
+    except InvalidFile as error:
+        kind = type(quantized.skeleton).__name__
+        raise ValueError(
+            f"{kind} was changed since it was built, and {folder} could not be loaded: diffusers builds it from its"
+            f" config without what was added ({error}). Before dmq_ao.prepare: of LoRA, fuse_lora() and"
+            " unload_lora_weights(); of joined projections, unfuse_qkv_projections(); of an IP-Adapter,"
+            " unload_ip_adapter()"
+        ) from error
 
 
 def _graph_text(quantized: QuantizedDenoiser, text: str) -> str:

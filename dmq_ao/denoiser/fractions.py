@@ -46,9 +46,11 @@ def free_of_whole_numbers(gm: GraphModule, signature: Signature) -> bool:
         for user in node.users:
             if user.target == _CHECK:
                 checks.append(user)
-            elif user.target in _VIEWS_OF_TIME:
+            elif user.target in _CASTS | _SCALINGS and _is_floating(user) or user.target in _SIZES | {ops.row}:
+                continue
+            elif user.target in _VIEWS_OF_TIME | _SCALINGS:  # sums and products of whole numbers are those of any
                 whole.append(user)
-            elif user.target not in _SIZES and user.target != ops.row and not _turns_floating(user):
+            else:
                 return False
     for check in checks:
         gm.graph.erase_node(check)
@@ -56,7 +58,6 @@ def free_of_whole_numbers(gm: GraphModule, signature: Signature) -> bool:
     return True
 
 
-def _turns_floating(node: Node) -> bool:
-    value = node.meta.get(VAL)
-    dtype = getattr(value, "dtype", None)
-    return node.target in _CASTS | _SCALINGS and isinstance(dtype, torch.dtype) and dtype.is_floating_point
+def _is_floating(node: Node) -> bool:
+    dtype = getattr(node.meta.get(VAL), "dtype", None)
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point

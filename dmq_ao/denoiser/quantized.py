@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from dmq_ao.config import InvalidFile
 from dmq_ao.denoiser import attributes, border, call
 from dmq_ao.denoiser.fractions import free_of_whole_numbers
+from dmq_ao.denoiser.gradients import StraightThrough, has_opaque_operators
 from dmq_ao.denoiser.parts import DenoiserParts
 from dmq_ao.denoiser.report import layer_row, record_tensors, tensor_bytes
 from dmq_ao.graph import private
@@ -229,11 +230,12 @@ class QuantizedDenoiser(nn.Module):
         """Denoise; arguments as for the original model.
 
         Floating arguments are cast to what the graph was made for, with a warning once, and the answer back to the
-        dtype of the sample. A row with NaN in it comes out as NaN.
+        dtype of the sample. A row with NaN in it comes out as NaN. On the ``reference`` backend inputs get the
+        gradient of the straight-through estimator; on others it is an error.
 
         Raises:
-            TypeError: for a missing, doubled or unknown argument, one of another kind of dtype, or one that was
-                constant in the exported graph and differs.
+            TypeError: for a missing, doubled or unknown argument, one of another kind of dtype, one that was constant
+                in the exported graph and differs, or one that requires a gradient where kernels pass none.
             ValueError: for shapes that the exported graph does not take, another device, or a fractional timestep
                 where it takes whole ones.
             InvalidFile: for values or sizes that the graph of a file fails on.
@@ -282,18 +284,31 @@ class QuantizedDenoiser(nn.Module):
 
     def _answer(self, tensors: list[Tensor]) -> Any:
         """The graph's answer; of a graph that came from a file, errors say so."""
+        run = self._runner(tensors)
         if self._guard is None or torch.compiler.is_compiling():
-            return self.graph_module(*tensors)
+            return run(*tensors)
         program, folder = self._guard
         refuse_growth(program, tensors, folder)
         try:
-            return self.graph_module(*tensors)
+            return run(*tensors)
         except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError) as error:
             shapes = {name: tuple(x.shape) for name, x in zip(self.signature.names, tensors, strict=True)}
             raise InvalidFile(
                 f"the graph of {folder} fails on inputs {shapes}: {type(error).__name__}: {error}. Either a value is"
                 " outside of what the model knows, such as a class or a position, or the file was edited"
             ) from error
+
+    def _runner(self, tensors: list[Tensor]) -> Callable[..., Any]:
+        """The graph, or the same with gradients where an input asks for them."""
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+            return self.graph_module
+        if torch.compiler.is_compiling() or has_opaque_operators(self.graph_module):
+            raise TypeError(
+                f"an input requires a gradient, and integer kernels ({self.backend}) or a compiled graph pass none:"
+                " call under torch.no_grad(), or convert(prepared, 'reference'), uncompiled, which passes gradients"
+                " straight through"
+            )
+        return StraightThrough(self.graph_module).run
 
     def extra_repr(self) -> str:
         """Recipe, backend and how many layers are quantized."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -14,6 +12,7 @@ from dmq_ao.config import FLOAT_BITS, Granularity, QuantConfig, Ranges, Recipe, 
 from dmq_ao.graph.roles import ROLES, roles_of, whole_name
 from dmq_ao.graph.values import VAL
 from dmq_ao.observers import ALL_OBSERVERS, RangeEstimator
+from dmq_ao.quantizer.patterns import no_match, patterns
 from dmq_ao.records import LayerPlan
 
 ATTENTION = "attention"  # kind of the rows that stand for products inside attention
@@ -119,16 +118,6 @@ def matches(pattern: str, name: str, roles: set[str]) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(whole_name(name), pattern)
 
 
-def patterns(config: QuantConfig) -> Iterator[tuple[str, str]]:
-    """Every pattern of layers in a config, with the field that it stands in."""
-    for pattern in config.keep_float:
-        yield "keep_float", pattern
-    for override in config.overrides:
-        yield "override", override.pattern
-    for pattern in config.power_of_two.layers if config.power_of_two else ():
-        yield "power_of_two", pattern
-
-
 def _check_patterns(config: QuantConfig, roles: dict[str, set[str]]) -> None:
     for field, pattern in patterns(config):
         _check_pattern(field, pattern, roles)
@@ -142,12 +131,6 @@ def _check_pattern(field: str, pattern: str, roles: dict[str, set[str]]) -> None
             raise ValueError(f"{field}: unknown role {pattern!r}; the roles are {list(ROLES)}")
     elif not any(matches(pattern, name, own) or _awaits(pattern, name, own) for name, own in roles.items()):
         raise no_match(field, pattern, roles)
-
-
-def no_match(field: str, pattern: str, names: Collection[str]) -> ValueError:
-    """The error for a pattern that no layer's name matches, with the names nearest to it."""
-    near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.3) or sorted(names)[:5]
-    return ValueError(f"{field}: pattern {pattern!r} matches no layer; near ones of {len(names)} are {near}")
 
 
 def _awaits(pattern: str, name: str, roles: set[str]) -> bool:
