@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from dmq_ao.config import InvalidFile, Recipe
-from dmq_ao.graph import Signature, size_rules
+from dmq_ao.graph import PREFIX, Signature, size_rules
 from dmq_ao.graph.arguments import flatten_inputs
 from dmq_ao.records import Kernel, LayerPlan, LayerRecord, outline
 from dmq_ao.serialization.graph import StoredGraph
@@ -130,6 +130,9 @@ class QuantizedDenoiser(nn.Module):
         """Stored bits per original parameter: codes, scales, zero points, exponents, and all that stayed in float."""
         stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.float_tensors.values())
         stored += sum(record.stored_bits for record in self.records.values())
+        computed = {} if self.stored_graph is None else self.stored_graph.constants
+        names = {f"{PREFIX}{name}.{what}" for name in self.plan for what in ("weight", "bias")}
+        stored += sum(x.numel() * x.element_size() * 8 for name, x in computed.items() if name in names)
         return float(stored / sum(tensor.numel() for tensor in self.skeleton.state_dict().values()))
 
     @property
@@ -215,6 +218,8 @@ class QuantizedDenoiser(nn.Module):
             self._check_sizes(tensors)
         result = self._run(tensors)
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        if signature.answer is not None and (as_class or signature.return_type is None):
+            return signature.answer.built(values)
         if as_class and signature.return_type is not None:
             return signature.return_type(*values)
         return values if signature.returns_tuple else result
@@ -264,10 +269,7 @@ class QuantizedDenoiser(nn.Module):
         rule = size_rules.broken(self.signature.rules, shapes)
         if rule is not None:
             example = {name: shape for name, (shape, _) in self.signature.example.items()}
-            raise ValueError(
-                f"shapes {shapes} do not fit the exported graph, which needs {rule}; its example inputs had {example}."
-                " Batch and resolution may differ from them, sizes that the weights fix may not"
-            )
+            raise ValueError(size_rules.refusal(rule, shapes, example))
 
     def _checked(self, name: str, value: Any) -> Tensor:
         shape, dtype = self.signature.example[name]

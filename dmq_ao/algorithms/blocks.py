@@ -20,7 +20,7 @@ from dmq_ao import graph
 from dmq_ao.algorithms.stream import Value
 from dmq_ao.config import LeftOut
 from dmq_ao.graph.roles import blocks_of, whole_name
-from dmq_ao.quantizer.quantizer import ATTENTION, PLAN, SKELETON, attention_observers, observers
+from dmq_ao.quantizer.quantizer import PLAN, SKELETON, attention_observers, observers
 
 aten = graph.aten
 # Operators after which a layer's output is still the block's output, alone or added to what passes it by.
@@ -104,7 +104,8 @@ def find_blocks(prepared: GraphModule, left_out: LeftOut = LeftOut.DATAFLOW) -> 
 
 def _paths(prepared: GraphModule) -> dict[str, str]:
     """Block path of every whole layer."""
-    layers = [name for name, item in prepared.meta[PLAN].items() if item.kind != ATTENTION]
+    nodes = graph.layer_nodes(prepared)
+    layers = [name for name in prepared.meta[PLAN] if name in nodes]  # the plan has rows that are no layers
     names = list(dict.fromkeys(whole_name(name) for name in layers))
     tree = prepared.meta.get(SKELETON)
     if tree is None:

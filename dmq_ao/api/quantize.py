@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from dmq_ao.quantizer.quantizer import (
     observers,
     tables,
 )
-from dmq_ao.records import LayerRecord, PackedRecords, moved, packed_record
+from dmq_ao.records import LayerPlan, LayerRecord, PackedRecords, moved, packed_record
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
@@ -65,16 +66,34 @@ def prepare(
         A graph that computes what the denoiser computes and observes.
 
     Raises:
-        ValueError: for patterns that match nothing, unknown names, training mode, per-step ranges without a timestep.
+        ValueError: for patterns that match nothing, unknown names, training mode, per-step ranges without a timestep;
+            for a denoiser that cannot be exported, or of which nothing would be quantized.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
-    choose(backend, graph.device_of(denoiser), make_plan(captured, recipe.config))
+    plan = make_plan(captured, recipe.config)
+    _refuse_float(type(denoiser).__name__, captured, plan, recipe)
+    choose(backend, graph.device_of(denoiser), plan)
     keep = dict(captured.meta)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     prepared.meta.update(keep, **{SKELETON: graph.skeleton(denoiser)})
     _pass_timestep(prepared)
     return graph.allow_train_eval(prepared)
+
+
+def _refuse_float(name: str, captured: GraphModule, plan: Mapping[str, LayerPlan], recipe: Recipe) -> None:
+    """A denoiser that would stay as it is has been misread, or the recipe has."""
+    products = recipe.config.attention is not None and "scaled_dot_product_attention" in graph.operators_of(captured)
+    if products or any(item.weight is not None for item in plan.values()):
+        return
+    reasons = Counter(item.why for item in plan.values())
+    kept = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
+    calls = ", ".join(f"{count} {word}" for word, count in list(graph.operators_of(captured).items())[:12])
+    raise ValueError(
+        f"nothing of {name} would be quantized. Convolutions, linear layers and embedding tables that read a stored"
+        f" weight were looked for: {kept or 'there are none'}. The exported graph calls {calls or 'no operator'}."
+        " Change keep_float or the overrides of the recipe, or write the products as nn.Linear or convolutions"
+    )
 
 
 def _pass_timestep(prepared: GraphModule) -> None:

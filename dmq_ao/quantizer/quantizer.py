@@ -32,7 +32,7 @@ from dmq_ao.graph.values import VAL
 from dmq_ao.numerics import code_dtype, code_range
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver, AttentionObserver, RangeEstimator, WeightObserver
 from dmq_ao.passes import decompose_attention, merge_layers, split_concat
-from dmq_ao.passes.decompose_attention import PRODUCTS
+from dmq_ao.passes.decompose_attention import PRODUCTS, whole_attention
 from dmq_ao.records import LayerPlan
 
 PLAN = "dmq_ao.plan"
@@ -71,7 +71,11 @@ def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
         assert isinstance(source, Node)
         if layer.kind != graph.TABLE and (source not in moving or _rows(source) not in rows):
             plan[layer.name] = _at_rest(plan[layer.name])
-    return plan
+    return plan | {one.name: _kept(one) for one in graph.other_weights(gm)}
+
+
+def _kept(one: graph.OtherWeight) -> LayerPlan:
+    return LayerPlan(one.name, one.kind, one.numel, None, None, None, one.why)
 
 
 def _rows(node: Node) -> str:
@@ -264,7 +268,8 @@ def _annotate_attention(model: GraphModule, config: AttentionConfig) -> dict[str
         )
         name = f"{node.meta[PRODUCTS]}.{ATTENTION}"
         rows[name] = LayerPlan(name, ATTENTION, 0, None, None, None, why)
-    return rows
+    kept = {f"{path}.{ATTENTION}": why for path, why in whole_attention(model).items()}
+    return rows | {name: LayerPlan(name, ATTENTION, 0, None, None, None, why) for name, why in kept.items()}
 
 
 def attention_observers(prepared: GraphModule) -> dict[Node, AttentionObserver]:
