@@ -149,7 +149,7 @@ def private_names(tree: ast.AST) -> Iterator[str]:
                 yield f"{node.lineno}: {owner}.{node.attr}"
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr", "delattr"):
             name = node.args[1].value if isinstance(node.args[1], ast.Constant) else ""
-            if is_private(name) and ast.unparse(node.args[0]) != "self":
+            if is_private(name) and name not in OF_NAMED_TUPLES and ast.unparse(node.args[0]) != "self":
                 yield f"{node.lineno}: {name!r} of {ast.unparse(node.args[0])}"
         elif isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("__dict__"):
             name = node.slice.value if isinstance(node.slice, ast.Constant) else ""

@@ -303,8 +303,85 @@ def test_a_model_that_does_not_export_raises_its_own_error() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return self.linear(x) if t.sum() > 3 else x
 
-    with pytest.raises(Exception, match="data-dependent"):
+    message = (
+        r"Branches cannot be exported with inputs {'x': \(2, 4\), 't': \(2,\)}: .*data-dependent"
+        r".*test_graph.py:\d+: return self.linear\(x\) if t.sum\(\) > 3 else x.*torch.where or torch.cond"
+    )
+    with pytest.raises(graph.CaptureError, match=message):
         graph.capture(small(Branches), (torch.randn(2, 4), torch.tensor([1, 2])))
+
+
+class SizeAsKey(Small):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        tables = {4: 1.0}
+        return self.linear(x) * tables.setdefault(x.shape[1] * x.shape[0], 2.0)
+
+
+class WrongCall(Small):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.linear(x.nothing)
+
+
+class Mismatch(Small):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.linear(torch.cat([x, x], 1))
+
+
+class Number(Small):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.linear(x) * (1 / float(t.max()) if float(t.max()) > 2 else 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (SizeAsKey, r"unhashable.*tables.setdefault.*as a key: write int\(size\)"),
+        (WrongCall, r"no attribute 'nothing', at .*self.linear\(x.nothing\)"),
+        (Mismatch, r"Mismatch cannot be exported.*at .*self.linear\(torch.cat"),
+        (Number, "Number cannot be exported.*makes it a Python number"),
+    ],
+)
+def test_every_failure_of_an_export_is_one_error_that_names_the_line(kind: type[Small], message: str) -> None:
+    with pytest.raises(graph.CaptureError, match=message) as caught:
+        graph.capture(small(kind), (torch.randn(2, 4), torch.tensor([1, 2])))
+    assert caught.value.__cause__ is not None
+
+
+def test_of_two_forms_of_the_timestep_the_first_error_is_told_first() -> None:
+    class Neither(Small):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            assert t.dim() == 0, "one timestep"
+            return self.linear(x) * x.missing
+
+    with pytest.raises(graph.CaptureError, match="AssertionError: one timestep.*with 't' as one number: .*missing"):
+        graph.capture(small(Neither), (torch.randn(2, 4), 3))
+
+
+# --- which argument is denoised ----------------------------------------------
+
+
+class ConditionFirst(nn.Module):
+    """The picture comes second, under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.enter = nn.Linear(6, 8), nn.Conv2d(3, 8, 1)
+        self.leave = nn.Conv2d(8, 3, 1)
+
+    def forward(self, text: Tensor, picture: Tensor, t: Tensor) -> Tensor:
+        vector = self.embed(text).reshape(len(text), -1, 8).mean(1)
+        return self.leave(torch.tanh(self.enter(picture) + vector[:, :, None, None]) * t[:, None, None, None])
+
+
+@pytest.mark.parametrize("shape", [(2, 6), (2, 5, 6), (2, 3, 4, 6), (2, 3, 8, 6)])
+def test_what_is_denoised_is_what_looks_like_the_answer(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    gm = graph.capture(ConditionFirst().eval(), (torch.randn(shape), torch.randn(2, 3, 8, 10), torch.ones(2)))
+    assert graph.signature_of(gm).batch == "picture"
+    roles = roles_of(gm, graph.find_layers(gm))
+    assert roles["enter"] == {"@input"}
+    assert "@input" not in roles["embed"]
+    assert roles["leave"] == {"@output"}
 
 
 # --- nested inputs -----------------------------------------------------------
@@ -371,7 +448,7 @@ def test_kinds_and_channel_axes(plain: tuple[Plain, GraphModule]) -> None:
         "shared": ("conv2d", 1, True, 576),
         "shared#2": ("conv2d", 1, True, 576),
         "up": ("transposed convolution", 1, False, 256),
-        "word": ("convolution with padding given as a word", 1, False, 576),
+        "word": ("conv2d", 1, True, 576),
         "tokens": ("linear", 2, True, 64),
         "merge": ("conv2d", 1, True, 128),
         "last": ("conv2d", 1, True, 216),

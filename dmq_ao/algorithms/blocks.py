@@ -18,7 +18,6 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph
 from dmq_ao.config import LeftOut
 from dmq_ao.graph.roles import blocks_of, whole_name
-from dmq_ao.quantizer.plan import ATTENTION
 from dmq_ao.quantizer.prepared import attention_observers, observers, state_of
 
 aten = graph.aten
@@ -103,7 +102,8 @@ def find_blocks(prepared: GraphModule, left_out: LeftOut = LeftOut.DATAFLOW) -> 
 
 def _paths(prepared: GraphModule) -> dict[str, str]:
     """Block path of every whole layer."""
-    layers = [name for name, item in state_of(prepared).plan.items() if item.kind != ATTENTION]
+    nodes = graph.layer_nodes(prepared)
+    layers = [name for name in state_of(prepared).plan if name in nodes]  # the plan has rows that are no layers
     names = list(dict.fromkeys(whole_name(name) for name in layers))
     tree = state_of(prepared).skeleton
     if tree is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from dmq_ao.passes import out_of_place, own_tensors
 from dmq_ao.quantizer.plan import make_plan
 from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, state_of, tables
 from dmq_ao.quantizer.quantizer import DiffusionQuantizer
-from dmq_ao.records import LayerRecord, PackedRecords, on_device, packed_record
+from dmq_ao.records import LayerPlan, LayerRecord, PackedRecords, on_device, packed_record
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
@@ -59,12 +60,14 @@ def prepare(
     Raises:
         TypeError: for a pipeline, a quantized or compiled model, a recipe's name, or inputs of no call.
         ValueError: for patterns that match nothing, unknown names, training mode, hooks, inputs that the denoiser
-            fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep.
+            fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep; for a denoiser
+            that cannot be exported, or of which nothing would be quantized.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     arguments.check_prepare(denoiser, recipe, example_inputs, timestep_arg)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
     plan = make_plan(captured, recipe.config)
+    _refuse_float(type(denoiser).__name__, captured, plan, recipe)
     arguments.check_group_sizes(captured, plan)
     choose_backend(backend, graph.device_of(denoiser), plan)
     signature = graph.signature_of(captured)
@@ -73,6 +76,21 @@ def prepare(
     state_of(prepared).skeleton = graph.skeleton(denoiser)
     _pass_timestep(prepared)
     return graph.allow_train_eval(prepared)
+
+
+def _refuse_float(name: str, captured: GraphModule, plan: Mapping[str, LayerPlan], recipe: Recipe) -> None:
+    """A denoiser that would stay as it is has been misread, or the recipe has."""
+    products = recipe.config.attention is not None and "scaled_dot_product_attention" in graph.operators_of(captured)
+    if products or any(item.weight is not None for item in plan.values()):
+        return
+    reasons = Counter(item.why for item in plan.values())
+    kept = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
+    calls = ", ".join(f"{count} {word}" for word, count in list(graph.operators_of(captured).items())[:12])
+    raise ValueError(
+        f"nothing of {name} would be quantized. Convolutions, linear layers and embedding tables that read a stored"
+        f" weight were looked for: {kept or 'there are none'}. The exported graph calls {calls or 'no operator'}."
+        " Change keep_float or the overrides of the recipe, or write the products as nn.Linear or convolutions"
+    )
 
 
 def _pass_timestep(prepared: GraphModule) -> None:

@@ -108,10 +108,7 @@ def check_sizes(signature: Signature, tensors: Sequence[Tensor]) -> None:
     rule = size_rules.broken(signature.rules, shapes)
     if rule is not None:
         example = {name: shape for name, (shape, _) in signature.example.items()}
-        raise ValueError(
-            f"shapes {shapes} do not fit the exported graph, which needs {rule}; its example inputs had {example}."
-            " Batch and resolution may differ from them, sizes that the weights fix may not"
-        )
+        raise ValueError(size_rules.refusal_text(rule, shapes, example))
 
 
 def _checked(signature: Signature, name: str, value: Any, device: torch.device) -> Tensor:

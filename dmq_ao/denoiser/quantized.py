@@ -20,7 +20,7 @@ from dmq_ao.denoiser.fractions import free_of_whole_numbers
 from dmq_ao.denoiser.gradients import StraightThrough, has_opaque_operators
 from dmq_ao.denoiser.parts import DenoiserParts
 from dmq_ao.denoiser.report import layer_row, record_tensors, tensor_bytes
-from dmq_ao.graph import private
+from dmq_ao.graph import PREFIX, private
 from dmq_ao.records import Kernel
 from dmq_ao.serialization.trial import Program, refuse_growth
 
@@ -101,6 +101,9 @@ class QuantizedDenoiser(nn.Module):
         """Stored bits per original parameter: codes, scales, zero points, exponents, and all that stayed in float."""
         stored = sum(tensor.numel() * tensor.element_size() * 8 for tensor in self.float_tensors.values())
         stored += sum(record.stored_bits for record in self.records.values())
+        computed = {} if self.stored_graph is None else self.stored_graph.constants
+        names = {f"{PREFIX}{name}.{what}" for name in self.plan for what in ("weight", "bias")}
+        stored += sum(x.numel() * x.element_size() * 8 for name, x in computed.items() if name in names)
         return float(stored / sum(tensor.numel() for tensor in self.skeleton.state_dict().values()))
 
     @property
@@ -253,6 +256,8 @@ class QuantizedDenoiser(nn.Module):
         if dtype != self.dtype:
             result = border.on_tensors(result, lambda x: x.to(dtype) if x.is_floating_point() else x)
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        if signature.answer is not None and (as_class or signature.return_type is None):
+            return signature.answer.built(values)
         if as_class and signature.return_type is not None:
             return signature.return_type(*values)
         return values if signature.returns_tuple else result

@@ -20,6 +20,7 @@ from dmq_ao.graph.edit import drop_unused as drop_unused
 from dmq_ao.graph.edit import place as place
 from dmq_ao.graph.edit import replace_node as replace_node
 from dmq_ao.graph.edit import set_tensor as set_tensor
+from dmq_ao.graph.export import CaptureError as CaptureError
 from dmq_ao.graph.layers import CONVOLUTIONS as CONVOLUTIONS
 from dmq_ao.graph.layers import LAYER as LAYER
 from dmq_ao.graph.layers import LINEAR as LINEAR
@@ -39,3 +40,7 @@ from dmq_ao.graph.layers import name_layers as name_layers
 from dmq_ao.graph.layers import parameter_name as parameter_name
 from dmq_ao.graph.layers import reach as reach
 from dmq_ao.graph.layers import weight_of as weight_of
+from dmq_ao.graph.other_weights import OtherWeight as OtherWeight
+from dmq_ao.graph.other_weights import operators_of as operators_of
+from dmq_ao.graph.other_weights import other_weights as other_weights
+from dmq_ao.graph.regions import name_of_region as name_of_region

@@ -26,8 +26,8 @@ def flatten_inputs(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def unflatten_inputs(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as nested dictionaries; a level whose keys are 0, 1, 2 ... becomes a list."""
+def unflatten_inputs(flat: Mapping[str, Any], sequence: type = list) -> dict[str, Any]:
+    """Dotted paths as nested dictionaries; a level whose keys are 0, 1, 2 ... becomes a ``sequence``."""
     nested: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split(".")
@@ -35,7 +35,7 @@ def unflatten_inputs(flat: Mapping[str, Any]) -> dict[str, Any]:
         for parent in parents:
             level = level.setdefault(parent, {})
         level[last] = value
-    return {key: _lists(value) for key, value in nested.items()}
+    return {key: _lists(value, sequence) for key, value in nested.items()}
 
 
 def moved_inputs(
@@ -51,12 +51,12 @@ def moved_inputs(
     return unflatten_inputs({name: moved(value) for name, value in flatten_inputs(inputs).items()})
 
 
-def _lists(value: Any) -> Any:
+def _lists(value: Any, sequence: type) -> Any:
     if not isinstance(value, dict):
         return value
-    items = {key: _lists(item) for key, item in value.items()}
+    items = {key: _lists(item, sequence) for key, item in value.items()}
     if items and all(key.isdigit() for key in items):
-        return [items[str(i)] for i in range(len(items))]
+        return sequence(items[str(i)] for i in range(len(items)))
     return items
 
 

@@ -7,7 +7,6 @@ by position, in the order of ``Signature.names``; non-tensor arguments become co
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.fx import GraphModule, Node
 
-from dmq_ao.graph import private, size_rules
-from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
+from dmq_ao.graph import size_rules
+from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
+from dmq_ao.graph.export import CaptureError, Positional, as_exported, export, first_line
 from dmq_ao.graph.layers import name_layers
-from dmq_ao.graph.patch_embed import any_size
+from dmq_ao.graph.module_state import tensors_of
+from dmq_ao.graph.plain_convolutions import number_paddings
+from dmq_ao.graph.private import drop_call_checks, free_sizes, leaves
+from dmq_ao.graph.regions import inline_regions, name_of_region
+from dmq_ao.graph.specialisation import Sizes, conditions_that_matter
+from dmq_ao.graph.stored_weights import compute_weights
+from dmq_ao.graph.structure import Structure, is_plain
 
 SAMPLE_NAMES = ("sample", "hidden_states", "x")
 
@@ -39,11 +44,13 @@ class Signature:
         constants: dotted path and value of each non-tensor argument baked into the graph.
         timestep: dotted path of the timestep, None when the denoiser has none.
         timestep_per_row: the graph wants one timestep a row, [B]; a scalar is expanded.
-        batch: dotted path of a tensor whose axis 0 is the batch.
+        batch: dotted path of the tensor that is denoised, whose axis 0 is the batch.
         return_type: dataclass that the denoiser returns under ``return_dict=True``; None for a bare tensor or tuple.
         returns_tuple: without ``return_dict`` the denoiser returns a tuple.
         example: shape and dtype of each tensor, enough to export again.
-        rules: equations between sizes that the graph relies on, see ``size_rules``.
+        rules: conditions on sizes that the graph relies on, see ``size_rules``.
+        answer: how the graph's tensors stand in what the denoiser answers; None for a tensor, a tuple of tensors, or
+            a dataclass of them.
     """
 
     parameters: tuple[str, ...]
@@ -56,24 +63,7 @@ class Signature:
     returns_tuple: bool
     example: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False)
     rules: tuple[str, ...] = field(default=(), repr=False)
-
-
-class _Positional(nn.Module):
-    """The denoiser called with its tensors by position and everything else constant; returns tensors only."""
-
-    def __init__(self, denoiser: nn.Module, names: tuple[str, ...], constants: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.names, self.constants = names, dict(constants)
-        if "return_dict" in inspect.signature(denoiser.forward).parameters:
-            self.constants["return_dict"] = False
-
-    def forward(self, *tensors: Tensor) -> Any:
-        flat = {**self.constants, **dict(zip(self.names, tensors, strict=True))}
-        result = self.denoiser(**unflatten_inputs(flat))
-        if isinstance(result, (tuple, list)) and len(result) == 1:
-            return result[0]
-        return result
+    answer: Structure | None = field(default=None, repr=False)
 
 
 def capture(
@@ -92,6 +82,7 @@ def capture(
     Raises:
         TypeError: for inputs that do not fit the signature, or without a floating tensor.
         ValueError: for an unknown ``timestep_arg``, or a denoiser in training mode.
+        CaptureError: for a denoiser that ``torch.export`` does not take, naming the line of its code.
     """
     if denoiser.training:
         raise ValueError(f"{type(denoiser).__name__} is in training mode; call .eval() on it first")
@@ -105,23 +96,16 @@ def capture(
     constants = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     batch = _batch_argument(tensors, timestep)
     tensors = _two_rows(tensors, batch)
-    module = _Positional(denoiser, tuple(tensors), constants)
-    per_row = timestep is not None and tensors[timestep].dim() <= 1
-    if per_row and timestep is not None:
-        rows = tensors | {timestep: tensors[timestep].expand(len(tensors[batch])).clone()}
-        try:
-            program = _export(module, rows)
-            tensors = rows
-        except Exception:
-            if tensors[timestep].dim() == 1:
-                raise
-            per_row, program = False, _export(module, tensors)
-    else:
-        program = _export(module, tensors)
+    module = Positional(denoiser, tuple(tensors), constants)
+    program, tensors, per_row = _export_rows(module, tensors, batch, timestep)
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
-    private.drop_call_checks(gm)  # they also refuse sizes that only compute another way; ``rules`` say what must hold
-    return_type, returns_tuple = _return_type(denoiser, tensors, constants)
+    drop_call_checks(gm)  # they also refuse sizes that only compute another way; ``rules`` say what must hold
+    inline_regions(gm)
+    batch = _denoised(gm, tensors, timestep, batch)
+    rules = _rules(program, module, gm, tensors, batch)
+    number_paddings(gm)
+    compute_weights(gm)
     gm.meta[META] = Signature(
         parameters=tuple(inspect.signature(denoiser.forward).parameters),
         names=tuple(tensors),
@@ -129,13 +113,71 @@ def capture(
         timestep=timestep,
         timestep_per_row=per_row,
         batch=batch,
-        return_type=return_type,
-        returns_tuple=returns_tuple,
+        return_type=module.answer.type if module.answer.kind == "dataclass" else None,
+        returns_tuple=module.answer.kind != "tensor",
         example={name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
-        rules=size_rules.of_program(program, tuple(tensors), {name: x.shape for name, x in tensors.items()}),
+        rules=rules,
+        answer=None if is_plain(module.answer) else module.answer,
     )
     name_layers(gm)
     return gm
+
+
+def _export_rows(
+    module: Positional, tensors: dict[str, Tensor], batch: str, timestep: str | None
+) -> tuple[torch.export.ExportedProgram, dict[str, Tensor], bool]:
+    """The program, its example, and whether it takes a timestep for each row, which it does if it can."""
+    if timestep is None or tensors[timestep].dim() > 1:
+        return export(module, tensors), tensors, False
+    rows = tensors | {timestep: tensors[timestep].expand(len(tensors[batch])).clone()}
+    try:
+        return export(module, rows), rows, True
+    except CaptureError as first:
+        if tensors[timestep].dim() == 1:
+            raise
+        try:
+            return export(module, tensors), tensors, False
+        except CaptureError as second:
+            raise CaptureError(f"{first} (with {timestep!r} as one number: {first_line(second)})") from first
+
+
+def _denoised(gm: GraphModule, tensors: Mapping[str, Tensor], timestep: str | None, first: str) -> str:
+    """The argument that is denoised: by its usual name, else the one whose shape is most like the answer's."""
+    if first in SAMPLE_NAMES:
+        return first
+    answer = _axes(leaves(gm.graph.output_node().args[0])[0])
+    nodes = gm.graph.find_nodes(op="placeholder")
+    likeness = {
+        name: sum(one == other for one, other in zip(_axes(node), answer, strict=True))
+        for name, node in zip(tensors, nodes, strict=True)
+        if name != timestep and tensors[name].is_floating_point() and len(_axes(node)) == len(answer) >= 2
+    }
+    return max(likeness, key=likeness.__getitem__, default=first) if likeness.get(first, 0) < len(answer) else first
+
+
+def _axes(node: Node) -> list[str]:
+    """Sizes as text: comparing symbolic ones would fix them."""
+    return [str(size) for size in node.meta["val"].shape]
+
+
+def _rules(
+    program: torch.export.ExportedProgram,
+    module: Positional,
+    gm: GraphModule,
+    tensors: Mapping[str, Tensor],
+    batch: str,
+) -> tuple[str, ...]:
+    """What a call's sizes must fulfil; ``module`` and ``gm`` are called without values to find out."""
+    equations, guards = size_rules.of_program(program, tuple(tensors), {name: x.shape for name, x in tensors.items()})
+    places, derived, ranges = free_sizes(program, tuple(tensors))
+    fixed = [one for one in ranges if "==" in one and one not in equations]
+    example = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
+    bounds = [one for one in ranges if "==" not in one]
+    equations = (*equations, *fixed)
+    sizes = Sizes(example, places, derived, batch, device_of(module), equations, (*guards, *bounds))
+    whole = any(name_of_region(node) for node in gm.graph.nodes)
+    with as_exported(module):
+        return (*equations, *conditions_that_matter(sizes, module, None if whole else gm))
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -201,31 +243,11 @@ def _two_rows(tensors: Mapping[str, Tensor], batch: str) -> dict[str, Tensor]:
     return {name: torch.cat([x, x]) if x.dim() > 0 and len(x) == 1 else x for name, x in tensors.items()}
 
 
-def _export(module: nn.Module, tensors: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
-    shapes = {name: dict.fromkeys(range(x.dim()), Dim.AUTO) for name, x in tensors.items()}
-    with any_size(module):
-        return torch.export.export(
-            module, tuple(tensors.values()), dynamic_shapes=(tuple(shapes.values()),), strict=False
-        )
-
-
-def _return_type(
-    denoiser: nn.Module, tensors: Mapping[str, Tensor], constants: Mapping[str, Any]
-) -> tuple[type | None, bool]:
-    with private.fake_tensor_mode(), torch.no_grad():
-        inputs = {name: torch.empty(x.shape, dtype=x.dtype, device="meta") for name, x in tensors.items()}
-        result = skeleton(denoiser)(**unflatten_inputs({**constants, **inputs}))
-    if dataclasses.is_dataclass(result):
-        return type(result), True
-    return None, isinstance(result, (tuple, list))
-
-
 def skeleton(denoiser: nn.Module) -> nn.Module:
     """A copy of the module tree whose tensors are on the meta device: names, shapes and config without the bytes."""
-    tensors = [*denoiser.parameters(), *denoiser.buffers()]
     memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = torch.empty_like(tensor, device="meta")
+    for tensor in tensors_of(denoiser):
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(denoiser, memo)
 
@@ -240,12 +262,18 @@ def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Tensors in the graph's order, on its device, from keyword arguments of the denoiser.
 
     Raises:
-        ValueError: when the samples lack an argument that the graph takes.
+        ValueError: when the samples lack an argument that the graph takes, or have sizes that it does not take.
     """
     flat = flatten_inputs(inputs)
     names = signature_of(gm).names
     missing = [name for name in names if name not in flat]
     if missing:
         raise ValueError(f"the samples lack {missing}, which the prepared denoiser takes; they hold {sorted(flat)}")
-    device = device_of(gm)
-    return [torch.as_tensor(flat[name]).to(device) for name in names]
+    device, signature = device_of(gm), signature_of(gm)
+    tensors = [torch.as_tensor(flat[name]).to(device) for name in names]
+    shapes = {name: tuple(x.shape) for name, x in zip(names, tensors, strict=True)}
+    rule = size_rules.broken(signature.rules, shapes)
+    if rule is not None:
+        example = {name: shape for name, (shape, _) in signature.example.items()}
+        raise ValueError(f"the samples' {size_rules.refusal_text(rule, shapes, example)}")
+    return tensors

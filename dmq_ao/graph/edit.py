@@ -76,6 +76,7 @@ def drop_unused(gm: GraphModule) -> None:
 
 def allow_train_eval(gm: GraphModule) -> GraphModule:
     """Undo torchao's ban on ``train()``/``eval()``: our graphs have no mode, and pipelines call ``eval()``."""
-    for name in ("train", "eval"):
-        gm.__dict__.pop(name, None)
+    for module in gm.modules():  # the bodies of regions too
+        for name in ("train", "eval"):
+            module.__dict__.pop(name, None)
     return gm

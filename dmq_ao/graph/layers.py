@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from dmq_ao.graph.private import rows_depend_on_values
+
 LAYER = "dmq_ao.layer"
 
 
@@ -21,6 +23,9 @@ SOURCE = "dmq_ao.source"  # on a node that reads a tensor of a layer record: (la
 
 
 PREFIX = "denoiser."  # of every path of the denoiser's own modules
+
+
+COMPUTED = "_computed"  # ends the name of a tensor that the code computes from stored ones
 
 
 aten = torch.ops.aten
@@ -43,8 +48,6 @@ OTHER_WEIGHTED = {
     aten.conv_transpose1d.default: "transposed convolution",
     aten.conv_transpose2d.input: "transposed convolution",
     aten.conv_transpose3d.input: "transposed convolution",
-    aten.conv1d.padding: "convolution with padding given as a word",
-    aten.conv2d.padding: "convolution with padding given as a word",
 }
 
 
@@ -85,6 +88,13 @@ def parameter_name(node: Node) -> str:
     return str(node.target).removeprefix(PREFIX)
 
 
+def module_of(node: Node) -> str:
+    """Path of the denoiser's module whose code a node comes from; empty for the denoiser's own, or where unknown."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.removeprefix(PREFIX) if path.startswith(PREFIX) else ""
+
+
 def attribute(gm: GraphModule, node: Node) -> Tensor:
     """The tensor that a ``get_attr`` node reads."""
     return attribute_at(gm, str(node.target))
@@ -100,6 +110,7 @@ def find_layers(gm: GraphModule) -> list[Layer]:
     """Every operator of a float graph that multiplies by a stored weight or looks its rows up, in graph order."""
     layers: list[Layer] = []
     taken: dict[str, int] = {}
+    computed = _computed(gm)
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
@@ -113,8 +124,12 @@ def find_layers(gm: GraphModule) -> list[Layer]:
             continue
         if weight.op != "get_attr":
             continue
-        name = parameter_name(weight).removesuffix(".weight")
+        name = parameter_name(weight).removesuffix(COMPUTED).removesuffix(".weight")
         count = taken[name] = taken.get(name, 0) + 1
+        if known and kind != TABLE and node.args[0] not in computed:
+            kind, known = f"{kind} on a stored tensor, the same in every call", False
+        elif known and rows_depend_on_values(node.args[0].meta.get("val")):
+            kind, known = f"{kind} on rows that are chosen by their values", False
         ndim = node.args[0].meta["val"].dim() if "val" in node.args[0].meta else 0
         layers.append(
             Layer(
@@ -127,6 +142,15 @@ def find_layers(gm: GraphModule) -> list[Layer]:
             )
         )
     return layers
+
+
+def _computed(gm: GraphModule) -> set[Node]:
+    """What depends on the inputs, if only on their sizes."""
+    computed: set[Node] = set()
+    for node in gm.graph.nodes:
+        if node.op == "placeholder" or any(source in computed for source in node.all_input_nodes):
+            computed.add(node)
+    return computed
 
 
 def weight_of(node: Node) -> Node:

@@ -45,7 +45,11 @@ def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
         assert isinstance(source, Node)
         if layer.kind != graph.TABLE and (source not in moving or _rows(source) not in rows):
             plan[layer.name] = _at_rest(plan[layer.name])
-    return plan
+    return plan | {one.name: _float_row(one) for one in graph.other_weights(gm)}
+
+
+def _float_row(one: graph.OtherWeight) -> LayerPlan:
+    return LayerPlan(one.name, one.kind, one.numel, None, None, None, one.why)
 
 
 def _rows(node: Node) -> str:

@@ -17,7 +17,7 @@ from dmq_ao.graph.roles import roles_of
 from dmq_ao.numerics import code_dtype, code_range
 from dmq_ao.observers import ActivationObserver, AttentionObserver, WeightObserver
 from dmq_ao.passes import decompose_attention, merge_layers, split_concat
-from dmq_ao.passes.decompose_attention import PRODUCTS
+from dmq_ao.passes.decompose_attention import PRODUCTS, whole_attention
 from dmq_ao.quantizer.plan import ATTENTION, estimator, make_plan, scaled_layers
 from dmq_ao.quantizer.prepared import Prepared, is_prepared, state_of
 from dmq_ao.records import LayerPlan
@@ -103,7 +103,8 @@ def _annotate_attention(model: GraphModule, config: AttentionConfig) -> dict[str
         )
         name = f"{node.meta[PRODUCTS]}.{ATTENTION}"
         rows[name] = LayerPlan(name, ATTENTION, 0, None, None, None, why)
-    return rows
+    whole = {f"{path}.{ATTENTION}": why for path, why in whole_attention(model).items()}
+    return rows | {name: LayerPlan(name, ATTENTION, 0, None, None, None, why) for name, why in whole.items()}
 
 
 def _weight_spec(item: LayerPlan) -> QuantizationSpec:

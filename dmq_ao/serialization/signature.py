@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,17 @@ from torch import nn
 
 from dmq_ao.config.as_json import typed
 from dmq_ao.graph import Signature, size_rules
+from dmq_ao.graph.structure import Structure
 from dmq_ao.serialization.folder import Stored
 from dmq_ao.serialization.operators import Forbidden, NotReadable
 
 _DIFFUSERS = "diffusers.models."
+_ANSWER_KINDS = {"tensor", "constant", "tuple", "list", "dict", "namedtuple", "dataclass"}
+_OF_CLASS: Mapping[str, Callable[[type], bool]] = {
+    "namedtuple": lambda kind: issubclass(kind, tuple) and hasattr(kind, "_fields"),
+    "dataclass": dataclasses.is_dataclass,
+}
+_DEEPEST = 8
 _LONGEST_RULE, _LONGEST_RULES = 2_000, 100_000
 
 
@@ -29,6 +36,7 @@ class _StoredSignature:
     return_type: tuple[str, ...] | None
     returns_tuple: bool
     rules: tuple[str, ...]
+    answer: dict[str, Any] | None = None
 
 
 def signature_to_json(signature: Signature) -> dict[str, Any]:
@@ -42,7 +50,51 @@ def signature_to_json(signature: Signature) -> dict[str, Any]:
         "return_type": None if kind is None else [kind.__module__, kind.__qualname__],
         "returns_tuple": signature.returns_tuple,
         "rules": list(signature.rules),
+        **({} if signature.answer is None else {"answer": _structure_to_json(signature.answer)}),
     }
+
+
+def _structure_to_json(one: Structure) -> dict[str, Any]:
+    """A level of an answer: its kind, and what that kind has."""
+    stored: dict[str, Any] = {"kind": one.kind}
+    if one.kind == "constant":
+        return stored | {"value": one.value}
+    if one.kind in _OF_CLASS and one.type is not None:
+        stored["type"] = [one.type.__module__, one.type.__qualname__]
+    if one.keys:
+        stored["keys"] = list(one.keys)
+    return stored if one.kind == "tensor" else stored | {"parts": [_structure_to_json(part) for part in one.parts]}
+
+
+def _structure_from_json(data: Any, model: nn.Module | None, depth: int = 0) -> Structure:
+    if depth > _DEEPEST or not isinstance(data, dict) or data.get("kind") not in _ANSWER_KINDS:
+        raise ValueError(
+            f"signature.answer: expected levels of {sorted(_ANSWER_KINDS)}, at most {_DEEPEST}, got {data!r}"
+        )
+    kind = data["kind"]
+    unknown = set(data) - {"kind", "value", "type", "keys", "parts"}
+    value, keys, parts = data.get("value"), data.get("keys", []), data.get("parts", [])
+    if unknown or not isinstance(value, (bool, int, float, str, type(None))) or not isinstance(parts, list):
+        raise ValueError(f"signature.answer: {sorted(unknown)} are unknown, or a value is no number or text")
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ValueError("signature.answer: keys are texts")
+    inside = tuple(_structure_from_json(part, model, depth + 1) for part in parts)
+    if kind in ("dict", "dataclass") and len(keys) != len(inside):
+        raise ValueError(f"signature.answer: {len(keys)} keys for {len(inside)} values")
+    return Structure(kind, inside, tuple(keys), _class_of(kind, data.get("type"), inside, keys, model), value)
+
+
+def _class_of(kind: str, path: Any, parts: tuple[Structure, ...], keys: list[str], model: nn.Module | None) -> Any:
+    """The named tuple or dataclass of a level, whose fields must be those that are stored."""
+    if kind not in _OF_CLASS:
+        return None
+    if not isinstance(path, list) or not all(isinstance(name, str) for name in path):
+        raise ValueError(f"signature.answer: expected a module and a class, got {path!r}")
+    answer = _answer_class(tuple(path), model, _OF_CLASS[kind])
+    fields = getattr(answer, "_fields", None) or tuple(one.name for one in dataclasses.fields(answer) if one.init)
+    if len(fields) != len(parts) or kind == "dataclass" and tuple(keys) != tuple(fields):
+        raise ValueError(f"signature.answer: {answer.__name__} has the fields {list(fields)}, got {len(parts)} values")
+    return answer
 
 
 def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> Signature:
@@ -79,6 +131,7 @@ def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> S
         returns_tuple=parts.returns_tuple,
         example=stored.example,
         rules=parts.rules,
+        answer=None if parts.answer is None else _structure_from_json(parts.answer, model),
     )
 
 
@@ -88,6 +141,11 @@ def check_answer(signature: Signature, count: int) -> None:
     Raises:
         ValueError: naming the class.
     """
+    if signature.answer is not None:
+        tensors = signature.answer.count()
+        if tensors != count:
+            raise ValueError(f"signature.answer: it holds {tensors} tensors, the graph gives {count}")
+        return
     if signature.return_type is None:
         return
     fields = dataclasses.fields(signature.return_type)
@@ -106,8 +164,10 @@ def _check_rules(rules: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) 
         raise ValueError(f"signature.rules: {rule!r} does not hold for the example inputs themselves, {dict(shapes)}")
 
 
-def _answer_class(path: tuple[str, ...], model: nn.Module | None) -> type:
-    """The dataclass that the denoiser answers with: of diffusers' models, or of the modules of ``model``."""
+def _answer_class(
+    path: tuple[str, ...], model: nn.Module | None, fits: Callable[[type], bool] = dataclasses.is_dataclass
+) -> type:
+    """The class that the denoiser answers with: of diffusers' models, or of the modules of ``model``."""
     if len(path) != 2 or not all(part.isidentifier() for name in path for part in name.split(".")):
         raise ValueError(f"signature.return_type: expected a module and a class, got {list(path)}")
     module, name = path
@@ -120,7 +180,7 @@ def _answer_class(path: tuple[str, ...], model: nn.Module | None) -> type:
             raise NotReadable(f"this version of diffusers has no {module}.{name}, the class that the denoiser returns")
     else:
         kind = _own_class(module, name, model)
-    if not isinstance(kind, type) or not dataclasses.is_dataclass(kind) or kind.__module__ != module:
+    if not isinstance(kind, type) or not fits(kind) or kind.__module__ != module:
         raise Forbidden(f"signature.return_type: {module}.{name} is not a dataclass that a denoiser may return")
     return kind
 

@@ -21,6 +21,7 @@ from dmq_ao.graph import graph_arguments
 from dmq_ao.numerics import ops
 from dmq_ao.observers import AttentionObserver
 from dmq_ao.passes import decompose_attention
+from dmq_ao.passes.decompose_attention import whole_attention
 from dmq_ao.quantizer.prepared import attention_observers
 
 MODELS = ["tiny_unet2d", "tiny_unet2d_condition", "tiny_dit"]
@@ -55,22 +56,34 @@ class Masked(nn.Module):
         given = dict(self.options)
         if given.pop("masked", False):
             given["attn_mask"] = mask
-        return scaled_dot_product_attention(x, x + 1, x * 2, **given)
+        if not given.pop("any width", False):
+            x = x.reshape(x.shape[0], 4, -1, 4)
+        shared = x[:, :2] if given.get("enable_gqa") else x
+        return scaled_dot_product_attention(x, shared + 1, shared * 2, **given)
 
 
 @pytest.mark.parametrize(
     ("options", "mask", "whole"),
     [
         ({"masked": True, "scale": 0.3}, torch.randn(2, 1, 5, 5), False),
-        ({"masked": True}, torch.rand(2, 1, 5, 5) > 0.2, True),
-        ({"is_causal": True}, torch.zeros(2, 1, 5, 5), True),
+        ({"masked": True}, torch.rand(2, 1, 5, 5) > 0.2, False),
+        ({"masked": True}, (torch.arange(5) < 4).expand(2, 1, 5, 5), False),
+        ({"masked": True}, (torch.arange(5) > 1)[:, None].expand(2, 1, 5, 5), False),  # two rows see nothing
+        ({"is_causal": True}, torch.zeros(2, 1, 5, 5), False),
+        ({"enable_gqa": True}, torch.zeros(2, 1, 5, 5), False),
+        ({"enable_gqa": True, "masked": True}, torch.rand(2, 1, 5, 5) > 0.2, False),
+        ({"dropout_p": 0.5}, torch.zeros(2, 1, 5, 5), True),
+        ({"any width": True}, torch.zeros(2, 1, 5, 5), True),
     ],
 )
 def test_masks_and_what_stays_whole(options: dict[str, Any], mask: Tensor, whole: bool) -> None:
-    model, x = Masked(options).eval(), torch.randn(2, 3, 5, 4)
+    model, x = Masked(options).eval(), torch.randn(2, 4, 5, 4)
     gm = graph.capture(model, {"x": x, "mask": mask})
     decompose_attention(gm)
     assert any(node.target == sdpa for node in gm.graph.nodes) == whole
+    if whole:
+        assert "dropout of 0.5" in str(whole_attention(gm)) or "sizes of an input" in str(whole_attention(gm))
+        return
     arguments = {"x": x, "mask": mask}
     found = gm(*[arguments[name] for name in graph.signature_of(gm).names])
     assert torch.allclose(found, model(x, mask), atol=1e-6)

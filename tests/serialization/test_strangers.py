@@ -575,7 +575,7 @@ WRONG_GRAPHS: dict[str, tuple[Edit, str]] = {
         "whether its input is quantized",
     ),
     "a rule that its own example breaks": (lambda p: p["signature"]["rules"].append("shape['x'][1] == 4"), "rules"),
-    "a rule that is none": (lambda p: p["signature"]["rules"].append("__import__('os')"), "not an equation"),
+    "a rule that is none": (lambda p: p["signature"]["rules"].append("__import__('os')"), "not a condition"),
     "a rule without end": (lambda p: p["signature"]["rules"].append("-" * 19000 + "1"), "2000 characters each"),
     "rules without end": (lambda p: p["signature"]["rules"].extend(["1 == 1" + " " * 1900] * 99), "100000 together"),
     "other names": (lambda p: p["signature"].update(names=["x", "y"]), "signature.names"),
