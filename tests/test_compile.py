@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 import dmq_ao
-from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.recipes import minmax
+from tests.integer_sums import EXACT
 from tests.plain import Plain, flow, plain_samples, relative, seeded
 
 MAX = pytest.param(
     "max",
     marks=pytest.mark.skipif(
-        not has_vnni() or find_spec("ninja") is None or shutil.which("c++") is None,
+        not EXACT or find_spec("ninja") is None or shutil.which("c++") is None,
         reason="no VNNI, no ninja or no C++ compiler",
     ),
 )
