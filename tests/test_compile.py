@@ -1,17 +1,25 @@
 """``dmq_ao.compile``: the same numbers, one compilation for all shapes and timesteps, and errors that help."""
 
+import ctypes
 import functools
+import importlib
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao.recipes import minmax
+from tests import families
 from tests.integer_sums import EXACT
 from tests.plain import Plain, flow, plain_samples, relative, seeded
+
+compile_module = importlib.import_module("dmq_ao.api.compile")  # the public name is the function
 
 MAX = pytest.param(
     "max",
@@ -70,3 +78,87 @@ def test_an_unknown_mode_is_refused() -> None:
 def test_max_is_a_plan_of_some_backends() -> None:
     with pytest.raises(ValueError, match="backends .'cuda', 'onednn'., and this denoiser runs on 'reference'"):
         dmq_ao.compile(made("w8a8", backend="reference"), "max")
+
+
+def as_traced(gm: GraphModule, inputs: object, **given: object) -> Callable[..., object]:
+    """A compiler that compiles nothing: recompilations are counted by what is traced."""
+    del inputs, given
+    return gm.forward
+
+
+def test_a_square_is_taken_for_a_coincidence() -> None:
+    quantized = made("w8a8")
+    compiled = dmq_ao.compile(quantized, backend=as_traced)
+    compiled(torch.randn(4, 3, 4, 4), 900)  # as many samples as pixels a side, too
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((2, 3, 8, 12), (3, 3, 16, 8), (5, 3, 4, 6), (2, 3, 9, 9)):
+            x = torch.randn(shape)
+            assert relative(compiled(x, 500), quantized(x, 500)) < 1e-4
+    assert torch.fx.experimental._config.use_duck_shape  # as it was, for everybody else
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux", "sana", "wan"))],
+)
+def test_a_family_is_compiled_once_for_batches_and_sizes(family: str) -> None:
+    pytest.importorskip("diffusers")
+    case = families.built(family)
+    inputs = case.inputs(2, 2)
+    with dmq_ao.record(case.model, num_samples=4) as recorder, torch.no_grad():
+        for _ in range(2):
+            case.model(**inputs)
+    samples = recorder.calibration_set()
+    prepared = dmq_ao.prepare(case.model, minmax("w8a8"), samples.example())
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    quantized = dmq_ao.convert(prepared)
+    compiled = dmq_ao.compile(quantized, backend=as_traced)
+    compiled(**inputs)  # a square
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, size in ((2, 3), (3, 3), (4, 2), (5, 1)):
+            other = case.inputs(batch, size)
+            assert relative(compiled(**other).sample, quantized(**other).sample) < 1e-3
+
+
+def test_a_cut_off_object_of_inductor_is_removed_and_the_call_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Objects of which the loader itself says so, each in its turn; what it says is wrapped, as Inductor does."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    whole = Path(importlib.import_module("_ctypes").__file__)  # any shared object
+    paths = [tmp_path / "ab" / f"{name}.so" for name in ("short", "empty", "zeros")]
+    paths[0].parent.mkdir()
+    for path, content in zip(paths, (whole.read_bytes()[:100], b"", bytes(5000)), strict=True):
+        path.write_bytes(content)
+
+    def forward(x: int) -> int:
+        for path in paths:
+            try:
+                if path.exists():
+                    ctypes.CDLL(str(path))
+            except OSError as error:
+                raise RuntimeError(f"backend='inductor' raised:\n{error!r}\n\nSet TORCHDYNAMO_VERBOSE=1") from error
+        return x + 1
+
+    assert compile_module._safely(forward)(x=1) == 2
+    assert not any(path.exists() for path in paths)
+
+
+@pytest.mark.parametrize("text", ["{cache}/ab/x.so: file too short", "OSError('{cache}/x.so: invalid ELF header')"])
+def test_a_cut_off_object_is_removed_once(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    calls = []
+
+    def forward() -> None:
+        calls.append(1)
+        raise OSError(text.format(cache=tmp_path))
+
+    with pytest.raises(OSError, match=r"x\.so"):
+        compile_module._safely(forward)()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("text", ["/usr/lib/x.so: file too short", "no such thing", "{cache}/x.so: undefined symbol"])
+def test_other_errors_and_files_are_left_alone(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert compile_module._cut_off(OSError(text.format(cache=tmp_path))) is None

@@ -19,7 +19,7 @@ from dmq_ao import graph
 from dmq_ao.backends.backend import Lowered
 from dmq_ao.backends.onednn import packed, self_test
 from dmq_ao.backends.onednn.operators import int_conv, int_linear
-from dmq_ao.backends.onednn.pair_sums import INT16, pair_sums
+from dmq_ao.backends.onednn.pair_sums import INT16, sums_of_two
 from dmq_ao.backends.products import (
     Product,
     channels_last,
@@ -87,7 +87,7 @@ def _why_saturated(record: LayerRecord, word: str, groups: int) -> str:
     assert activation is not None
     weight = shifted_codes(record.weight, activation.exponents if fits(record) else None, groups)[0]
     largest = 2 ** min(activation.bits, 8) - 1  # wider inputs are multiplied byte by byte
-    low, high = pair_sums(weight, largest)
+    low, high = sums_of_two(weight, largest)
     if low >= INT16[0] and high <= INT16[1]:
         return ""
     reach = low if -low > high else high

@@ -8,7 +8,7 @@ from torch import Tensor
 INT16 = (-(2**15), 2**15 - 1)
 
 
-def pair_sums(weight: Tensor, largest: int) -> tuple[int, int]:
+def sums_of_two(weight: Tensor, largest: int) -> tuple[int, int]:
     """Bounds of ``a * v + b * w`` over two weights of one output, with a and b from 0 to ``largest``.
 
     Which codes are neighbours in a kernel is not asked: these are any two.

@@ -29,8 +29,8 @@ _ZERO_POINT = 128
 _EVERY_CODE = (255, -128, 127)
 _PAIRS_IN_INT16 = ((255, -64, 64), (127, -128, 127))
 # Inputs, outputs, kernel, groups, stride: oneDNN has an implementation for each kind.
-_CONVOLUTIONS = ((3, 8, 3, 1, 1), (32, 16, 3, 1, 1), (8, 5, 1, 1, 2), (6, 4, 3, 2, 1), (16, 16, 3, 16, 1))
-_LINEARS = ((1, 5, 3), (4, 64, 32), (33, 37, 10), (64, 256, 64))  # rows, inputs, outputs
+_TRIED_CONVOLUTIONS = ((3, 8, 3, 1, 1), (32, 16, 3, 1, 1), (8, 5, 1, 1, 2), (6, 4, 3, 2, 1), (16, 16, 3, 16, 1))
+_TRIED_LINEARS = ((1, 5, 3), (4, 64, 32), (33, 37, 10), (64, 256, 64))  # rows, inputs, outputs
 
 
 class Sums(enum.Enum):
@@ -101,7 +101,7 @@ def _misses(word: Word, limits: Limits) -> str:
     """
     generator = torch.Generator().manual_seed(0)
     runs = _convolution if word == "convolution" else _linear
-    shapes = _CONVOLUTIONS if word == "convolution" else _LINEARS
+    shapes = _TRIED_CONVOLUTIONS if word == "convolution" else _TRIED_LINEARS
     with torch.no_grad(), torch.device("cpu"):
         try:
             pairs = [runs(shape, limits, generator) for shape in shapes]
@@ -121,7 +121,7 @@ def _codes(limits: Limits, generator: torch.Generator, *shapes: tuple[int, ...])
     return x, weight
 
 
-def _scales(weight: Tensor) -> tuple[Tensor, Tensor]:
+def _unit_scales(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Scales of one, and the sums of the codes of each output: [O] float32."""
     total = weight.flatten(1).sum(1, dtype=torch.int32).to(torch.float32)
     return torch.ones_like(total), total
@@ -136,7 +136,7 @@ def _linear(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) 
     rows, inputs, outputs = shape
     x, weight = _codes(limits, generator, (rows, inputs), (outputs, inputs))
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
-    actual = int_linear(x, *_input_scale(), packed, *_scales(weight), None, torch.float32)
+    actual = int_linear(x, *_input_scale(), packed, *_unit_scales(weight), None, torch.float32)
     return actual, (x.double() - _ZERO_POINT) @ weight.double().T
 
 
@@ -145,7 +145,7 @@ def _convolution(shape: tuple[int, ...], limits: Limits, generator: torch.Genera
     inputs, outputs, kernel, groups, stride = shape
     x, weight = _codes(limits, generator, (2, inputs, 9, 7), (outputs, inputs // groups, kernel, kernel))
     geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], groups)
-    scale, total = _scales(weight)
+    scale, total = _unit_scales(weight)
     packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *geometry, None)
     codes = x.contiguous(memory_format=torch.channels_last)
     args = (codes, *_input_scale(), packed, scale, total, None, *geometry, [kernel] * 2, torch.float32)

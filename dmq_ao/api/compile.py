@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,13 +16,19 @@ from torch.fx import GraphModule
 from dmq_ao.backends.backend import MaxPlan
 from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.graph.private import replace_child
+from dmq_ao.graph.private import inductor_cache, replace_child, sizes_apart
 
 Mode = Literal["default", "max"]
+# How the loader says that a shared object is cut off or empty, with its path.
+_CUT_OFF = re.compile(r"(/[^\s'\"]+\.so): (?:file too short|invalid ELF header|cannot read file data)")
 
 
 def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) -> nn.Module:
     """Compile a converted denoiser for any batch size, resolution and timestep at once.
+
+    A batch of one is compiled on its own, as is one of 16 and more where a convolution stays in float: PyTorch tells
+    these apart. Axes that are equal in the first call may differ in others. What Inductor reads from its cache and
+    finds cut off, since another process was stopped as it wrote, is removed and compiled again.
 
     Args:
         quantized: from ``convert`` or ``load``. It is not changed, and shares its tensors with the result.
@@ -55,7 +63,35 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
     options |= given.pop("options", {})
     compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **given}, options=options)
     assert isinstance(compiled, nn.Module)
+    compiled.forward = _safely(compiled.forward)
     return compiled
+
+
+def _safely(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled module's ``forward``, which compiles when it is called, with what that wants around it."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        removed: set[Path] = set()
+        with sizes_apart():
+            while True:
+                try:
+                    return forward(*args, **kwargs)
+                except Exception as error:  # Inductor wraps whatever its loader raises
+                    path = _cut_off(error)
+                    if path is None or path in removed:
+                        raise
+                    path.unlink(missing_ok=True)
+                    removed.add(path)
+
+    return call
+
+
+def _cut_off(error: Exception) -> Path | None:
+    """The object of Inductor's cache that an error says is cut off; None where it is about anything else."""
+    match = _CUT_OFF.search(str(error))
+    path = None if match is None else Path(match[1])
+    return path if path is not None and path.is_relative_to(inductor_cache()) else None
 
 
 def _max_plan(name: str) -> MaxPlan:

@@ -327,7 +327,7 @@ def test_siblings_share_codes() -> None:
             return self.one(x) * self.two(x)
 
     samples = example((8, 6, 5))
-    recipe = everywhere(minmax("w8a8", ranges=Ranges.PER_STEP))
+    recipe = everywhere(minmax("w4a8", ranges=Ranges.PER_STEP))
     prepared = dmq_ao.prepare(Siblings().eval(), recipe, samples.example(), backend="onednn")
     dmq_ao.calibrate(prepared, samples, progress=False)
     lowered, reference = dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "reference")

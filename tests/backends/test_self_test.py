@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmq_ao.backends.backend import BROKEN, OK, SLOW
 from dmq_ao.backends.onednn import cpu, self_test
-from dmq_ao.backends.onednn.pair_sums import INT16, pair_sums
+from dmq_ao.backends.onednn.pair_sums import INT16, sums_of_two
 from dmq_ao.backends.onednn.self_test import WORDS, Limits, Sums, Word, findings, sums
 from dmq_ao.backends.registry import ALL_BACKENDS, choose_backend
 from tests.integer_sums import needs_exact_sums, needs_integers
@@ -138,7 +138,7 @@ WIDEST = [
 @pytest.mark.parametrize(("largest", "low", "high", "fit"), WIDEST)
 def test_the_widest_codes_that_two_products_allow(largest: int, low: int, high: int, fit: bool) -> None:
     weight = torch.tensor([[low, 0, low], [high, high, 0]], dtype=torch.int8)
-    smallest, greatest = pair_sums(weight, largest)
+    smallest, greatest = sums_of_two(weight, largest)
     assert (smallest, greatest) == (2 * largest * low, 2 * largest * high)
     assert (smallest >= INT16[0] and greatest <= INT16[1]) is fit
 
@@ -151,4 +151,4 @@ def test_pair_sums_are_those_of_any_two_weights_of_one_output(shape: tuple[int, 
         for a, b in itertools.combinations([0, *row, 0], 2):
             for v, w in itertools.product((0, 37), (0, 37)):
                 expected = [min(expected[0], a * v + b * w), max(expected[1], a * v + b * w)]
-    assert list(pair_sums(weight, 37)) == expected
+    assert list(sums_of_two(weight, 37)) == expected
