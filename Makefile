@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fuzz coverage lint spelling typecheck dist clean
+.PHONY: help demo test test-isa test-fuzz coverage lint spelling typecheck dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -18,6 +18,10 @@ demo: $(STAMP)  ## quantize the bundled denoiser, compare and measure it; report
 
 test: $(STAMP)  ## the fast tests: CPU, offline
 	$(PY) -m pytest -q -n auto --dist worksteal --durations 15
+
+# Under one name where ONEDNN_MAX_CPU_ISA has it, else under each of three.
+test-isa: $(STAMP)  ## the layers of the onednn backend on the instructions of lesser CPUs; ten minutes
+	$(PY) -m tests.isa
 
 test-fuzz: $(STAMP)  ## ten thousand edited files, and what becomes of them; ten minutes
 	$(PY) tests/fuzz_files.py --cases 10000

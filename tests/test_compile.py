@@ -1,22 +1,28 @@
 """``dmq_ao.compile``: the same numbers, one compilation for all shapes and timesteps, and errors that help."""
 
 import functools
+import importlib
 import shutil
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import dmq_ao
-from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.recipes import minmax
+from tests import families
+from tests.integer_sums import EXACT
 from tests.plain import Plain, flow, plain_samples, relative, seeded
+
+compile_module = importlib.import_module("dmq_ao.api.compile")  # the public name is the function
 
 MAX = pytest.param(
     "max",
     marks=pytest.mark.skipif(
-        not has_vnni() or find_spec("ninja") is None or shutil.which("c++") is None,
+        not EXACT or find_spec("ninja") is None or shutil.which("c++") is None,
         reason="no VNNI, no ninja or no C++ compiler",
     ),
 )
@@ -70,3 +76,43 @@ def test_an_unknown_mode_is_refused() -> None:
 def test_max_is_a_plan_of_some_backends() -> None:
     with pytest.raises(ValueError, match="backends .'cuda', 'onednn'., and this denoiser runs on 'reference'"):
         dmq_ao.compile(made("w8a8", backend="reference"), "max")
+
+
+def as_traced(gm: GraphModule, inputs: object, **given: object) -> Callable[..., object]:
+    """A compiler that compiles nothing: recompilations are counted by what is traced."""
+    del inputs, given
+    return gm.forward
+
+
+def test_a_square_is_taken_for_a_coincidence() -> None:
+    quantized = made("w8a8")
+    compiled = dmq_ao.compile(quantized, backend=as_traced)
+    compiled(torch.randn(4, 3, 4, 4), 900)  # as many samples as pixels a side, too
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for shape in ((2, 3, 8, 12), (3, 3, 16, 8), (5, 3, 4, 6), (2, 3, 9, 9)):
+            x = torch.randn(shape)
+            assert relative(compiled(x, 500), quantized(x, 500)) < 1e-4
+    assert torch.fx.experimental._config.use_duck_shape  # as it was, for everybody else
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["pixart", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sdxl", "sd3", "flux", "sana", "wan"))],
+)
+def test_a_family_is_compiled_once_for_batches_and_sizes(family: str) -> None:
+    pytest.importorskip("diffusers")
+    case = families.built(family)
+    inputs = case.inputs(2, 2)
+    with dmq_ao.record(case.model, num_samples=4) as recorder, torch.no_grad():
+        for _ in range(2):
+            case.model(**inputs)
+    samples = recorder.calibration_set()
+    prepared = dmq_ao.prepare(case.model, minmax("w8a8"), samples.example())
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    quantized = dmq_ao.convert(prepared)
+    compiled = dmq_ao.compile(quantized, backend=as_traced)
+    compiled(**inputs)  # a square
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, size in ((2, 3), (3, 3), (4, 2), (5, 1)):
+            other = case.inputs(batch, size)
+            assert relative(compiled(**other).sample, quantized(**other).sample) < 1e-3

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 import dmq_ao
 from dmq_ao import BitPlan, PowerOfTwo, graph, recipes
-from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.config import (
     BitAllocation,
     ChannelScaling,
@@ -41,6 +40,7 @@ from dmq_ao.mixed_precision.bit_plan import InputBits, LayerBits
 from dmq_ao.objectives import relative_error
 from dmq_ao.quantizer.prepared import observers
 from dmq_ao.serialization.folder import TENSORS
+from tests.integer_sums import EXACT
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 KURTOSIS = BitAllocation(scorer=Scorer.KURTOSIS, scope=Scope.LAYER)
@@ -348,7 +348,7 @@ def test_a_truncated_segment_is_named(model: nn.Module, samples: dmq_ao.Calibrat
         dmq_ao.load(tmp_path, model=model, backend="reference")
 
 
-@pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI, so there are no integer kernels to compare")
+@pytest.mark.skipif(not EXACT, reason="this CPU has no VNNI, so there are no integer kernels to compare")
 @pytest.mark.parametrize(
     "recipe",
     [recipes.minmax("w4a8"), recipes.minmax("w8a8"), recipes.minmax("w4a8", power_of_two=PowerOfTwo(agreement=0.3))],

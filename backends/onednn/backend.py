@@ -45,13 +45,13 @@ class OneDNN(Backend):
         return lower_to_onednn(gm, records)
 
     def multiplies_integers(self) -> bool:
-        """Whether PyTorch has the kernels, and this CPU instructions for which their sums are exact."""
-        return cpu.has_kernels() and cpu.has_vnni()
+        """Whether PyTorch has the kernels, and the self-test found integer products whose sums are exact."""
+        return any(self_test.sums(word) is not self_test.Sums.WRONG for word in self_test.WORDS)
 
     def peak_products(self, device: torch.device) -> list[PeakProduct]:
-        """Linears and convolutions on which oneDNN does well; empty where their sums are not exact."""
+        """Linears and convolutions on which oneDNN does well; empty where none of their sums is exact."""
         return cpu_products() if device.type == "cpu" and self.multiplies_integers() else []
 
     def examine(self) -> list[Finding]:
-        """Whether there are integer kernels, and whether one of them makes the sum of its integers."""
-        return [self_test.kernels(), self_test.convolution()] if cpu.has_kernels() else [self_test.kernels()]
+        """Whether there are integer kernels, and which of their sums are those of the integers."""
+        return self_test.findings()

@@ -12,11 +12,6 @@ def has_kernels() -> bool:
     return hasattr(torch.ops.onednn, "qconv_pointwise") and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
-def has_vnni() -> bool:
-    """Whether this CPU multiplies u8 by s8 without saturating in 16 bits, as far as PyTorch says (AVX512-VNNI)."""
-    return cpu_has("avx512_vnni")
-
-
 def multiplies_bfloat16() -> bool:
     """Whether this CPU has instructions for bfloat16 products (AVX512-BF16 or AMX)."""
     return cpu_has("avx512_bf16") or cpu_has("amx_tile")

@@ -17,8 +17,9 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.backends.backend import Lowered
-from dmq_ao.backends.onednn import cpu, packed
+from dmq_ao.backends.onednn import packed, self_test
 from dmq_ao.backends.onednn.operators import int_conv, int_linear
+from dmq_ao.backends.onednn.pair_sums import INT16, sums_of_two
 from dmq_ao.backends.products import (
     Product,
     channels_last,
@@ -50,7 +51,7 @@ def lower_to_onednn(
     kernels = replace_layers(
         gm,
         records,
-        _why_not_integer,
+        partial(_why_not_integer, records),
         lambda node, name, why: packed.float_layer(gm, node, records[name], why),
         lambda node, record: instead(gm, node, record) or _integer_layer(gm, node, record),
         join=not isinstance(records, PackedRecords),
@@ -61,18 +62,39 @@ def lower_to_onednn(
     return gm, kernels
 
 
-def _why_not_integer(record: LayerRecord, node: Node) -> str:
-    """Why a layer has no integer kernel here; empty when it has one."""
+def _why_not_integer(records: Mapping[str, LayerRecord], record: LayerRecord, node: Node) -> str:
+    """Why a layer has no integer kernel here; empty when it has one. Codes are read where it turns on them."""
     why = why_float(record)
     if why:
         return why
     if record.weight.float8:
         return "float8: CPUs multiply no such codes; use w8a8"
-    if not cpu.has_vnni():
-        return "this CPU has no VNNI: its int8 products saturate"
-    if Geometry.of(node, record.weight.shape).groups > 1 and not fits(record):
+    layer = Geometry.of(node, record.weight.shape)
+    if layer.groups > 1 and not fits(record):
         return "exponents of a grouped convolution whose shifted codes do not fit int8"
+    word: self_test.Word = "linear" if layer.is_linear or layer.is_pointwise else "convolution"
+    verdict = self_test.sums(word)
+    if verdict is self_test.Sums.WRONG:
+        return f"oneDNN's int8 {word} makes wrong sums on this machine; `dmq-ao doctor` says which"
+    if verdict is self_test.Sums.PAIRS:
+        return _why_saturated(records[record.name], word, layer.groups)
     return ""
+
+
+def _why_saturated(record: LayerRecord, word: str, groups: int) -> str:
+    """Why int16 does not hold two products of a layer's codes; empty when it does."""
+    activation = record.activation
+    assert activation is not None
+    weight = shifted_codes(record.weight, activation.exponents if fits(record) else None, groups)[0]
+    largest = 2 ** min(activation.bits, 8) - 1  # wider inputs are multiplied byte by byte
+    low, high = sums_of_two(weight, largest)
+    if low >= INT16[0] and high <= INT16[1]:
+        return ""
+    reach = low if -low > high else high
+    return (
+        f"oneDNN's int8 {word} uses no VNNI here: two products add up to {reach}, and saturate beyond int16; weights"
+        " of at most 4 bits, or inputs of at most 7, would run on integers"
+    )
 
 
 def _integer_layer(gm: GraphModule, node: Node, record: LayerRecord) -> Kernel:

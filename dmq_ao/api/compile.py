@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,13 +15,16 @@ from torch.fx import GraphModule
 from dmq_ao.backends.backend import MaxPlan
 from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.graph.private import replace_child
+from dmq_ao.graph.private import replace_child, sizes_apart
 
 Mode = Literal["default", "max"]
 
 
 def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) -> nn.Module:
     """Compile a converted denoiser for any batch size, resolution and timestep at once.
+
+    A batch of one is compiled on its own, as is one of 16 and more where a convolution stays in float: PyTorch tells
+    these apart. Axes that are equal in the first call may differ in others.
 
     Args:
         quantized: from ``convert`` or ``load``. It is not changed, and shares its tensors with the result.
@@ -55,7 +59,19 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
     options |= given.pop("options", {})
     compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **given}, options=options)
     assert isinstance(compiled, nn.Module)
+    compiled.forward = _with_sizes_apart(compiled.forward)
     return compiled
+
+
+def _with_sizes_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled module's ``forward``, which compiles when called: axes of one size are not taken for one axis."""
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with sizes_apart():
+            return forward(*args, **kwargs)
+
+    return call
 
 
 def _max_plan(name: str) -> MaxPlan:

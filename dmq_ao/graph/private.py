@@ -5,7 +5,8 @@ A private name may change in any release, so no other file has one: when PyTorch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -183,6 +184,22 @@ def int_mm(left: Tensor, right: Tensor) -> Tensor:
 def scaled_mm(left: Tensor, right: Tensor, left_scale: Tensor, right_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Float8 [rows, inner] times float8 [inner, columns] in ``dtype``, with scales [rows, 1] and [1, columns]."""
     return torch._scaled_mm(left, right, left_scale, right_scale, out_dtype=dtype)
+
+
+@contextlib.contextmanager
+def sizes_apart() -> Iterator[None]:
+    """The block in which a compilation takes axes that happen to be equal (a square) for sizes of their own.
+
+    By hand, as the config's own ``patch`` takes 50 us a call, which every call of a compiled module would pay.
+    """
+    from torch.fx.experimental import _config
+
+    before = _config.use_duck_shape
+    _config.use_duck_shape = False
+    try:
+        yield
+    finally:
+        _config.use_duck_shape = before
 
 
 def inductor_freezing() -> AbstractContextManager[Any]:

@@ -1,5 +1,6 @@
 """What backends say that they can, and what is made of it."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -8,20 +9,20 @@ from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao.backends import registry
-from dmq_ao.backends.backend import Backend, MaxPlan
+from dmq_ao.backends.backend import Backend, Lowered, MaxPlan
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.backends.cuda import peak as cuda_peak
-from dmq_ao.backends.onednn import cpu, self_test
 from dmq_ao.backends.onednn.operators import INTEGER_KERNELS, int_conv, int_linear
 from dmq_ao.backends.onednn.peak import cpu_products
 from dmq_ao.backends.registry import ALL_BACKENDS, choose_backend
 from dmq_ao.benchmarks.roofline import int8_peak
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
+from dmq_ao.records import LayerPlan, LayerRecord
+from tests.integer_sums import needs_exact_sums
 from tests.plain import Plain, flow, plain_samples, seeded
 
 CPU = torch.device("cpu")
-needs_vnni = pytest.mark.skipif(not cpu.has_vnni(), reason="this CPU has no VNNI: there are no integer kernels")
 
 
 class Renamed(type(ALL_BACKENDS["reference"])):  # type: ignore[misc]
@@ -30,6 +31,21 @@ class Renamed(type(ALL_BACKENDS["reference"])):  # type: ignore[misc]
     name = "elsewhere"
     automatic = False
     max_plan = MaxPlan(lambda gm: gm, {"shape_padding": False})
+
+
+class Bare(Backend):
+    """What must be said, and no more."""
+
+    name = "bare"
+
+    def why_not_on(self, device: torch.device) -> str:
+        return f"not on {device}"
+
+    def unsupported(self, plan: Mapping[str, LayerPlan]) -> list[str]:
+        return [*plan]
+
+    def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> Lowered:
+        return gm, {}
 
 
 @pytest.fixture
@@ -76,12 +92,11 @@ def test_auto_takes_the_first_that_may_be_taken(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_bare_backend_has_nothing() -> None:
-    bare = Backend()
+    with pytest.raises(TypeError, match="abstract"):
+        Backend()  # type: ignore[abstract]
+    bare = Bare()
     assert (bare.kernels, bare.measured, bare.max_plan, bare.keeps_packed, bare.automatic) == ((), None, None, 0, 0)
     assert (bare.multiplies_integers(), bare.peak_products(CPU), bare.examine()) == (False, [], [])
-    for call in (lambda: bare.why_not_on(CPU), lambda: bare.unsupported({}), lambda: bare.lower(None, {})):  # type: ignore[arg-type]
-        with pytest.raises(NotImplementedError):
-            call()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +121,7 @@ def test_multiply_accumulates_of_kernels_by_hand() -> None:
     assert macs("cuda", cuda_ops.float8_linear) is None
 
 
-@needs_vnni
+@needs_exact_sums
 def test_only_kernels_that_are_told_are_narrowed() -> None:
     model = seeded(Plain)
     quantized, _ = flow(model, minmax("w8a8"), plain_samples(model), "onednn")
@@ -125,7 +140,7 @@ def test_only_kernels_that_are_told_are_narrowed() -> None:
 # Peaks, and what is examined
 
 
-@needs_vnni
+@needs_exact_sums
 def test_peak_products_run_and_say_their_work() -> None:
     linear, convolution = cpu_products(linears=((3, 16, 8),), convolutions=((2, 4, 5),))
     assert (linear.macs, linear.call().shape) == (3 * 16 * 8, (3, 8))  # type: ignore[attr-defined]
@@ -141,19 +156,6 @@ def test_the_product_of_a_gpu_is_that_of_squares(monkeypatch: pytest.MonkeyPatch
 
 def test_a_device_without_integer_products_has_no_peak() -> None:
     assert int8_peak(device="meta") is None
-
-
-@pytest.mark.parametrize(
-    ("kernels", "vnni", "level"), [(False, True, "slow"), (True, False, "slow"), (True, True, "ok")]
-)
-def test_kernels_that_are_missing_are_slow_not_broken(
-    kernels: bool, vnni: bool, level: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "has_kernels", lambda: kernels)
-    monkeypatch.setattr(cpu, "has_vnni", lambda: vnni)
-    assert self_test.kernels().level == level
-    assert ALL_BACKENDS["onednn"].multiplies_integers() is (kernels and vnni)
-    assert len(ALL_BACKENDS["onednn"].examine()) == (2 if kernels else 1)
 
 
 def test_a_gpu_that_cannot_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:

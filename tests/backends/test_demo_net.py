@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import dmq_ao
-from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.pipelines.adapter import load_pipeline, record_pipeline
 from dmq_ao.recipes import minmax
 from tests.backends.exact import run_exactly
+from tests.integer_sums import EXACT
 
 
-@pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI, so there are no integer kernels to compare")
+@pytest.mark.skipif(not EXACT, reason="this CPU has no VNNI, so there are no integer kernels to compare")
 @pytest.mark.parametrize(
     ("bits", "power_of_two"), [pytest.param("w8a8", False, marks=pytest.mark.slow), ("w4a8", True)]
 )

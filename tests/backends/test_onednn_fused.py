@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao.backends.onednn import compiled
-from dmq_ao.backends.onednn.cpu import has_vnni, multiplies_bfloat16
+from dmq_ao.backends.onednn.cpu import multiplies_bfloat16
 from dmq_ao.backends.onednn.fused import fastest_on_cpu, fuse
 from dmq_ao.config import Ranges
 from dmq_ao.numerics import along
 from dmq_ao.recipes import minmax
-from tests.backends.test_onednn import CONVOLUTIONS, geometry_of, random_codes, random_weight, sums
+from tests.backends.test_onednn import CONVOLUTIONS, geometry_of, random_codes, sums
+from tests.integer_sums import needs_integers, random_weight
 from tests.plain import flow, record, relative, seeded
 
 pytestmark = [
-    pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI: there are no integer kernels"),
+    needs_integers,
     pytest.mark.skipif(
         shutil.which("c++") is None or find_spec("ninja") is None, reason="no C++ compiler or no ninja"
     ),

@@ -19,7 +19,7 @@ from dmq_ao.passes import lower_precision
 from dmq_ao.quantizer.prepared import state_of
 from dmq_ao.recipes import minmax
 from tests.backends.one_layer import FLOAT, calibrated, everywhere, example, run
-from tests.backends.test_onednn import needs_vnni
+from tests.integer_sums import needs_exact_sums
 from tests.plain import contents, relative
 
 SHAPE = (2, 8, 6, 4)
@@ -79,7 +79,7 @@ def agree(actual: QuantizedDenoiser, expected: QuantizedDenoiser) -> bool:
 # The choice, without a clock
 
 
-@needs_vnni
+@needs_exact_sums
 @pytest.mark.parametrize("slow", [("first",), ("point", "q+k"), ("first", "again", "point", "q+k")])
 def test_slow_layers_run_in_float_and_say_why(
     slow: tuple[str, ...], prepared: GraphModule, monkeypatch: pytest.MonkeyPatch
@@ -96,7 +96,7 @@ def test_slow_layers_run_in_float_and_say_why(
     assert agree(chosen, reference)
 
 
-@needs_vnni
+@needs_exact_sums
 def test_a_weight_is_dequantized_once(prepared: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_clock(monkeypatch, "first", "q+k")
     gm = dmq_ao.convert(prepared, latency_aware=True).graph_module
@@ -112,7 +112,7 @@ def test_a_weight_is_dequantized_once(prepared: GraphModule, monkeypatch: pytest
     assert graph.attribute(gm, nodes["first"].all_input_nodes[1]).is_contiguous(memory_format=torch.channels_last)
 
 
-@needs_vnni
+@needs_exact_sums
 def test_nothing_slow_changes_nothing(prepared: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_clock(monkeypatch)
     chosen, integer = dmq_ao.convert(prepared, latency_aware=True), dmq_ao.convert(prepared)
@@ -120,7 +120,7 @@ def test_nothing_slow_changes_nothing(prepared: GraphModule, monkeypatch: pytest
     assert chosen.graph_module.code == integer.graph_module.code
 
 
-@needs_vnni
+@needs_exact_sums
 def test_float_layers_stand_between_bfloat16_ones(prepared: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_clock(monkeypatch, "again", "q+k")
     chosen = dmq_ao.convert(prepared, latency_aware=True)
@@ -130,7 +130,7 @@ def test_float_layers_stand_between_bfloat16_ones(prepared: GraphModule, monkeyp
         assert relative(narrow(x, t), run(chosen, x, t)) < 0.05
 
 
-@needs_vnni
+@needs_exact_sums
 def test_a_saved_denoiser_is_timed_when_loaded(
     prepared: GraphModule, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -165,7 +165,7 @@ def test_float_must_be_faster_by_a_margin() -> None:
 # The measurement
 
 
-@needs_vnni
+@needs_exact_sums
 def test_layers_that_are_alike_are_timed_once(prepared: GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[torch.Size, torch.Size]] = []
     calls_of_a_layer = set()
@@ -194,7 +194,7 @@ def test_layers_that_are_alike_are_timed_once(prepared: GraphModule, monkeypatch
     assert shapes[2] == ((rows, 24, 10), (rows, 24, 10))
 
 
-@needs_vnni
+@needs_exact_sums
 @pytest.mark.parametrize("layer", [nn.Conv1d(8, 6, 3, padding=2, dilation=2, bias=False), nn.Linear(9, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_clock_runs(dtype: torch.dtype, layer: nn.Module) -> None:

@@ -23,7 +23,8 @@ from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
 from dmq_ao.records import PackedWeight, shifted_codes
 from tests.backends.one_layer import FLOAT, LAYERS, VOTES, calibrated, everywhere, example, run
-from tests.backends.test_onednn import Small, needs_vnni
+from tests.backends.test_onednn import Small
+from tests.integer_sums import needs_integers
 from tests.plain import contents, relative
 
 PER_CALL = ", unpacked per call"
@@ -124,7 +125,7 @@ def test_the_compiler_is_told_the_shape_of_an_int4_linear(shape: tuple[int, ...]
 # One layer
 
 
-@needs_vnni
+@needs_integers
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_an_integer_layer_computes_the_same_bits(kind: str, recipe: str) -> None:
@@ -204,7 +205,7 @@ def pair(model: nn.Module, recipe: Recipe) -> tuple[QuantizedDenoiser, Quantized
     return dmq_ao.convert(prepared, "onednn"), dmq_ao.convert(prepared, "onednn", packed=True)
 
 
-@needs_vnni
+@needs_integers
 @pytest.mark.parametrize("bits", ["w4a8", "w4a16"])
 def test_a_packed_denoiser_holds_half_the_bytes(bits: str) -> None:
     plain, packed = pair(Wide(), minmax(bits))
@@ -218,7 +219,7 @@ def test_a_packed_denoiser_holds_half_the_bytes(bits: str) -> None:
     assert packed.resident_bytes < packed.graph_bytes + 20 * outputs
 
 
-@needs_vnni
+@needs_integers
 @pytest.mark.parametrize("bits", ["w4a8", "w4a16"])
 def test_a_packed_denoiser_is_saved_and_loaded(bits: str, tmp_path: Path) -> None:
     model = Small()
@@ -233,7 +234,7 @@ def test_a_packed_denoiser_is_saved_and_loaded(bits: str, tmp_path: Path) -> Non
     assert torch.equal(run(loaded, x, t), run(plain, x, t))
 
 
-@needs_vnni
+@needs_integers
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", ["w4a8", "w4a16"])
 def test_one_compilation_serves_all_shapes(bits: str, compiler: str) -> None:
@@ -260,7 +261,7 @@ def test_the_plan_of_max_puts_float32_linears_on_the_int4_kernel(monkeypatch: py
         assert relative(fast(x, t), plain(x, t)) < 5e-3
 
 
-@needs_vnni
+@needs_integers
 def test_an_int4_linear_between_narrow_layers_is_narrow() -> None:
     mixed = minmax("w4a8")
     inputs = replace(mixed.config.activation, bits=16)

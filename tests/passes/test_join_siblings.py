@@ -10,13 +10,13 @@ from torch.fx import GraphModule
 import dmq_ao
 from dmq_ao import graph
 from dmq_ao.backends import products as integer_products
-from dmq_ao.backends.onednn import cpu
 from dmq_ao.graph.values import describe
 from dmq_ao.passes import join_projections
 from dmq_ao.recipes import minmax
+from tests.integer_sums import EXACT
 from tests.plain import flow, record, seeded
 
-pytestmark = pytest.mark.skipif(not cpu.has_vnni(), reason="this CPU has no VNNI: there are no integer kernels")
+pytestmark = pytest.mark.skipif(not EXACT, reason="this CPU has no VNNI: there are no integer kernels")
 
 
 class Heads(nn.Module):

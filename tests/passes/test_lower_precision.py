@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node, symbolic_trace
 
 import dmq_ao
-from dmq_ao.backends.onednn.cpu import has_vnni
 from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.numerics import ops
 from dmq_ao.passes import lower_precision
 from dmq_ao.recipes import minmax
+from tests.integer_sums import EXACT
 from tests.plain import Plain, flow, plain_samples, relative, seeded
 
 aten = torch.ops.aten
 KERNELS = ALL_BACKENDS["onednn"].kernels
-pytestmark = pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI: there are no integer kernels")
+pytestmark = pytest.mark.skipif(not EXACT, reason="this CPU has no VNNI: there are no integer kernels")
 
 
 @pytest.fixture(scope="module")
