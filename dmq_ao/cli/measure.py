@@ -19,7 +19,6 @@ from dmq_ao.cli.options import (
     Images,
     ModeOption,
     Prompt,
-    Seed,
     Steps,
     examples,
     hide_loading_bars,
@@ -53,7 +52,13 @@ def compare_command(
     ] = None,
     images: Images = 16,
     steps: Steps = 20,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="First seed of the images; default: from 1000000 on, where no calibration was."),
+    ] = None,
+    allow_calibration_seeds: Annotated[
+        bool, typer.Option("--allow-calibration-seeds", help="Compare on the noise of the calibration set, too.")
+    ] = False,
     prompt: Prompt = None,
     backend: BackendOption = AUTO_BACKEND,
     device: Device = "cpu",
@@ -63,15 +68,24 @@ def compare_command(
     """Compare quantized pipelines with the float one they came from.
 
     One-step error: single calls of the denoiser on states of float trajectories that calibration did not see, at each
-    timestep. PSNR: images from the same seeds. Sizes and true mean bits stand beside them.
+    timestep. PSNR: images from the same seeds, none of which a calibration took: a quantized pipeline's folder knows
+    its own. Sizes and true mean bits stand beside them.
     """
     from dmq_ao.benchmarks.compare import compare
     from dmq_ao.evaluation import render_table, write_report
 
     hide_loading_bars()
-    where = {"backend": backend.value, "device": device}
     report, pictures = compare(
-        model, quantized, images=images, steps=steps, seed=seed, prompt=prompt, **where, say=say
+        model,
+        quantized,
+        images=images,
+        steps=steps,
+        seed=seed,
+        allow_calibration_seeds=allow_calibration_seeds,
+        prompt=prompt,
+        backend=backend.value,
+        device=device,
+        say=say,
     )
     if out is not None:
         say(f"report: {write_report(report, pictures, out)['report.html']}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from enum import Enum
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from dmq_ao.backends import AUTO, NAMES
-from dmq_ao.cli.terminal import Format, debug, option_values, read_prompts
+from dmq_ao.cli.terminal import Format, debug, debugging, option_values, read_prompts
 
 BackendName = Enum("BackendName", {name.upper(): name for name in (AUTO, *NAMES)}, type=str)  # type: ignore[misc]
 AUTO_BACKEND = BackendName(AUTO)
@@ -97,7 +99,9 @@ def open_pipeline(
 
 
 def hide_loading_bars() -> None:
-    """Of diffusers' own components: gone before they are read."""
-    from diffusers.utils import logging
-
-    logging.disable_progress_bar()
+    """Of diffusers' components and transformers' weights: gone before they are read, unless ``--debug`` is given."""
+    if debugging():
+        return
+    for library in ("diffusers", "transformers"):
+        if find_spec(library) is not None:
+            import_module(f"{library}.utils.logging").disable_progress_bar()

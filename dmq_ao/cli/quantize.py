@@ -112,15 +112,19 @@ def quantize_command(
             method = replace(method, allocation=replace(method.allocation or BitAllocation(), mean_bits=mean_bits))
     if out is None and not dry_run:
         raise typer.BadParameter("required, unless --dry-run is given", param_hint="--output")
+    from dmq_ao.api.quantize import denoiser_name
     from dmq_ao.cli import output
     from dmq_ao.mixed_precision.bit_plan import BitPlan
     from dmq_ao.pipelines import ptq
     from dmq_ao.pipelines.adapter import check_free
+    from dmq_ao.pipelines.layer_names import check_layer_patterns
 
     if out is not None:
         check_free(out)
     plan = None if bit_plan is None else BitPlan.load(bit_plan)
     pipeline = open_pipeline(model, prompt, device=device, dtype=dtype)
+    with option_values("--keep-float"):
+        check_layer_patterns(getattr(pipeline, denoiser_name(pipeline)), keep_float or [])
     say(f"{model}: export the denoiser")
     with option_values():
         prepared = ptq.prepare_pipeline(pipeline, method, prompt=prompt, seed=seed, backend=backend.value)

@@ -26,11 +26,11 @@ from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation.report import json_ready
 from dmq_ao.pipelines.prompts import Prompts, call_arguments
+from dmq_ao.pipelines.seeds import INDEX, calibration_seeds, note_seeds, trajectory_seeds
 from dmq_ao.samples import CalibrationSet, record
 from dmq_ao.serialization.folder import CONFIG, KEY
 
 DEMO = "demo"
-INDEX = "model_index.json"
 REPORT = "report.json"
 _LIBRARIES = ("diffusers", "transformers")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -71,20 +71,21 @@ def load_pipeline(
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(source)):
             raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
-        whole = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32)
+        whole = diffusers.DiffusionPipeline.from_pretrained(str(source), dtype=dtype or torch.float32)
         return _without_progress_bar(whole.to(device))
     if not (folder / INDEX).exists():
         raise InvalidFile(
             f"{folder} has no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     _check_parts(folder / INDEX)
+    seeds = calibration_seeds(folder)
     names = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
     quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in names}
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     components = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **components)
     except Exception as error:  # diffusers' own, of any type: they are about the folder's files
         raise InvalidFile(
             f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
@@ -92,6 +93,8 @@ def load_pipeline(
         ) from error
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
+    if seeds is not None:
+        note_seeds(pipeline, seeds)
     return _without_progress_bar(pipeline.to(device))
 
 
@@ -280,8 +283,7 @@ def record_pipeline(
         seed: first seed of the trajectories; one a trajectory.
         prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         batch_size: trajectories at a time.
-        trajectories: how many to run; by default enough to give every kept row a trajectory of its own at each
-            timestep, and twice that where the timesteps' shares are uneven.
+        trajectories: how many to run; as for ``seeds.trajectory_seeds``.
         select: how the rows are spread over the timesteps, as for ``dmq_ao.record``.
         progress: show a progress bar.
 
@@ -293,16 +295,14 @@ def record_pipeline(
     if isinstance(denoiser, QuantizedDenoiser):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
     call_arguments(pipeline, [seed], prompt)  # before anything is wrapped
-    method = select.method if isinstance(select, Selection) else select
-    even = max(2, -(-num_samples // steps))
-    count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)
+    seeds = trajectory_seeds(num_samples, steps=steps, seed=seed, trajectories=trajectories, select=select)
     with (
         record(denoiser, num_samples=num_samples, seed=seed, select=select) as recorder,
-        tqdm(total=count, disable=not progress, unit="trajectory", desc="record") as bar,
+        tqdm(total=len(seeds), disable=not progress, unit="trajectory", desc="record") as bar,
     ):
-        for start in range(0, count, batch_size):
-            seeds = range(seed + start, seed + min(start + batch_size, count))
-            with recorder.trajectory(part=len(seeds) / (count - start)):
-                _run(pipeline, seeds, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
-            bar.update(len(seeds))
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            with recorder.trajectory(part=len(chunk) / (len(seeds) - start)):
+                _run(pipeline, chunk, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
+            bar.update(len(chunk))
     return recorder.calibration_set()
