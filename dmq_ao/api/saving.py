@@ -44,9 +44,14 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
     quantized = private.uncompiled(quantized)
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
+    model_folder.write(contents(quantized), folder)
+
+
+def contents(quantized: QuantizedDenoiser) -> Stored:
+    """What a folder holds of a denoiser."""
     skeleton, call = quantized.skeleton, quantized.signature
     config = dict(skeleton.config) if hasattr(skeleton, "from_config") else {}
-    stored = Stored(
+    return Stored(
         recipe=quantized.recipe,
         records=quantized.records,
         float_tensors=quantized.float_tensors,
@@ -60,7 +65,6 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
         graph=None if quantized.stored_graph is None else _graph_text(quantized, quantized.stored_graph.text),
         graph_constants={} if quantized.stored_graph is None else quantized.stored_graph.constants,
     )
-    model_folder.write(stored, folder)
 
 
 def _graph_text(quantized: QuantizedDenoiser, text: str) -> str:
