@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao import graph, numerics
 from dmq_ao.api.quantize import convert
 from dmq_ao.api.saving import contents
+from dmq_ao.backends.reference import Reference
 from dmq_ao.config import Ranges, TensorConfig
 from dmq_ao.evaluation import folder_bytes
 from dmq_ao.graph.values import VAL
@@ -46,7 +47,7 @@ class StoredSize:
         self.layers = dict.fromkeys(observers(trial))
         state.sqnr_db = dict.fromkeys(self.layers, _LONG_FLOAT)
         _fill(trial, steps)
-        self.contents = contents(convert(trial, "reference"))
+        self.contents = contents(convert(trial, Reference.name))
         self._protected = _most_protected(trial) * _OVERRIDE_BYTES
 
     def bytes(self, widths: Mapping[str, Tensor]) -> int:

@@ -38,6 +38,7 @@ def compare(
     seed: int | None = None,
     allow_calibration_seeds: bool = False,
     prompt: Prompts = None,
+    lora: str | Path | None = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
@@ -52,6 +53,7 @@ def compare(
         seed: first seed of the images; None for the first from a million on that no calibration took.
         allow_calibration_seeds: compare on seeds that a calibration took, too.
         prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        lora: weights fused into the float pipeline, those of the quantized ones.
         backend: runs the quantized denoisers.
         device: of all of them.
         say: told what is going on.
@@ -68,7 +70,7 @@ def compare(
     names = _names(folders)
     seeds, state_seeds, calibrations = _seeds(names, images, seed, allow_calibration_seeds)
     quantized = {name: load_denoiser(folder, backend=backend, device=device) for name, folder in names.items()}
-    pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized))
+    pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized), lora=lora)
     teacher = getattr(pipeline, denoiser_name(pipeline))
     say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
     states = held_out_states(pipeline, steps=steps, seed=state_seeds.start, prompt=prompt)

@@ -21,6 +21,7 @@ from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.numerics import packed_bytes
 from dmq_ao.pipelines.adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
+from dmq_ao.pipelines.conditions import Conditions
 from dmq_ao.pipelines.prompts import Prompts
 from dmq_ao.pipelines.seeds import note_seeds, trajectory_seeds
 from dmq_ao.quantizer.prepared import float_weight, state_of, weight_observers
@@ -79,7 +80,7 @@ class Recording:
         """In plain values, for a report."""
         return {
             "steps": self.steps,
-            "prompt": self.prompt,
+            "prompt": self.prompt.describe() if isinstance(self.prompt, Conditions) else self.prompt,
             "seed": self.seed,
             "trajectories": len(self.seeds(recipe)),
             "select": recipe.select.method.value,
