@@ -191,7 +191,7 @@ def main() -> None:
     args.ours = args.ours or list(OURS if args.device == "cpu" else CUDA)
     known = peers_on(device)
     args.peers = chosen_peers(args.peers, known)
-    check_installed(args.peers, known)
+    check_installed(args.peers, known)  # of some: one that lacks its own packages has a row
     args.out.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         report = run(model, case_of(model, args.loaders, args.out, device, args.batch_size), args)

@@ -118,12 +118,12 @@ def test_patterns_that_may_match_pass(pattern: str) -> None:
     [
         (
             "attention.to_qq",
-            "pattern 'attention.to_qq' matches none of the 4 layers of Nested; the nearest names are"
+            "pattern 'attention.to_qq' matches no layer of Nested; of 4 names the nearest are"
             " attention.to_q, attention.to_k",
         ),
-        ("*to_w*", "nearest names are attention.to_"),
-        ("proj", "nearest names are proj_out"),
-        ("attention.norm", "matches none of the 4 layers"),
+        ("*to_w*", "nearest are attention.to_"),
+        ("proj", "nearest are proj_out"),
+        ("attention.norm", "matches no layer"),
         ("@inputs", r"unknown role '@inputs'; the roles are \['@input'"),
     ],
 )
@@ -141,5 +141,5 @@ def test_nearest_are_few() -> None:
 def test_a_pattern_is_refused_before_anything_is_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(adapter, "_run", lambda *args: pytest.fail("the sampler ran"))
     words = failure(2, "quantize", "demo", "-o", tmp_path / "out", "--keep-float", "mid_block.*to_qq")
-    assert "'mid_block.*to_qq' matches none of the" in words
-    assert "nearest names are mid_block.attentions.0.to_q," in words
+    assert "'mid_block.*to_qq' matches no layer of UNet2DModel" in words
+    assert "nearest are mid_block.attentions.0.to_q," in words

@@ -157,7 +157,8 @@ def benchmark_command(
     folder is timed as it is, against its own architecture in float32.
 
     With peers, all are given the same calibration samples, and their sizes, compilation and one-step errors stand
-    beside the times. It needs pip install "dmq_ao[bench]"; a peer that fails has a row that says so.
+    beside the times. They need pip install "dmq_ao[bench]"; a peer that fails, or is not installed, has a row
+    that says so.
     """
     with option_values("--bits"):
         recipes.minmax(bits)

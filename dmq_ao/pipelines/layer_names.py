@@ -40,8 +40,8 @@ def check_layer_patterns(denoiser: nn.Module, patterns: Iterable[str]) -> None:
         ends = ("", ".part0")  # what a split layer is called, for patterns like *.part?
         if not any(fnmatchcase(name + end, one) for name in names for end in ends for one in patterns_of_wholes):
             raise ValueError(
-                f"pattern {pattern!r} matches none of the {len(names)} layers of {type(denoiser).__name__}; the"
-                f" nearest names are {', '.join(nearest_names(pattern, names))}"
+                f"pattern {pattern!r} matches no layer of {type(denoiser).__name__}; of {len(names)} names the"
+                f" nearest are {', '.join(nearest_names(pattern, names))}"
             )
 
 
