@@ -47,8 +47,11 @@ def _starts_from(pipeline: str, name: str, parameters: Mapping[str, inspect.Para
     """Whether a pipeline cannot do without a picture. diffusers gives most of them a default of None all the same."""
     if parameters[name].default is inspect.Parameter.empty:
         return True
-    words = {"image": ("Img2Img", "Inpaint", "Upscale", "SuperRes", "ControlNet", "InstructPix2Pix", "Depth2Img")}
-    words |= {"mask_image": ("Inpaint",), "control_image": ("ControlNet",)}
+    words: dict[str, tuple[str, ...]] = {
+        "image": ("Img2Img", "Inpaint", "Upscale", "SuperRes", "ControlNet", "InstructPix2Pix", "Depth2Img"),
+        "mask_image": ("Inpaint",),
+        "control_image": ("ControlNet",),
+    }
     return any(word in pipeline for word in words[name])
 
 
