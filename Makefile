@@ -8,13 +8,16 @@ TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-isa test-fuzz coverage lint spelling typecheck dist clean
+.PHONY: help demo results test test-isa test-fuzz coverage lint spelling typecheck dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 demo: $(STAMP)  ## quantize the bundled denoiser, compare and measure it; report in demo_report/
 	.venv/bin/dmq-ao demo -o demo_report
+
+results: $(STAMP)  ## stored results that today's recipes would not make; RERUN=demo/w4a8/default.json measures one again
+	$(PY) examples/results.py $(if $(RERUN),--rerun "$(RERUN)" -- $(ARGS))
 
 test: $(STAMP)  ## the fast tests: CPU, offline
 	$(PY) -m pytest -q -n auto --dist worksteal --durations 15

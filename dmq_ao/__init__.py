@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dmq_ao.api.compile import compile
     from dmq_ao.api.quantize import convert, prepare, quantize
     from dmq_ao.api.saving import load, save
+    from dmq_ao.api.search_bits import search_bits
     from dmq_ao.config import (
         Granularity,
         InvalidFile,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     )
     from dmq_ao.denoiser import QuantizedDenoiser
     from dmq_ao.mixed_precision.bit_plan import BitPlan
-    from dmq_ao.mixed_precision.search_bits import search_bits
     from dmq_ao.quantizer.quantizer import DiffusionQuantizer
     from dmq_ao.samples import CalibrationSet
     from dmq_ao.samples.record import record
@@ -72,7 +72,7 @@ _HOMES = (
     "api.compile",
     "api.quantize",
     "api.saving",
-    "mixed_precision.search_bits",
+    "api.search_bits",
 )
 
 

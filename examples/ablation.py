@@ -36,6 +36,7 @@ from torch import Tensor, nn
 import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.benchmarks.measure import by_timestep, held_out_states, images_of
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.config import (
     BitAllocation,
     BlockReconstruction,
@@ -242,6 +243,7 @@ def measure(
         "samples": report.samples,
         "distillation_steps": None if report.distillation is None else report.distillation.steps,
         "recipe": quantized.recipe.to_dict(),
+        **provenance(recipe),
     }
     return result, drawn
 

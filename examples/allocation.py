@@ -25,6 +25,7 @@ from torch import Tensor
 import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.benchmarks.measure import by_timestep
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.config import BitAllocation, ChannelScaling, Ranges, Recipe, Scope, Scorer
 from dmq_ao.evaluation import machine, one_step_error
 from dmq_ao.graph import layer_nodes
@@ -119,6 +120,7 @@ def main() -> None:
                 results.append({"model": model, "bits": bits, "scheme": scheme, **found})
                 print(f"{model} {bits} {scheme}: {found}", flush=True)
     report = {"date": str(datetime.date.today()), "machine": machine(), "results": results}
+    report |= provenance({bits: recipe_of(bits) for bits in args.bits})
     (args.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "table.md").write_text(table(results) + "\n")
     print(table(results))

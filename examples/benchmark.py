@@ -39,6 +39,7 @@ from dmq_ao.benchmarks.named import NAMED, named_denoiser
 from dmq_ao.benchmarks.peer_benchmark import Case, Ours, peers_on, side_by_side
 from dmq_ao.benchmarks.peer_table import peer_notes, peer_rows
 from dmq_ao.benchmarks.peers import PEERS, check_installed, chosen_peers, narrowed
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.config import Ranges, Recipe
 from dmq_ao.evaluation import machine, peak_rss_bytes
 from dmq_ao.evaluation.cost import float_bytes
@@ -158,6 +159,7 @@ def run(model: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": case.batch_size,
         "date": time.strftime("%Y-%m-%d"),
         "machine": where,
+        **provenance({name: {**OURS, **CUDA}[name][0]() for name in args.ours}),
         "device": None if case.device == CPU else where["gpu"],
         **report,
         "float_bytes": float_bytes(case.net),
@@ -189,7 +191,7 @@ def main() -> None:
     args.ours = args.ours or list(OURS if args.device == "cpu" else CUDA)
     known = peers_on(device)
     args.peers = chosen_peers(args.peers, known)
-    check_installed(args.peers, known)
+    check_installed(args.peers, known)  # of some: one that lacks its own packages has a row
     args.out.mkdir(parents=True, exist_ok=True)
     for model in args.models:
         report = run(model, case_of(model, args.loaders, args.out, device, args.batch_size), args)

@@ -32,6 +32,7 @@ from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.backends.cuda import tiles as cuda_tiles
 from dmq_ao.backends.cuda.tiles import Shape, Tile
 from dmq_ao.backends.cuda.weights import LANES, kernel_weight
+from dmq_ao.benchmarks.provenance import commit
 from dmq_ao.benchmarks.roofline import int8_peak
 from dmq_ao.evaluation import cuda_ms, latency, machine
 from dmq_ao.records import WeightRecord
@@ -225,6 +226,7 @@ def main() -> None:
     report = {
         "device": name,
         "machine": machine(),
+        "commit": commit(),  # products alone: there is no recipe
         "date": time.strftime("%Y-%m-%d"),
         "int8_peak": int8_peak(device=device),
         "tiles": tiles,

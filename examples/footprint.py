@@ -33,6 +33,7 @@ import dmq_ao
 from dmq_ao import recipes
 from dmq_ao.benchmarks.benchmark import first_rows
 from dmq_ao.benchmarks.named import NAMED, named_denoiser
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.cli.output import aligned
 from dmq_ao.evaluation import folder_bytes, machine, peak_rss_bytes, rss_bytes
 from dmq_ao.graph.arguments import flatten_inputs, unflatten_inputs
@@ -175,11 +176,16 @@ def table(model: str, rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([aligned(cells), "", *lines])
 
 
+def recipe_of(bits: str) -> dmq_ao.Recipe:
+    """Rounded to nearest, embeddings too."""
+    return recipes.minmax(bits, embeddings=True)
+
+
 def quantized(net: nn.Module, samples: dmq_ao.CalibrationSet, bits: Sequence[str], batch: int) -> dict[str, Any]:
     """Rounded to nearest at each of ``bits``, embeddings too: how codes were found costs nothing here."""
     made = {}
     for scheme in bits:
-        prepared = dmq_ao.prepare(net, recipes.minmax(scheme, embeddings=True), samples.example())
+        prepared = dmq_ao.prepare(net, recipe_of(scheme), samples.example())
         dmq_ao.calibrate(prepared, samples, progress=False, batch_size=batch)
         made[f"dmq_ao {scheme.upper()}"] = dmq_ao.convert(prepared)
     return made
@@ -215,6 +221,7 @@ def main() -> None:
         if args.out is not None:
             args.out.mkdir(parents=True, exist_ok=True)
             report = {"model": model, "batch_size": batch, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+            report |= provenance({bits: recipe_of(bits) for bits in args.bits})
             (args.out / f"{model}.json").write_text(json.dumps({**report, "rows": rows}, indent=2) + "\n")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import dmq_ao
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.evaluation import machine
 
 # The first that fits the name of an operator.
@@ -99,6 +100,7 @@ def run(model: str, loaders: Path | None, names: Sequence[str], calls: int, fold
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine(),
         "threads": torch.get_num_threads(),
+        **provenance({name: OURS[name][0]() for name in names}),
         "ms": found,
     }
 

@@ -18,6 +18,7 @@ import torch
 import dmq_ao
 from dmq_ao.benchmarks.benchmark import named_denoiser
 from dmq_ao.benchmarks.measure import compiled_latency
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.config import BitAllocation, ChannelScaling, Override, Recipe
 from dmq_ao.evaluation import machine
 
@@ -71,7 +72,7 @@ def main() -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         latency = {name: vars(timed) for name, timed in times.items()}
-        report = {"machine": machine(), "latency_ms": latency, "ratio": ratios}
+        report = {"machine": machine(), "latency_ms": latency, "ratio": ratios, **provenance(variants())}
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

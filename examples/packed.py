@@ -19,6 +19,7 @@ from typing import Any
 import dmq_ao
 from dmq_ao.benchmarks.benchmark import first_rows, named_denoiser, noise
 from dmq_ao.benchmarks.measure import compiled_latency
+from dmq_ao.benchmarks.provenance import commit
 from dmq_ao.evaluation import Latency, machine
 from dmq_ao.pipelines.adapter import load_denoiser
 
@@ -89,7 +90,7 @@ def main() -> None:
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         what = {"model": str(args.folder or args.model), "mode": args.mode, "batch_size": args.batch_size}
-        report = {**what, "rows": rows, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
+        report = {**what, "rows": rows, "machine": machine(), "date": time.strftime("%Y-%m-%d"), "commit": commit()}
         args.out.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import dmq_ao
 from dmq_ao.benchmarks.measure import by_timestep
+from dmq_ao.benchmarks.provenance import provenance
 from dmq_ao.evaluation import folder_bytes, image_fidelity, machine, one_step_error, peak_rss_bytes
 from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.samples import CalibrationSet
@@ -130,6 +131,7 @@ def main() -> None:
     report = {
         "model": args.model,
         "recipe": recipe.to_dict(),
+        **provenance(recipe),
         "machine": machine(),
         "seconds": seconds,
         "peak_rss_bytes": peak,

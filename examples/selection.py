@@ -21,6 +21,7 @@ import torch
 from quantize_custom_module import Sampler, load_module, record, samplers
 from torch import nn
 
+from dmq_ao.benchmarks.provenance import commit
 from dmq_ao.config import SelectMethod
 from dmq_ao.evaluation import machine, peak_rss_bytes
 
@@ -102,6 +103,7 @@ def main() -> None:
             "model": model,
             "date": time.strftime("%Y-%m-%d"),
             "machine": machine(),
+            "commit": commit(),  # nothing is quantized: there is no recipe
             "trajectories": args.trajectories,
             "methods": measure(getattr(module, model)(), samplers(module)[model], args),
             "peak_rss_bytes": peak_rss_bytes(),

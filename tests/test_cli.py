@@ -407,7 +407,10 @@ def test_an_unknown_model_is_one_line(
 ) -> None:
     more = {"compare": (made[0],), "benchmark": ()}.get(command, ("-o", tmp_path / "out"))
     error = failure(1, command, model, *more)
-    assert error == f"error: {model}: no such folder; give a diffusers pipeline folder, a Hub id or 'demo'"
+    assert error == (
+        f"error: {model}: no such folder; give a diffusers pipeline folder, a .safetensors checkpoint, a Hub"
+        " id or 'demo'"
+    )
 
 
 @pytest.mark.parametrize("command", ["inspect", "compare"])

@@ -15,6 +15,7 @@ from dmq_ao import recipes
 from dmq_ao.benchmarks.benchmark import first_rows, run_benchmark
 from dmq_ao.benchmarks.named import NAMED, NamedDenoiser
 from dmq_ao.benchmarks.peer_benchmark import Case, Ours, Padded, side_by_side, stored_bytes
+from dmq_ao.benchmarks.peer_table import peer_rows
 from dmq_ao.benchmarks.peers import COMPILED_FP32, PEERS, Artifact, Peer
 from dmq_ao.evaluation import folder_bytes
 from tests.integer_sums import EXACT
@@ -140,3 +141,19 @@ def test_a_benchmark_without_peers_times_both(monkeypatch: pytest.MonkeyPatch) -
     assert report["latency_ms"].keys() == report["compile_seconds"].keys() == {"float", "quantized"}
     assert report["batch_size"] == 3
     assert "rows" not in report
+
+
+def test_a_peer_that_is_not_installed_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any) -> Artifact:
+        raise AssertionError("it was built")
+
+    monkeypatch.setitem(PEERS, "absent", Peer(never, ("no_one", "no_two")))
+    model = Plain()
+    samples = plain_samples(model)
+    case = Case(model, first_rows(samples, 4), samples, samples, 4)
+    said: list[str] = []
+    report = side_by_side(case, ["torch fp32", "absent"], {}, repeats=1, say=said.append)
+    assert report["rows"]["absent"] == {"failed": "not installed: pip install no_one no_two"}
+    assert report["rows"]["torch fp32"]["median_ms"] > 0
+    assert "absent: not installed: pip install no_one no_two" in said
+    assert peer_rows(report)[-1][:2] == ["absent", "not installed: pip install no_one no_two"]

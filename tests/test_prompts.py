@@ -141,7 +141,7 @@ def test_pipelines_say_what_they_want(painter: Painter, tiny_unet2d: tuple[nn.Mo
     assert call_arguments(plain, [5, 6, 7], None) == {"batch_size": 3}
     with pytest.raises(ValueError, match="DDPMPipeline does not take a prompt; leave it out"):
         call_arguments(plain, [0], ["a"])
-    with pytest.raises(ValueError, match=r"takes image, num_inference_steps, neither a prompt .* dmq_ao.record"):
+    with pytest.raises(ValueError, match=r"Upscaling needs image: a picture, .* or 'noise' .* dmq_ao.record"):
         call_arguments(Upscaling(tiny_unet2d[0]), [0], None)
 
 

@@ -45,9 +45,16 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
     quantized = private.uncompiled(quantized)
     if not isinstance(quantized, QuantizedDenoiser):
         raise TypeError(f"save takes what dmq_ao.convert or dmq_ao.load returned, got {type(quantized).__name__}")
+    stored = contents(quantized)
+    _check_rebuilt(stored, quantized, folder)
+    model_folder.write(stored, folder)
+
+
+def contents(quantized: QuantizedDenoiser) -> Stored:
+    """What a folder holds of a denoiser."""
     original, call = quantized.skeleton, quantized.signature
     config = dict(original.config) if hasattr(original, "from_config") else {}
-    stored = Stored(
+    return Stored(
         recipe=quantized.recipe,
         records=quantized.records,
         float_tensors=quantized.float_tensors,
@@ -61,8 +68,6 @@ def save(quantized: QuantizedDenoiser, folder: str | Path) -> None:
         graph=None if quantized.stored_graph is None else _graph_text(quantized, quantized.stored_graph.text),
         graph_constants={} if quantized.stored_graph is None else quantized.stored_graph.constants,
     )
-    _check_rebuilt(stored, quantized, folder)
-    model_folder.write(stored, folder)
 
 
 def _check_rebuilt(stored: Stored, quantized: QuantizedDenoiser, folder: str | Path) -> None:

@@ -89,7 +89,7 @@ def run_benchmark(
 
     Raises:
         ValueError: for peers of a quantized folder, which has no float weights to give them.
-        MissingPackage: when a peer's packages are not installed.
+        MissingPackage: when the packages of no peer are installed; one that lacks its own has a row that says so.
     """
     recipe = recipes.minmax(bits, power_of_two=power_of_two)
     check_installed(peers)

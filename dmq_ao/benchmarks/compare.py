@@ -1,4 +1,4 @@
-"""Quantized pipelines against the float one they came from: same seeds, same states."""
+"""Quantized pipelines against the float one they came from: same seeds, same states, none of them calibration's."""
 
 from __future__ import annotations
 
@@ -10,15 +10,23 @@ import torch
 from torch import Tensor
 
 from dmq_ao.api.quantize import denoiser_name
-from dmq_ao.benchmarks.measure import GRID_IMAGES, held_out_states, images_of, variant_report
+from dmq_ao.benchmarks.measure import (
+    GRID_IMAGES,
+    STATES_PER_TIMESTEP,
+    held_out_states,
+    images_of,
+    variant_report,
+)
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation import machine
 from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.evaluation.table import FLOAT_ROW
 from dmq_ao.pipelines.adapter import denoiser_folder, load_denoiser, load_pipeline
 from dmq_ao.pipelines.prompts import Prompts
+from dmq_ao.pipelines.seeds import calibration_seeds, check_seeds, fresh_seeds, span
 
-HELD_OUT_OFFSET = 1_000_000  # far from the seeds that calibration counts up from
+FIRST_SEED = 1_000_000  # of images, where none is asked for: far from the seeds that calibration counts up from
+STATES_OFFSET = 1_000_000  # from the seeds of images to those of states
 
 
 def compare(
@@ -27,8 +35,10 @@ def compare(
     *,
     images: int = 16,
     steps: int = 20,
-    seed: int = 0,
+    seed: int | None = None,
+    allow_calibration_seeds: bool = False,
     prompt: Prompts = None,
+    lora: str | Path | None = None,
     backend: str = "auto",
     device: torch.device | str = "cpu",
     say: Callable[[str], None] = print,
@@ -40,8 +50,10 @@ def compare(
         folders: quantized pipelines or denoisers made from it.
         images: same-seed images.
         steps: of the sampler.
-        seed: first seed of the images.
+        seed: first seed of the images; None for the first from a million on that no calibration took.
+        allow_calibration_seeds: compare on seeds that a calibration took, too.
         prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        lora: weights fused into the float pipeline, those of the quantized ones.
         backend: runs the quantized denoisers.
         device: of all of them.
         say: told what is going on.
@@ -51,16 +63,17 @@ def compare(
 
     Raises:
         InvalidFile: for a folder that is not there or not quantized; before anything is sampled.
+        OverlappingSeeds: for a ``seed`` whose images start from noise that one of the folders was calibrated on.
         ValueError: when there is no such device; for denoisers of different dtypes.
         TypeError: when ``model`` is quantized itself.
     """
     names = _names(folders)
+    seeds, state_seeds, calibrations = _seeds(names, images, seed, allow_calibration_seeds)
     quantized = {name: load_denoiser(folder, backend=backend, device=device) for name, folder in names.items()}
-    pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized))
+    pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized), lora=lora)
     teacher = getattr(pipeline, denoiser_name(pipeline))
     say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
-    states = held_out_states(pipeline, steps=steps, seed=seed + HELD_OUT_OFFSET, prompt=prompt)
-    seeds = range(seed, seed + images)
+    states = held_out_states(pipeline, steps=steps, seed=state_seeds.start, prompt=prompt)
     expected = images_of(pipeline, teacher, seeds, steps=steps, prompt=prompt)
     pictures, variants = {FLOAT_ROW: expected[:GRID_IMAGES]}, []
     for name, denoiser in quantized.items():
@@ -76,14 +89,30 @@ def compare(
         "machine": machine(),
         "protocol": {
             "scheduler": f"{type(pipeline.scheduler).__name__}, {steps} steps",
-            "one-step error": f"{len(states)} states of float trajectories, seeds from {seed + HELD_OUT_OFFSET}",
-            "images": f"{images}, seeds from {seed}",
+            "one-step error": f"{len(states)} states of float trajectories, seeds {span(state_seeds)}",
+            "images": f"{images}, seeds {span(seeds)}",
+            "calibration seeds": calibrations,
             "backend": backend,
         },
         "float": {"file_bytes": float_bytes(teacher), "latency_ms": None},
         "variants": variants,
     }
     return report, pictures
+
+
+def _seeds(names: Mapping[str, str | Path], images: int, seed: int | None, allow: bool) -> tuple[range, range, str]:
+    """Seeds of images, those of states, and what is known of those that calibrations took, as text."""
+    calibrations = {name: calibration_seeds(folder) for name, folder in names.items()}
+    spans = [seeds for ranges in calibrations.values() for seeds in ranges or ()]
+    image_seeds = fresh_seeds(images, spans, FIRST_SEED) if seed is None else range(seed, seed + images)
+    if not allow:
+        check_seeds("images are drawn", image_seeds, calibrations)
+    state_seeds = fresh_seeds(STATES_PER_TIMESTEP, [*spans, image_seeds], image_seeds.start + STATES_OFFSET)
+    lines = (
+        f"{name}: {'unknown' if seeds is None else ', '.join(map(span, seeds))}"
+        for name, seeds in calibrations.items()
+    )
+    return image_seeds, state_seeds, "; ".join(lines)
 
 
 def _common_dtype(quantized: Mapping[str, QuantizedDenoiser]) -> torch.dtype:

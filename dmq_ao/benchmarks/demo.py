@@ -15,11 +15,19 @@ from dmq_ao.api.compile import Mode
 from dmq_ao.api.quantize import convert, prepare
 from dmq_ao.api.saving import save
 from dmq_ao.backends.registry import ALL_BACKENDS
-from dmq_ao.benchmarks.measure import GRID_IMAGES, compiled_latency, held_out_states, images_of, variant_report
+from dmq_ao.benchmarks.measure import (
+    GRID_IMAGES,
+    STATES_PER_TIMESTEP,
+    compiled_latency,
+    held_out_states,
+    images_of,
+    variant_report,
+)
 from dmq_ao.evaluation import machine, write_report
 from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.evaluation.table import FLOAT_ROW
 from dmq_ao.pipelines.adapter import DEMO, load_pipeline, record_pipeline
+from dmq_ao.pipelines.seeds import fresh_seeds, span
 
 DEMO_STEPS = 20
 CALIBRATION_SEED, HELD_OUT_SEED, IMAGE_SEED = 1000, 2000, 0
@@ -59,7 +67,9 @@ def run_demo(
         pipeline, num_samples=num_samples, steps=DEMO_STEPS, seed=CALIBRATION_SEED, trajectories=TRAJECTORIES
     )
     states = held_out_states(pipeline, steps=DEMO_STEPS, seed=HELD_OUT_SEED)
-    seeds = range(IMAGE_SEED, IMAGE_SEED + images)
+    calibration_seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + TRAJECTORIES)
+    state_seeds = range(HELD_OUT_SEED, HELD_OUT_SEED + STATES_PER_TIMESTEP)
+    seeds = fresh_seeds(images, (calibration_seeds, state_seeds), IMAGE_SEED)
     image_rows = {FLOAT_ROW: images_of(pipeline, teacher, seeds, steps=DEMO_STEPS)}
     denoisers: dict[str, nn.Module] = {FLOAT_ROW: teacher}
     variants = []
@@ -94,7 +104,7 @@ def run_demo(
             "scheduler": f"{type(pipeline.scheduler).__name__}, {DEMO_STEPS} steps",
             "calibration": f"{len(samples)} samples of {TRAJECTORIES} trajectories, seeds from {CALIBRATION_SEED}",
             "one-step error": f"{len(states)} states of float trajectories, seeds from {HELD_OUT_SEED}",
-            "images": f"{images}, seeds from {IMAGE_SEED}",
+            "images": f"{images}, seeds {span(seeds)}",
             "latency": f"batch {LATENCY_BATCH}, compiled, float32 and integers in turns; integers in mode {mode},"
             " errors and images without it",
             "backend": backend,

@@ -55,12 +55,13 @@ def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, An
 def images_of(
     pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: Prompts = None
 ) -> Tensor:
-    """Images [seeds, C, H, W] in 0..1 with ``denoiser`` in the pipeline's place; the pipeline is left as it was."""
+    """Images [N, C, H, W] in 0..1 with ``denoiser`` in the pipeline's place, one a seed, of videos one a frame."""
     name = denoiser_name(pipeline)
     before = getattr(pipeline, name)
     setattr(pipeline, name, denoiser)
     try:
-        return sample(pipeline, seeds, steps=steps, prompt=prompt)
+        images = sample(pipeline, seeds, steps=steps, prompt=prompt)
+        return images.flatten(0, -4)
     finally:
         setattr(pipeline, name, before)
 

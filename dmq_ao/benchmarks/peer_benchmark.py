@@ -23,7 +23,16 @@ from dmq_ao.api.compile import Mode, compile
 from dmq_ao.api.saving import save
 from dmq_ao.benchmarks.cuda_peers import CUDA_PEERS
 from dmq_ao.benchmarks.measure import by_timestep
-from dmq_ao.benchmarks.peers import PEERS, Artifact, Call, Inputs, Peer, Plain
+from dmq_ao.benchmarks.peers import (
+    NOT_INSTALLED,
+    PEERS,
+    Artifact,
+    Call,
+    Inputs,
+    Peer,
+    Plain,
+    missing_packages,
+)
 from dmq_ao.benchmarks.roofline import int8_peak, integer_macs
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation import clock_of, folder_bytes, latency, one_step_error
@@ -111,7 +120,7 @@ def side_by_side(
 
     Args:
         case: the denoiser and what it is measured with.
-        peers: names of ``peers_on`` the denoiser's device. One that fails has a row that says so.
+        peers: names of ``peers_on`` the denoiser's device. One that fails, or is not there, has a row that says so.
         ours: by the name of the row.
         repeats: timed rounds.
         progress: show a progress bar.
@@ -132,6 +141,11 @@ def side_by_side(
         say(f"{name}: compile")
         rows[name], calls[name] = _ready_ours(one, case)
     for name in peers:
+        missing = missing_packages(peers_on(case.device)[name])
+        if missing:
+            rows[name] = {"failed": NOT_INSTALLED + " ".join(missing)}
+            say(f"{name}: {rows[name]['failed']}")
+            continue
         say(f"{name}: build and compile")
         _attempt(rows, name, partial(_ready, name, case, calls), say)
     gc.collect()

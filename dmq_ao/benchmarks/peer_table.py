@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dmq_ao.benchmarks.cuda_peers import COMPILED_BF16
-from dmq_ao.benchmarks.peers import COMPILED_FP32
+from dmq_ao.benchmarks.peers import COMPILED_FP32, NOT_INSTALLED
 from dmq_ao.evaluation.table import DASH, number
 
 MIB = 2**20
@@ -35,7 +35,11 @@ def peer_rows(report: Mapping[str, Any]) -> list[list[str]]:
     slowest_first = sorted(timings.items(), key=lambda item: -float(item[1]["median_ms"]))
     table = [["", *columns], *([name, *(cell(row) for cell in columns.values())] for name, row in slowest_first)]
     blank = [""] * (len(columns) - 1)
-    return table + [[name, f"failed: {row['failed']}", *blank] for name, row in rows.items() if "failed" in row]
+    return table + [[name, _failure(row["failed"]), *blank] for name, row in rows.items() if "failed" in row]
+
+
+def _failure(text: str) -> str:
+    return text if text.startswith(NOT_INSTALLED) else f"failed: {text}"
 
 
 def peer_notes(report: Mapping[str, Any]) -> list[str]:

@@ -96,23 +96,29 @@ def chosen_peers(patterns: Iterable[str], among: Mapping[str, Peer] | None = Non
     return [name for name in peers if name in names]
 
 
+NOT_INSTALLED = "not installed: pip install "
+"""How the row of a peer begins whose packages are not there."""
+
+
+def missing_packages(peer: Peer) -> list[str]:
+    """The packages that a peer needs and that are not installed."""
+    return [package for package in peer.packages if importlib.util.find_spec(package) is None]
+
+
 def check_installed(names: Iterable[str], among: Mapping[str, Peer] | None = None) -> None:
-    """See that all packages of peers are there, before any of them is given work.
+    """See that the packages of some peer are there, before any is given work. One that lacks its own has a row.
 
     Args:
         names: of the peers.
         among: by name; None means ``PEERS``.
 
     Raises:
-        MissingPackage: with those that are not, and what to do.
+        MissingPackage: when none is there, with those that are not, and what to do.
     """
     peers = PEERS if among is None else among
-    absent = {
-        name: missing
-        for name in names
-        if (missing := [package for package in peers[name].packages if importlib.util.find_spec(package) is None])
-    }
-    if absent:
+    all_names = list(names)
+    absent = {name: missing for name in all_names if (missing := missing_packages(peers[name]))}
+    if absent and len(absent) == len(all_names):
         packages = ", ".join(dict.fromkeys(package for missing in absent.values() for package in missing))
         rest = ", ".join(repr(name) for name, peer in peers.items() if not peer.packages)
         raise MissingPackage(
@@ -131,6 +137,19 @@ def compiled(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> A
     return Artifact(
         _tensor_bytes(net.state_dict().values()), lambda: torch.no_grad()(torch.compile(Plain(net), dynamic=False))
     )
+
+
+def frozen(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Artifact:
+    """PyTorch, float32, compiled with freezing: weights are constants, and laid out for their kernels."""
+
+    def ready() -> Call:
+        with torch.no_grad(), inductor_freezing():
+            fast: Call = torch.compile(Plain(net), dynamic=False)
+            fast(**inputs)
+        call: Call = torch.no_grad()(fast)
+        return call
+
+    return Artifact(_tensor_bytes(net.state_dict().values()), ready)
 
 
 def bf16(
@@ -153,8 +172,11 @@ def narrow_call(half: nn.Module, compiled: bool, mode: str | None = None) -> Cal
     return call
 
 
-def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Artifact:
-    """Torchao's pt2e flow with its x86 quantizer, int8, compiled with freezing as its guide says."""
+def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs], *, autocast: bool = False) -> Artifact:
+    """Torchao's pt2e flow with its x86 quantizer, int8, compiled with freezing as its guide says.
+
+    With ``autocast`` what is no integer is computed in bfloat16, as the guide says, too.
+    """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -169,10 +191,16 @@ def torchao_x86(net: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -
     converted = convert_pt2e(prepared)
 
     def ready() -> Call:
-        with torch.no_grad(), inductor_freezing():
+        half = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
+        with torch.no_grad(), inductor_freezing(), half():
             fast: Call = torch.compile(converted, dynamic=False)
             fast(**inputs)
-        call: Call = torch.no_grad()(fast)
+
+        @torch.no_grad()
+        def call(**inputs: Any) -> Tensor:
+            with half():
+                return fast(**inputs).float()
+
         return call
 
     # The float weights stay in it, unread.
@@ -302,13 +330,18 @@ _OPENVINO, _NNCF = ("openvino",), ("openvino", "nncf")
 PEERS: dict[str, Peer] = {
     "torch fp32": Peer(eager),
     COMPILED_FP32: Peer(compiled),
+    "torch fp32 compiled, frozen": Peer(frozen),
     "torch bf16": Peer(partial(bf16, compiled=False)),
     "torch bf16 compiled": Peer(partial(bf16, compiled=True)),
     "torchao pt2e int8": Peer(torchao_x86, integer=True),
+    "torchao pt2e int8, bf16 autocast": Peer(partial(torchao_x86, autocast=True), integer=True),
     "OpenVINO fp32": Peer(openvino, _OPENVINO),
     "OpenVINO bf16": Peer(partial(openvino, precision="bf16"), _OPENVINO),
     "OpenVINO NNCF int8": Peer(partial(openvino, preset="default"), _NNCF, integer=True),
     "OpenVINO NNCF int8, bf16 hint": Peer(partial(openvino, preset="default", precision="bf16"), _NNCF, integer=True),
     "OpenVINO NNCF int8, transformer preset": Peer(partial(openvino, preset="transformer"), _NNCF, integer=True),
+    "OpenVINO NNCF int8, transformer preset, bf16 hint": Peer(
+        partial(openvino, preset="transformer", precision="bf16"), _NNCF, integer=True
+    ),
     "ONNX Runtime int8": Peer(onnxruntime_int8, ("onnx", "onnxscript", "onnxruntime"), integer=True),
 }

@@ -13,14 +13,23 @@ from dmq_ao.cli.options import (
     BackendOption,
     Bits,
     CompileMode,
+    ControlPicture,
     Debug,
     Device,
     FormatOption,
+    GuidanceScale,
+    Height,
     Images,
+    Lora,
+    Mask,
     ModeOption,
+    NegativePrompt,
+    NumFrames,
+    Picture,
     Prompt,
-    Seed,
     Steps,
+    Width,
+    call_conditions,
     examples,
     hide_loading_bars,
 )
@@ -53,8 +62,23 @@ def compare_command(
     ] = None,
     images: Images = 16,
     steps: Steps = 20,
-    seed: Seed = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="First seed of the images; default: from 1000000 on, where no calibration was."),
+    ] = None,
+    allow_calibration_seeds: Annotated[
+        bool, typer.Option("--allow-calibration-seeds", help="Compare on the noise of the calibration set, too.")
+    ] = False,
     prompt: Prompt = None,
+    image: Picture = None,
+    mask: Mask = None,
+    control_image: ControlPicture = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    num_frames: NumFrames = None,
+    lora: Lora = None,
     backend: BackendOption = AUTO_BACKEND,
     device: Device = "cpu",
     form: FormatOption = Format.HUMAN,
@@ -63,15 +87,36 @@ def compare_command(
     """Compare quantized pipelines with the float one they came from.
 
     One-step error: single calls of the denoiser on states of float trajectories that calibration did not see, at each
-    timestep. PSNR: images from the same seeds. Sizes and true mean bits stand beside them.
+    timestep. PSNR: images from the same seeds, none of which a calibration took: a quantized pipeline's folder knows
+    its own. Sizes and true mean bits stand beside them.
     """
     from dmq_ao.benchmarks.compare import compare
     from dmq_ao.evaluation import render_table, write_report
 
     hide_loading_bars()
-    where = {"backend": backend.value, "device": device}
+    conditions = call_conditions(
+        prompt,
+        image=image,
+        mask=mask,
+        control_image=control_image,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        num_frames=num_frames,
+    )
     report, pictures = compare(
-        model, quantized, images=images, steps=steps, seed=seed, prompt=prompt, **where, say=say
+        model,
+        quantized,
+        images=images,
+        steps=steps,
+        seed=seed,
+        allow_calibration_seeds=allow_calibration_seeds,
+        prompt=conditions,
+        lora=lora,
+        backend=backend.value,
+        device=device,
+        say=say,
     )
     if out is not None:
         say(f"report: {write_report(report, pictures, out)['report.html']}")
@@ -112,7 +157,8 @@ def benchmark_command(
     folder is timed as it is, against its own architecture in float32.
 
     With peers, all are given the same calibration samples, and their sizes, compilation and one-step errors stand
-    beside the times. It needs pip install "dmq_ao[bench]"; a peer that fails has a row that says so.
+    beside the times. They need pip install "dmq_ao[bench]"; a peer that fails, or is not installed, has a row
+    that says so.
     """
     with option_values("--bits"):
         recipes.minmax(bits)

@@ -46,12 +46,21 @@ def totals_text(report: Mapping[str, Any]) -> str:
         f"mean bits  {report['mean_bits']:.2f} over all parameters",
     ]
     if report.get("file_bytes"):
-        smaller = f", {report['float_bytes'] / report['file_bytes']:.2f}x smaller than float32"
-        lines.append(f"size       {size_text(report['file_bytes'])}{smaller if report.get('float_bytes') else ''}")
+        lines.append(f"size       {size_text(report['file_bytes'])}{_size_ratio(report)}")
     if "kernels" in report:
         kernels = ", ".join(f"{count} {name}" for name, count in report["kernels"].items())
         lines.append(f"kernels    {kernels or 'none'} (backend {report['backend']})")
     return "\n".join(lines)
+
+
+def _size_ratio(report: Mapping[str, Any]) -> str:
+    """How much smaller a file is than the float32 weights, or larger: small models are outweighed by their graph."""
+    size, before = report["file_bytes"], report.get("float_bytes")
+    if not before:
+        return ""
+    if size <= before:
+        return f", {before / size:.2f}x smaller than float32"
+    return f", {size / before:.2f}x larger than float32: the graph and the names take more than the weights save"
 
 
 def _scheme(report: Mapping[str, Any]) -> str:

@@ -14,16 +14,26 @@ from dmq_ao.cli.options import (
     AUTO_BACKEND,
     BackendOption,
     Bits,
+    ControlPicture,
     Debug,
     Device,
     Dtype,
     DtypeOption,
     FormatOption,
+    GuidanceScale,
+    Height,
+    Lora,
+    Mask,
     Model,
+    NegativePrompt,
+    NumFrames,
     ObserverName,
+    Picture,
     Prompt,
     Seed,
     Steps,
+    Width,
+    call_conditions,
     examples,
     open_pipeline,
 )
@@ -80,6 +90,15 @@ def quantize_command(
     ] = None,
     steps: Steps = 20,
     prompt: Prompt = None,
+    image: Picture = None,
+    mask: Mask = None,
+    control_image: ControlPicture = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    num_frames: NumFrames = None,
+    lora: Lora = None,
     seed: Seed = 0,
     backend: BackendOption = AUTO_BACKEND,
     device: Device = "cpu",
@@ -112,18 +131,33 @@ def quantize_command(
             method = replace(method, allocation=replace(method.allocation or BitAllocation(), mean_bits=mean_bits))
     if out is None and not dry_run:
         raise typer.BadParameter("required, unless --dry-run is given", param_hint="--output")
+    from dmq_ao.api.quantize import denoiser_name
     from dmq_ao.cli import output
     from dmq_ao.mixed_precision.bit_plan import BitPlan
     from dmq_ao.pipelines import ptq
     from dmq_ao.pipelines.adapter import check_free
+    from dmq_ao.pipelines.layer_names import check_layer_patterns
 
     if out is not None:
         check_free(out)
     plan = None if bit_plan is None else BitPlan.load(bit_plan)
-    pipeline = open_pipeline(model, prompt, device=device, dtype=dtype)
+    conditions = call_conditions(
+        prompt,
+        image=image,
+        mask=mask,
+        control_image=control_image,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        num_frames=num_frames,
+    )
+    pipeline = open_pipeline(model, conditions, device=device, dtype=dtype, lora=lora)
+    with option_values("--keep-float"):
+        check_layer_patterns(getattr(pipeline, denoiser_name(pipeline)), keep_float or [])
     say(f"{model}: export the denoiser")
     with option_values():
-        prepared = ptq.prepare_pipeline(pipeline, method, prompt=prompt, seed=seed, backend=backend.value)
+        prepared = ptq.prepare_pipeline(pipeline, method, prompt=conditions, seed=seed, backend=backend.value)
     if dry_run or out is None:
         report = ptq.forecast(pipeline, prepared, method, steps)
         return emit(report, lambda: output.forecast_text(report), form)
@@ -132,7 +166,7 @@ def quantize_command(
         prepared,
         method,
         out,
-        recording=ptq.Recording(steps=steps, prompt=prompt, seed=seed, trajectories=trajectories),
+        recording=ptq.Recording(steps=steps, prompt=conditions, seed=seed, trajectories=trajectories),
         backend=backend.value,
         batch_size=batch_size,
         state_dir=state_dir,

@@ -10,14 +10,24 @@ import typer
 from dmq_ao.cli.options import (
     AUTO_BACKEND,
     BackendOption,
+    ControlPicture,
     Debug,
     Device,
     Dtype,
     FormatOption,
+    GuidanceScale,
+    Height,
+    Lora,
+    Mask,
     Model,
+    NegativePrompt,
+    NumFrames,
+    Picture,
     Prompt,
     Seed,
     Steps,
+    Width,
+    call_conditions,
     examples,
     open_pipeline,
 )
@@ -37,6 +47,15 @@ def sample_command(
     steps: Steps = 20,
     seed: Seed = 0,
     prompt: Prompt = None,
+    image: Picture = None,
+    mask: Mask = None,
+    control_image: ControlPicture = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    num_frames: NumFrames = None,
+    lora: Lora = None,
     backend: BackendOption = AUTO_BACKEND,
     packed: Annotated[
         bool, typer.Option("--packed", help="Keep 4-bit codes packed in memory: half the bytes, slower calls.")
@@ -57,11 +76,22 @@ def sample_command(
     from dmq_ao.cli import gallery
     from dmq_ao.pipelines import adapter
 
-    pipeline = open_pipeline(model, prompt, backend, packed, device, dtype)
+    conditions = call_conditions(
+        prompt,
+        image=image,
+        mask=mask,
+        control_image=control_image,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        num_frames=num_frames,
+    )
+    pipeline = open_pipeline(model, conditions, backend, packed, device, dtype, lora)
     if compile_:
         adapter.compile_denoiser(pipeline)
     seeds = range(seed, seed + num)
-    images = adapter.sample(pipeline, seeds, steps=steps, prompt=prompt, progress=True)
+    images = adapter.sample(pipeline, seeds, steps=steps, prompt=conditions, progress=True)
     files = [str(path) for path in gallery.write_images(images, seeds, out)]
     text = files[0] if len(files) == 1 else f"{len(files)} pictures in {out}"
     emit({"model": model, "seeds": list(seeds), "steps": steps, "files": files}, lambda: text, form)

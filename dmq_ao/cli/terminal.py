@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ import typer.core
 
 from dmq_ao.config import UnsupportedByBackend
 
-_DEBUG = "dmq_ao.debug"
+_debugging: ContextVar[bool] = ContextVar("dmq_ao.debug", default=False)
+_WARNINGS = "PYTHONWARNINGS"
 FAILURE, INTERRUPTED = 1, 130
 
 
@@ -42,13 +45,19 @@ def emit(document: Mapping[str, Any], render: Callable[[], str], form: Format) -
         typer.echo(render())
 
 
-def debug(ctx: typer.Context, value: bool) -> bool:
-    """Callback of ``--debug``: tracebacks, and the warnings of all libraries."""
+def debug(value: bool) -> bool:
+    """Callback of ``--debug``: tracebacks, and the warnings and loading bars of all libraries."""
     if value:
-        ctx.meta[_DEBUG] = True
+        _debugging.set(True)
         logging.disable(logging.NOTSET)
         warnings.simplefilter("default")
+        os.environ.pop(_WARNINGS, None)
     return value
+
+
+def debugging() -> bool:
+    """Whether the command that runs was given ``--debug``."""
+    return _debugging.get()
 
 
 def read_prompts(texts: list[str] | None) -> list[str]:
@@ -80,7 +89,7 @@ class Commands(typer.core.TyperGroup):
             except BrokenPipeError:
                 raise
             except (ValueError, TypeError, OSError, ImportError) as error:
-                if ctx.meta.get(_DEBUG):
+                if debugging():
                     raise
                 say(f"error: {_line(error)}")
                 raise typer.Exit(FAILURE) from error
@@ -108,12 +117,18 @@ def option_values(hint: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, neither logged nor raised, while a command runs; ``--debug`` lifts it."""
-    before = logging.root.manager.disable
+    """No warnings, neither logged nor raised, while a command runs, also of its processes; ``--debug`` lifts it."""
+    before, of_processes = logging.root.manager.disable, os.environ.get(_WARNINGS)
+    token = _debugging.set(False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+        os.environ[_WARNINGS] = "ignore"
         try:
             yield
         finally:
+            _debugging.reset(token)
             logging.disable(before)
+            os.environ.pop(_WARNINGS, None)
+            if of_processes is not None:
+                os.environ[_WARNINGS] = of_processes

@@ -40,7 +40,7 @@ class StraightThrough(Interpreter):
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.instead: dict[Any, Callable[..., Any]] = {
-            ops.quantize: _codes,
+            ops.quantize: _code_values,
             ops.quantize_float8: _codes_float8,
             ops.dynamic_qparams: _constant_qparams,
         }
@@ -55,7 +55,7 @@ def _channel_steps(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_ax
     return step if channel_scale is None else step * ops.channel_factor(channel_scale, ch_axis, x.dim())
 
 
-def _codes(
+def _code_values(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,

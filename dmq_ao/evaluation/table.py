@@ -47,13 +47,18 @@ def cells(entry: Mapping[str, Any]) -> list[str]:
     return [
         str(entry["name"]),
         size_text(entry.get("file_bytes")),
-        number(entry.get("size_ratio"), ".2f", "×"),
+        _smaller(entry.get("size_ratio")),
         number(entry.get("mean_bits"), ".2f"),
         number(entry.get("one_step_error"), ".3g"),
         _psnr(entry),
         number(entry.get("latency_ms"), ".2f", " ms"),
         number(entry.get("speedup"), ".2f", "×"),
     ]
+
+
+def _smaller(ratio: float | None) -> str:
+    """How many times smaller; of what grew, how many times larger."""
+    return number(ratio, ".2f", "×") if ratio is None or ratio >= 1 else number(1 / ratio, ".2f", "× larger")
 
 
 def number(value: float | str | None, form: str, unit: str = "") -> str:

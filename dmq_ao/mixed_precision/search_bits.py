@@ -5,11 +5,11 @@ What widths cost is measured in ``bit_errors``; here it is shared out under a bu
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
@@ -33,60 +33,18 @@ from dmq_ao.quantizer.prepared import (
     float_weight,
     observers,
     readers,
-    require_prepared,
     state_of,
-    tables,
-    weight_observers,
 )
-from dmq_ao.records import overhead_bits, widest_that_fits
+from dmq_ao.records import widest_that_fits
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization.checkpoint import Checkpoint
 
 Watchers = Mapping[str, tuple[WeightObserver, ActivationObserver | None]]
-# More of the weights than this in float is worth a warning.
-FLOAT_SHARE = 0.05
+Budget = Callable[[Mapping[str, Tensor]], int]
+"""Bits for the codes of all layers, in a file where output channels have these widths [out] by layer."""
 
-
-def search_bits(
-    prepared: GraphModule,
-    samples: CalibrationSet,
-    *,
-    mean_bits: float | None = None,
-    max_bytes: int | None = None,
-    allocation: BitAllocation | None = None,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> BitPlan:
-    """A width for each output channel of every quantized layer, to look at, edit, save and pass to ``calibrate``.
-
-    Args:
-        prepared: from ``dmq_ao.prepare``.
-        samples: from ``dmq_ao.record``.
-        mean_bits: budget: mean width of the codes of the layers that share bits, which are those that the recipe does
-            not give a byte; the recipe's own width by default.
-        max_bytes: budget instead: codes, scales and all that stays in float, as a file of this model will hold them.
-        allocation: how; ``BitAllocation()``, or that of the recipe, by default.
-        batch_size: rows per forward pass.
-        progress: show a progress bar.
-
-    Raises:
-        TypeError: when ``prepared`` is not prepared.
-        ValueError: for two budgets, one that cannot be met, or non-finite weights or inputs, naming the layer.
-
-    Warns:
-        UserWarning: naming the layers, when more than 5 % of the weights stay in float.
-    """
-    recipe = require_prepared(prepared, "search_bits").recipe
-    if mean_bits is not None and max_bytes is not None:
-        raise ValueError(f"give mean_bits or max_bytes, not both; got {mean_bits} and {max_bytes}")
-    config = allocation or recipe.allocation or BitAllocation()
-    if mean_bits is not None or max_bytes is not None:
-        config = replace(config, mean_bits=mean_bits)
-    budget = None if max_bytes is None else 8 * max_bytes - other_bits(prepared, len(samples.timesteps))
-    with tqdm(total=len(observers(prepared)), disable=not progress, unit="layer", desc="bits") as bar:
-        plan = find_bits(prepared, samples, config, batch_size=batch_size, bar=bar, budget=budget)
-    _warn_of_float(prepared)
-    return plan
+# Widths change what a file takes beside the codes, by little: so often a budget is asked again.
+BUDGET_ROUNDS = 8
 
 
 def apply_bits(prepared: GraphModule, plan: BitPlan) -> None:
@@ -150,10 +108,10 @@ def find_bits(
     *,
     batch_size: int,
     bar: tqdm[Any],
-    budget: int | None = None,
+    budget: Budget | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> BitPlan:
-    """As ``search_bits`` without its checks of arguments.
+    """As ``dmq_ao.search_bits`` without its checks of arguments.
 
     Args:
         prepared: the graph.
@@ -161,7 +119,7 @@ def find_bits(
         allocation: how, and the mean bits.
         batch_size: rows per forward pass.
         bar: one tick a layer.
-        budget: bits for all codes, instead of the mean.
+        budget: bits for all codes by the widths of the channels, instead of the mean.
         checkpoint: where the plan is saved; None for nowhere.
 
     Raises:
@@ -174,7 +132,11 @@ def find_bits(
         return BitPlan.from_dict(saved[0])
     probe = probe_of(prepared, samples) if allocation.scope is Scope.MODEL else None
     layers, fixed = weight_errors(prepared, samples, allocation, probe, batch_size, bar)
-    widths, inputs = _share_out(layers, fixed, allocation, budget), dict[str, InputBits]()
+    widths, inputs = dict[str, Tensor](), dict[str, InputBits]()
+    if budget is None:
+        widths = _share_out(layers, fixed, allocation, None)
+    else:
+        widths = _share_out_within(layers, fixed, allocation, budget)
     if probe is not None:
         own_mean = budget is None and allocation.mean_bits is None
         if own_mean and not _weights_gain(prepared, probe, layers, widths, allocation.least_gain):
@@ -189,6 +151,32 @@ def find_bits(
     if checkpoint is not None:
         checkpoint.save("bits", plan.to_dict(), {})
     return plan
+
+
+def _share_out_within(
+    layers: dict[str, WeightErrors], fixed: dict[str, tuple[int, int]], allocation: BitAllocation, budget: Budget
+) -> dict[str, Tensor]:
+    """Widths [out] of each layer whose codes, and all that a file of theirs needs beside them, keep to a budget."""
+    if allocation.scorer is Scorer.KURTOSIS:
+        raise ValueError("kurtosis moves bits inside each layer and keeps to no budget of bytes; use another scorer")
+    nominal = {name: torch.full((len(one.curves),), one.candidates[0]) for name, one in layers.items()}
+    limit = budget(nominal)
+    for _ in range(BUDGET_ROUNDS):
+        widths = _share_out(layers, fixed, allocation, limit)
+        spare = budget(widths) - _code_bits(layers, fixed, widths)
+        if spare >= 0:
+            return widths
+        limit += spare
+    raise ValueError(
+        f"no widths keep to the budget after {BUDGET_ROUNDS} rounds, {-spare} bits are missing; ask for more"
+    )
+
+
+def _code_bits(
+    layers: dict[str, WeightErrors], fixed: dict[str, tuple[int, int]], widths: Mapping[str, Tensor]
+) -> int:
+    shared = sum(one.cost * int(widths[name].sum()) for name, one in layers.items())
+    return shared + sum(count * bits for count, bits in fixed.values())
 
 
 def _share_out(
@@ -271,34 +259,3 @@ def _inputs_that_gain(prepared: GraphModule, probe: Perturbed, least_gain: float
     if least_gain * after**2 > before**2:
         return {}
     return {name: InputBits(count, shared[name]) for one in inputs for name, count in one.products.items()}
-
-
-def other_bits(prepared: GraphModule, steps: int) -> int:
-    """Bits of a file besides the layers' codes: floats, tables, scales, widths, what inputs need; at most.
-
-    Args:
-        prepared: from ``dmq_ao.prepare``.
-        steps: rows of ranges per timestep.
-    """
-    recipe, plan = state_of(prepared).recipe, state_of(prepared).plan
-    nodes = graph.layer_nodes(prepared)
-    weights = {name: float_weight(prepared, nodes[name]) for name in weight_observers(prepared)}
-    stored = 8 * sum(int(tensor.nbytes) for tensor in prepared.state_dict().values())
-    stored -= 8 * sum(weight.nbytes for weight in weights.values())
-    for name, weight in weights.items():
-        stored += overhead_bits(plan[name], tuple(weight.shape), steps, recipe) + 8 * len(weight)
-    return stored + sum(weights[name].numel() * table.config.bits for name, table in tables(prepared).items())
-
-
-def _warn_of_float(prepared: GraphModule) -> None:
-    plan = state_of(prepared).plan
-    in_float = {item.name: item.numel for item in plan.values() if item.weight is None and item.numel}
-    share = sum(in_float.values()) / max(1, sum(item.numel for item in plan.values()))
-    if share > FLOAT_SHARE:
-        names = sorted(in_float, key=in_float.__getitem__, reverse=True)
-        warnings.warn(
-            f"{share:.0%} of the weights stay in float, so the mean of all is far above that of the codes: "
-            + ", ".join(names),
-            UserWarning,
-            stacklevel=3,
-        )

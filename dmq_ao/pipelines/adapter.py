@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -26,12 +27,13 @@ from dmq_ao.api.saving import load, save, usable_device
 from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation.report import json_ready
+from dmq_ao.pipelines.checkpoints import fuse_lora, pipeline_of_file
 from dmq_ao.pipelines.prompts import Prompts, call_arguments
+from dmq_ao.pipelines.seeds import INDEX, calibration_seeds, note_seeds, trajectory_seeds
 from dmq_ao.samples import CalibrationSet, record
 from dmq_ao.serialization.folder import CONFIG, KEY
 
 DEMO = "demo"
-INDEX = "model_index.json"
 REPORT = "report.json"
 _LIBRARIES = ("diffusers", "transformers")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,18 +51,20 @@ def load_pipeline(
     packed: bool = False,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
+    lora: str | Path | None = None,
 ) -> Any:
     """Load a pipeline; a denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
 
     Args:
-        source: a diffusers pipeline folder, a Hub id, or ``"demo"``.
+        source: a diffusers pipeline folder, a single ``.safetensors`` checkpoint, a Hub id, or ``"demo"``.
         backend: for a quantized denoiser, as in ``dmq_ao.load``; and so is the next.
         packed: see there.
         dtype: of what is float; None for that which a quantized denoiser takes, and else float32.
         device: of all of it.
+        lora: weights to fuse into a float pipeline, as ``checkpoints.fuse_lora`` takes them.
 
     Raises:
-        ValueError: when there is no such device.
+        ValueError: when there is no such device; for LoRA weights that do not fit, or of a quantized pipeline.
         InvalidFile: when a folder is no pipeline, naming what it lacks, or is not there.
     """
     import diffusers
@@ -69,23 +73,31 @@ def load_pipeline(
     if str(source) == DEMO:
         source = demo_folder()
     folder = Path(source)
+    if folder.is_file():
+        return _placed(pipeline_of_file(folder, dtype or torch.float32), device, lora)
     if not folder.is_dir():
         if not _HUB_ID.fullmatch(str(source)):
-            raise InvalidFile(f"{source}: no such folder; give a diffusers pipeline folder, a Hub id or {DEMO!r}")
-        whole = diffusers.DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype or torch.float32)
-        return _without_progress_bar(whole.to(device))
+            raise InvalidFile(
+                f"{source}: no such folder; give a diffusers pipeline folder, a .safetensors checkpoint, a Hub id or"
+                f" {DEMO!r}"
+            )
+        whole = diffusers.DiffusionPipeline.from_pretrained(str(source), dtype=dtype or torch.float32)
+        return _placed(whole, device, lora)
     if not (folder / INDEX).exists():
         raise InvalidFile(
             f"{folder} has no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
     _check_parts(folder / INDEX)
+    seeds = calibration_seeds(folder)
     names = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
+    if names and lora is not None:
+        raise ValueError(f"{folder} is quantized; LoRA weights are fused into the float pipeline, before")
     quantized = {name: load(folder / name, backend=backend, packed=packed, device=device) for name in names}
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     components = {name: denoiser.skeleton for name, denoiser in quantized.items()}
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **components)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **components)
     except Exception as error:  # diffusers' own, of any type: they are about the folder's files
         raise InvalidFile(
             f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
@@ -93,7 +105,9 @@ def load_pipeline(
         ) from error
     for name, denoiser in quantized.items():
         setattr(pipeline, name, denoiser)
-    return _without_progress_bar(pipeline.to(device))
+    if seeds is not None:
+        note_seeds(pipeline, seeds)
+    return _placed(pipeline, device, lora)
 
 
 def _check_parts(index: Path) -> None:
@@ -167,9 +181,11 @@ def is_quantized(folder: Path) -> bool:
     return isinstance(data, dict) and KEY in data
 
 
-def _without_progress_bar(pipeline: Any) -> Any:
+def _placed(pipeline: Any, device: torch.device, lora: str | Path | None) -> Any:
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    if lora is not None:
+        fuse_lora(pipeline, lora)
+    return pipeline.to(device)
 
 
 def compile_denoiser(pipeline: Any) -> None:
@@ -232,20 +248,21 @@ def sample(
     """Run a pipeline once per seed, each with a generator of its own, so that a seed means the same in any batch.
 
     Returns:
-        Images [seeds, C, H, W] float32 in 0..1.
+        Images [seeds, C, H, W] float32 in 0..1; of pipelines that draw videos [seeds, frames, C, H, W].
 
     Raises:
         ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.call_arguments``.
-        TypeError: when it draws no images, but videos or sounds.
+        TypeError: when it draws neither images nor videos.
     """
     images = []
     with tqdm(total=len(seeds), disable=not progress, unit="image", desc="sample") as bar:
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
             result = _run(pipeline, chunk, steps, prompt, "np")
-            if not hasattr(result, "images"):
+            pictures = getattr(result, "images", getattr(result, "frames", None))
+            if pictures is None:
                 raise TypeError(f"{type(pipeline).__name__} returns {', '.join(result)}, not images")
-            images.append(torch.from_numpy(result.images).permute(0, 3, 1, 2).float())
+            images.append(torch.as_tensor(np.asarray(pictures)).movedim(-1, -3).float())
             bar.update(len(chunk))
     return torch.cat(images).contiguous()
 
@@ -281,8 +298,7 @@ def record_pipeline(
         seed: first seed of the trajectories; one a trajectory.
         prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         batch_size: trajectories at a time.
-        trajectories: how many to run; by default enough to give every kept row a trajectory of its own at each
-            timestep, and twice that where the timesteps' shares are uneven.
+        trajectories: how many to run; as for ``seeds.trajectory_seeds``.
         select: how the rows are spread over the timesteps, as for ``dmq_ao.record``.
         progress: show a progress bar.
 
@@ -294,16 +310,14 @@ def record_pipeline(
     if isinstance(denoiser, QuantizedDenoiser):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
     call_arguments(pipeline, [seed], prompt)  # before anything is wrapped
-    method = select.method if isinstance(select, Selection) else select
-    even = max(2, -(-num_samples // steps))
-    count = trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)
+    seeds = trajectory_seeds(num_samples, steps=steps, seed=seed, trajectories=trajectories, select=select)
     with (
         record(denoiser, num_samples=num_samples, seed=seed, select=select) as recorder,
-        tqdm(total=count, disable=not progress, unit="trajectory", desc="record") as bar,
+        tqdm(total=len(seeds), disable=not progress, unit="trajectory", desc="record") as bar,
     ):
-        for start in range(0, count, batch_size):
-            seeds = range(seed + start, seed + min(start + batch_size, count))
-            with recorder.trajectory(part=len(seeds) / (count - start)):
-                _run(pipeline, seeds, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
-            bar.update(len(seeds))
+        for start in range(0, len(seeds), batch_size):
+            chunk = seeds[start : start + batch_size]
+            with recorder.trajectory(part=len(chunk) / (len(seeds) - start)):
+                _run(pipeline, chunk, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
+            bar.update(len(chunk))
     return recorder.calibration_set()

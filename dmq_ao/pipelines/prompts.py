@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dmq_ao.api.quantize import denoiser_name
+from dmq_ao.pipelines.conditions import Conditions
 
-Prompts = str | Sequence[str] | None
-"""One text for all images, or several that seeds take in turn; for pipelines of classes their numbers or names."""
+Prompts = str | Sequence[str] | Conditions | None
+"""One text for all images, or several that seeds take in turn; for pipelines of classes their numbers or names; and
+``Conditions`` for all else that a call is given."""
 
 
 def call_arguments(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict[str, Any]:
@@ -20,10 +22,48 @@ def call_arguments(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict
 
     Raises:
         ValueError: when the pipeline wants a prompt and there is none, or the other way round; for a class that it
-            does not know; for a pipeline that starts from something else, an image for one.
+            does not know; for a pipeline that starts from a picture, and there is none.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+    conditions = prompt if isinstance(prompt, Conditions) else Conditions(prompt)
     parameters = inspect.signature(pipeline.__call__).parameters
+    rest = conditions.arguments(pipeline, parameters, seeds)
+    _check_needs(pipeline, parameters, rest)
+    return {**_texts(pipeline, parameters, seeds, conditions.prompt, "image" in rest), **rest}
+
+
+def _check_needs(pipeline: Any, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any]) -> None:
+    """Refuse a call without the pictures that the pipeline starts from."""
+    for name, option in (("image", "image"), ("mask_image", "mask"), ("control_image", "control_image")):
+        if name in arguments or name not in parameters or not _starts_from(type(pipeline).__name__, name, parameters):
+            continue
+        raise ValueError(
+            f"{type(pipeline).__name__} needs {option.replace('_', ' ')}: a picture, a folder of them, or 'noise'"
+            f" (Conditions({option}=...), --{option.replace('_', '-')}); or wrap its own loop in"
+            " dmq_ao.record(denoiser), then prepare, calibrate and convert the denoiser"
+        )
+
+
+def _starts_from(pipeline: str, name: str, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a pipeline cannot do without a picture. diffusers gives most of them a default of None all the same."""
+    if parameters[name].default is inspect.Parameter.empty:
+        return True
+    words: dict[str, tuple[str, ...]] = {
+        "image": ("Img2Img", "Inpaint", "Upscale", "SuperRes", "ControlNet", "InstructPix2Pix", "Depth2Img"),
+        "mask_image": ("Inpaint",),
+        "control_image": ("ControlNet",),
+    }
+    return any(word in pipeline for word in words[name])
+
+
+def _texts(
+    pipeline: Any,
+    parameters: Mapping[str, inspect.Parameter],
+    seeds: Sequence[int],
+    prompt: str | Sequence[str] | None,
+    counted: bool,
+) -> dict[str, Any]:
+    """Prompts, classes or the number of images; nothing where pictures are ``counted`` already."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
     name = type(pipeline).__name__
     count = {"batch_size": len(seeds)} if "batch_size" in parameters else {}
     classes = range(_classes(pipeline) if "class_labels" in parameters else 0)
@@ -38,6 +78,8 @@ def call_arguments(pipeline: Any, seeds: Sequence[int], prompt: Prompts) -> dict
         return count
     if "prompt" in parameters:
         raise ValueError(f"{name} needs a prompt; give one (prompt=, or --prompt)")
+    if counted:
+        return {}
     raise ValueError(
         f"{name} takes {', '.join(parameters)}, neither a prompt nor class_labels nor batch_size; wrap its own loop in"
         " dmq_ao.record(denoiser), then prepare, calibrate and convert the denoiser"

@@ -21,7 +21,9 @@ from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.numerics import packed_bytes
 from dmq_ao.pipelines.adapter import check_free, denoiser_folder, load_denoiser, record_pipeline, save_pipeline
+from dmq_ao.pipelines.conditions import Conditions
 from dmq_ao.pipelines.prompts import Prompts
+from dmq_ao.pipelines.seeds import note_seeds, trajectory_seeds
 from dmq_ao.quantizer.prepared import float_weight, state_of, weight_observers
 from dmq_ao.records import LayerPlan, overhead_bits
 
@@ -63,6 +65,26 @@ class Recording:
     prompt: Prompts = None
     seed: int = 0
     trajectories: int | None = None
+
+    def seeds(self, recipe: Recipe) -> range:
+        """Of the trajectories that a recipe's samples come from."""
+        return trajectory_seeds(
+            recipe.num_samples,
+            steps=self.steps,
+            seed=self.seed,
+            trajectories=self.trajectories,
+            select=recipe.select,
+        )
+
+    def describe(self, recipe: Recipe) -> dict[str, Any]:
+        """In plain values, for a report."""
+        return {
+            "steps": self.steps,
+            "prompt": self.prompt.describe() if isinstance(self.prompt, Conditions) else self.prompt,
+            "seed": self.seed,
+            "trajectories": len(self.seeds(recipe)),
+            "select": recipe.select.method.value,
+        }
 
 
 def quantize_pipeline(
@@ -127,14 +149,10 @@ def quantize_pipeline(
     )
     quantized = convert(prepared, backend)
     setattr(pipeline, name, quantized)
+    note_seeds(pipeline, [recording.seeds(recipe)])
     report = {
         "pipeline": type(pipeline).__name__,
-        "sampling": {
-            "steps": recording.steps,
-            "prompt": recording.prompt,
-            "seed": recording.seed,
-            "select": recipe.select.method.value,
-        },
+        "sampling": recording.describe(recipe),
         "calibration": calibration.to_dict(),
         **describe_denoiser(quantized),
     }

@@ -60,7 +60,12 @@ def test_nested_arguments_are_handed_over_by_position() -> None:
 
 
 def test_peers_are_chosen_by_pattern_in_their_own_order() -> None:
-    assert chosen_peers(["openvino fp32", "TORCH fp32*"]) == ["torch fp32", "torch fp32 compiled", "OpenVINO fp32"]
+    assert chosen_peers(["openvino fp32", "TORCH fp32*"]) == [
+        "torch fp32",
+        "torch fp32 compiled",
+        "torch fp32 compiled, frozen",
+        "OpenVINO fp32",
+    ]
     assert chosen_peers(["*"]) == list(PEERS)
     assert chosen_peers([]) == []
     with pytest.raises(
@@ -73,8 +78,10 @@ def test_what_is_not_installed_is_told_with_what_to_do(monkeypatch: pytest.Monke
     for name, packages in {"OpenVINO fp32": ("no_one",), "ONNX Runtime int8": ("no_one", "no_two")}.items():
         monkeypatch.setitem(PEERS, name, Peer(PEERS[name].build, packages))
     check_installed(["torch fp32"])
+    check_installed(["torch fp32", "OpenVINO fp32", "ONNX Runtime int8"])
+    check_installed([])
     with pytest.raises(MissingPackage) as raised:
-        check_installed(["torch fp32", "OpenVINO fp32", "ONNX Runtime int8"])
+        check_installed(["OpenVINO fp32", "ONNX Runtime int8"])
     words = str(raised.value)
     assert words.startswith(
         "unavailable: 'OpenVINO fp32', 'ONNX Runtime int8' need no_one, no_two; install with: pip install"
