@@ -19,6 +19,8 @@ def own_tensors(gm: GraphModule) -> None:
         if graph.SOURCE in node.meta or not node.users:
             continue
         tensor = graph.attribute(gm, node)
+        if not isinstance(tensor, Tensor):  # the graph of a branch or loop; its tensors are read at nodes of this one
+            continue
         if id(tensor) not in copies:
             copies[id(tensor)] = tensor.detach().clone()
         path, _, last = str(node.target).rpartition(".")

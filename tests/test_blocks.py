@@ -303,11 +303,11 @@ def test_a_share_of_a_blocks_input_is_the_float_networks(
         return whole(self, given, generator)
 
     monkeypatch.setattr(BlockStudent, "run", watched)
-    held = torch.zeros(3, dtype=torch.bool)
-    held[2] = True
-    steps, layouts = torch.zeros(3, dtype=torch.long), defaultdict(Layout)
+    rows = len(teacher[floats[0]])
+    held = torch.arange(2 * rows) >= rows
+    steps, layouts = torch.zeros(2 * rows, dtype=torch.long), defaultdict(Layout)
     data = BlockData(lambda chosen: student, lambda chosen: teacher, layouts, steps, 1, held)
-    config = BlockReconstruction(steps=2, batch_size=2, mix=share)
+    config = BlockReconstruction(steps=2, batch_size=rows, mix=share)
     with torch.enable_grad():
         learn_block(unet.prepared, block, data, config, torch.Generator().manual_seed(0))
     assert floats

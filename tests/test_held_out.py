@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dmq_ao
 from dmq_ao.algorithms.layer_rows import LayerRows
 from dmq_ao.algorithms.moments import Moments
-from dmq_ao.algorithms.rounding import Rows, held_out, product, round_by_learning
+from dmq_ao.algorithms.rounding import SampledRows, held_out, product, round_by_learning
 from dmq_ao.config import Recipe, Rounding, RoundingMethod, StepWeights, TensorConfig
 from dmq_ao.observers import ALL_OBSERVERS
 
@@ -34,12 +34,12 @@ def inputs_of(model: nn.Module, layer: str, samples: dmq_ao.CalibrationSet) -> T
 
 def moments_of(
     recipe: Recipe, layer: str, model: nn.Module, samples: dmq_ao.CalibrationSet, patch: pytest.MonkeyPatch
-) -> tuple[Moments, Rows]:
+) -> tuple[Moments, SampledRows]:
     """What calibration sums over the samples for one layer, and the rows it holds out."""
-    results: dict[str, tuple[list[Moments], Rows]] = {}
+    results: dict[str, tuple[list[Moments], SampledRows]] = {}
     whole = LayerRows.moments
 
-    def watched(self: LayerRows, name: str, *args: Any, **options: Any) -> tuple[list[Moments], Rows]:
+    def watched(self: LayerRows, name: str, *args: Any, **options: Any) -> tuple[list[Moments], SampledRows]:
         results[name] = whole(self, name, *args, **options)
         return results[name]
 
@@ -110,7 +110,7 @@ def test_learned_roundings_do_not_see_them(seed: int) -> None:
     config, rounding = TensorConfig(3), Rounding(RoundingMethod.ADAROUND, steps=30)
 
     def codes(y: Tensor) -> Tensor:
-        rows = Rows(x, y, torch.arange(16) % 4, held)
+        rows = SampledRows(x, y, torch.arange(16) % 4, held)
         with torch.enable_grad():
             return round_by_learning(
                 weight, config, ALL_OBSERVERS["minmax"], rows, rounding, 4, torch.Generator().manual_seed(0)

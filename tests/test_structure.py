@@ -18,7 +18,7 @@ import dmq_ao
 from dmq_ao import graph
 from dmq_ao.graph import CaptureError
 from dmq_ao.graph.structure import taken_apart
-from dmq_ao.serialization.signature import from_json, to_json
+from dmq_ao.serialization.signature import signature_from_json, signature_to_json
 
 
 class Pair(NamedTuple):
@@ -76,10 +76,10 @@ def test_an_answer_keeps_its_type(name: str, tmp_path: Path) -> None:
 def test_a_plain_answer_is_stored_as_before() -> None:
     call = graph.signature_of(graph.capture(seeded(Net), inputs()))
     assert call.answer is None
-    assert "answer" not in to_json(call)
+    assert "answer" not in signature_to_json(call)
     stored = type("Stored", (), {"example": call.example, "constants": {}, "timestep_arg": "t"})()
     with pytest.raises(ValueError, match="signature.answer: expected levels of"):
-        from_json(to_json(call) | {"answer": {"kind": "module"}}, stored, None)
+        signature_from_json(signature_to_json(call) | {"answer": {"kind": "module"}}, stored, None)
 
 
 class Tupled(Net):

@@ -14,7 +14,7 @@ from dmq_ao import graph
 from dmq_ao.config import MissingStatistics, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import private, size_rules
-from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
+from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.quantizer.patterns import no_match, patterns
 from dmq_ao.quantizer.prepared import Prepared, is_prepared
@@ -48,7 +48,7 @@ def check_prepare(denoiser: Any, recipe: Any, example_inputs: Any, timestep_arg:
         )
     _check_state(denoiser)
     _check_patterns_of_modules(denoiser, recipe)
-    _check_call(denoiser, bind(denoiser, example_inputs), timestep_arg)
+    check_example(denoiser, bind(denoiser, example_inputs), timestep_arg)
 
 
 def check_quantize(target: Any, recipe: Any, samples: Any) -> None:
@@ -175,12 +175,18 @@ def _may_match(pattern: str, names: Collection[str]) -> bool:
     return any(fnmatchcase(f"{name}{end}", form) for form in forms for name in names for end in ("", ".part0", "#2"))
 
 
-def _check_call(denoiser: nn.Module, arguments: Mapping[str, Any], timestep_arg: str | None) -> None:
-    """Refuse inputs that the denoiser itself fails on; tried without values first, which costs next to nothing."""
+def check_example(denoiser: nn.Module, arguments: Mapping[str, Any], timestep_arg: str | None) -> None:
+    """Refuse inputs that the denoiser itself fails on; tried without values first, which costs next to nothing.
+
+    Raises:
+        ValueError: with the inputs' shapes, and the denoiser's own error.
+    """
     error = None if _runs_without_values(denoiser, arguments) else _error_of_call(denoiser, arguments)
     if error is None:
         return
     flat, kind = flatten_inputs(arguments), type(denoiser).__name__
+    if _error_of_call(denoiser, unflatten_inputs(flat, tuple)) is None:  # samples hold lists where a call had tuples
+        return
     timestep = arguments.get(find_timestep(list(arguments), timestep_arg) or "")
     if isinstance(timestep, Tensor) and timestep.dim() == 1:
         name = next(name for name, value in arguments.items() if value is timestep)

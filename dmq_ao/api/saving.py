@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from dmq_ao import graph
+from dmq_ao.api import arguments
 from dmq_ao.api.quantize import convert, lower, prepare
 from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import InvalidFile, as_json
@@ -304,7 +305,11 @@ def _exported_again(
     denoiser.to(device)
     example = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in stored.example.items()}
     inputs = unflatten_inputs({**stored.constants, **example})
-    prepared = prepare(denoiser.eval(), stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
+    try:
+        arguments.check_example(denoiser.eval(), inputs, stored.timestep_arg)
+    except ValueError as error:
+        raise InvalidFile(f"{folder}: {error}; the folder is damaged or was edited, or of another model") from error
+    prepared = prepare(denoiser, stored.recipe, inputs, timestep_arg=stored.timestep_arg, backend=backend)
     weights, nodes = weight_observers(prepared), graph.layer_nodes(prepared)
     if set(weights) != set(stored.records):
         raise InvalidFile(

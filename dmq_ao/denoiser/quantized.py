@@ -136,7 +136,8 @@ class QuantizedDenoiser(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return next(chain(self.graph_module.buffers(), self.graph_module.parameters())).device
+        tensors = chain(self.graph_module.buffers(), self.graph_module.parameters())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedDenoiser:
         """What ``to``, ``half``, ``cuda`` and the like end in: kernels and codes are made for one dtype and device.

@@ -208,6 +208,9 @@ def ensure_signature(gm: GraphModule) -> None:
     """Give a graph that ``capture`` did not make a signature from its own placeholders, and name its layers."""
     if META in gm.meta:
         return
+    inline_regions(gm)
+    number_paddings(gm)
+    compute_weights(gm)
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     values = {node.name: node.meta["val"] for node in nodes}
     timestep = find_timestep(list(values), None)

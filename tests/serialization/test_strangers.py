@@ -615,9 +615,9 @@ WITHOUT_GRAPH: dict[str, tuple[Edit, str]] = {
         lambda q: [one.update(dtype="int64") for one in q["example"].values()],
         "cannot be exp",
     ),
-    "inputs of another shape": (lambda q: q["example"]["hidden_states"].update(shape=[2, 5, 8]), "cannot be exported"),
-    "an input too few": (lambda q: q["example"].pop("class_labels"), "cannot be exported"),
-    "an input too many": (lambda q: q["example"].update(y=q["example"]["hidden_states"]), "cannot be exported"),
+    "inputs of another shape": (lambda q: q["example"]["hidden_states"].update(shape=[2, 5, 8]), "cannot be called"),
+    "an input too few": (lambda q: q["example"].pop("class_labels"), "cannot be called"),
+    "an input too many": (lambda q: q["example"].update(y=q["example"]["hidden_states"]), "cannot be called"),
 }
 
 
