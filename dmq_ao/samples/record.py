@@ -12,8 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
-from dmq_ao.graph.arguments import TIMESTEP_NAMES, find_timestep, flatten_inputs
-from dmq_ao.samples.calibration_set import SHARED_TYPES, CalibrationSet, Shared, describe, layout, take
+from dmq_ao.samples.calibration_set import CalibrationSet, Shared, describe, layout, take
+from dmq_ao.samples.call_arguments import (
+    arguments_of_call,
+    by_batch,
+    flat_arguments,
+    is_same,
+    own_copy,
+    timestep_name,
+    timestep_of_rows,
+)
 from dmq_ao.samples.quota import Plan
 from dmq_ao.samples.select import counts_of
 from dmq_ao.samples.windows import Row, Windows, too_few_steps
@@ -57,7 +65,7 @@ class Recorder:
         self._signature = inspect.signature(denoiser.forward)
         parameters = self._signature.parameters
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
-            self._timestep_arg = _timestep_name(parameters, timestep_arg)
+            self._timestep_arg = timestep_name(parameters, timestep_arg)
         self._steps: dict[int | float, int] = {}
         self._rows: list[Row] = []
         self._shared: dict[str, Shared] = {}
@@ -136,11 +144,11 @@ class Recorder:
     # Outside of inference mode, so that what is kept can be used under autograd later.
     @torch.inference_mode(False)
     def _observe(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        arguments = _named_arguments(self._signature, args, kwargs)
-        self._timestep_arg = _timestep_name(arguments, self._timestep_arg)
+        arguments = arguments_of_call(self._signature, args, kwargs)
+        self._timestep_arg = timestep_name(arguments, self._timestep_arg)
         timestep = arguments.pop(self._timestep_arg)
-        inputs, shared = _by_batch(_flat(arguments), known_shared=self._shared)
-        timesteps = _per_row(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))
+        inputs, shared = by_batch(flat_arguments(arguments), earlier_shared=self._shared)
+        timesteps = timestep_of_rows(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))
         self._check_like_before(inputs, shared)
         steps = [self._steps.setdefault(timestep, len(self._steps)) for timestep in timesteps]
         if self._plan is not None:
@@ -209,7 +217,7 @@ class Recorder:
         layouts = {name: layout(value, per_row=name in inputs) for name, value in {**inputs, **shared}.items()}
         if not self._layouts:
             self._layouts = layouts
-            self._shared = {name: _own(value) for name, value in shared.items()}
+            self._shared = {name: own_copy(value) for name, value in shared.items()}
         call = f"call {self.num_calls + 1} of the denoiser"
         if layouts.keys() != self._layouts.keys():
             more, less = (sorted(a.keys() - b.keys()) for a, b in ((layouts, self._layouts), (self._layouts, layouts)))
@@ -225,7 +233,7 @@ class Recorder:
                     " resolution, one prompt length and one dtype at a time"
                 )
         for name, value in shared.items():
-            if not _same(value, self._shared[name]):
+            if not is_same(value, self._shared[name]):
                 raise ValueError(
                     f"{name} has no batch axis, so it must stay the same, but {call} changed it from"
                     f" {describe(self._shared[name])} to {describe(value)}; pass it as a tensor [batch, ...], or"
@@ -317,9 +325,9 @@ def record(
 def _selection(select: str | Selection) -> Selection:
     if isinstance(select, Selection):
         return select
-    known = [method.value for method in SelectMethod]
-    if select not in known:
-        raise ValueError(f"select must be one of {known} or a Selection, got {select!r}")
+    methods = [method.value for method in SelectMethod]
+    if select not in methods:
+        raise ValueError(f"select must be one of {methods} or a Selection, got {select!r}")
     return Selection(SelectMethod(select))
 
 
@@ -327,77 +335,3 @@ def _even_share(step: int, num_steps: int, num_samples: int) -> int:
     # ceil((num_samples - step) / num_steps): sums to num_samples, and never grows with num_steps, so that what was
     # dropped is never missed.
     return max(1, (num_samples - step + num_steps - 1) // num_steps)
-
-
-def _named_arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        parameter = signature.parameters[name]
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            raise ValueError(
-                f"{len(value)} positional arguments of the denoiser have no name (forward{signature}); call it by"
-                " keyword, and record before torch.compile"
-            )
-        if parameter.kind is parameter.VAR_KEYWORD:
-            arguments |= value
-        elif not (value is None and parameter.default is None):
-            arguments[name] = value
-    arguments.pop("return_dict", None)
-    return arguments
-
-
-def _timestep_name(names: Iterable[str], timestep_arg: str | None) -> str:
-    name = find_timestep(list(names), timestep_arg)
-    if name is None:
-        raise ValueError(
-            f"none of the denoiser's arguments {list(names)} is a timestep ({', '.join(TIMESTEP_NAMES)}); say which"
-            " it is with timestep_arg="
-        )
-    return name
-
-
-def _flat(arguments: Mapping[str, Any]) -> dict[str, Shared]:
-    flat = flatten_inputs(arguments)
-    for name, value in flat.items():
-        if not isinstance(value, SHARED_TYPES):
-            raise TypeError(
-                f"{name} is a {type(value).__name__}; a recording holds tensors, int, float, bool, str, None, and"
-                " dicts or lists of those. Wrap the denoiser in a module that makes it from one of these"
-            )
-    return flat
-
-
-def _by_batch(
-    flat: Mapping[str, Shared], known_shared: Mapping[str, Shared]
-) -> tuple[dict[str, Tensor], dict[str, Shared]]:
-    tensors = {name: x for name, x in flat.items() if isinstance(x, Tensor) and x.ndim and name not in known_shared}
-    batch = next((len(x) for x in tensors.values() if x.is_floating_point() and x.ndim >= 2), None)
-    if batch is None:
-        raise ValueError(
-            "the denoiser was called without a floating tensor [batch, ...] besides the timestep; got"
-            f" { {name: describe(value) for name, value in flat.items()} }"
-        )
-    inputs = {name: x for name, x in tensors.items() if len(x) == batch}
-    return inputs, {name: value for name, value in flat.items() if name not in inputs}
-
-
-def _per_row(name: str, timestep: Any, batch: int) -> list[int | float]:
-    value = torch.as_tensor(timestep).detach().cpu()
-    if list(value.shape) not in ([], [1], [batch]):
-        raise ValueError(
-            f"{name} must be a number or a tensor [], [1] or [{batch}], one value for each of the {batch} rows; got"
-            f" {describe(value)}"
-        )
-    value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
-    values: list[int | float] = value.expand(batch).tolist()
-    return values
-
-
-def _own(value: Shared) -> Shared:
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _same(value: Shared, known: Shared) -> bool:
-    if isinstance(value, Tensor) and isinstance(known, Tensor):
-        return torch.equal(value.detach().cpu(), known)
-    return value == known
