@@ -76,7 +76,7 @@ def minmax(
             (e4m3), which GPUs from compute capability 8.9 on multiply, and all else the integers of ``"w8a8"``.
         power_of_two: channel exponents by vote; True for the layers that read a concatenation.
         ranges: ``STATIC``, ``PER_STEP`` or ``DYNAMIC`` activation ranges.
-        observer: range estimator of weights and activations: ``minmax``, ``mse`` or ``percentile``.
+        observer: range estimator of weights and activations: ``minmax``, ``mse``, ``percentile`` or ``ema``.
         group_size: inputs that share a weight scale; None for one scale per output channel.
         embeddings: time and label embeddings and the modulations made from them, up to a third of a transformer's
             weights, get 8 bits and inputs of 12, each vector by its own range, tables 8 bits; else they stay in float.

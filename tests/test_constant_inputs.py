@@ -26,7 +26,7 @@ CONDITIONS = {
     "wan": ("encoder_hidden_states",),
 }
 
-FAST = (("flux", 1), ("sdxl", 4))
+FAST = [("flux", 1)]  # the others, by ``pytest -m slow``
 
 
 def constant_samples(inputs: dict[str, Any], same: tuple[str, ...], steps: int) -> CalibrationSet:

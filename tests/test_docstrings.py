@@ -24,8 +24,8 @@ SHAPE = re.compile(
 WORD = re.compile(r"\w+")
 # Percent of the public names with tensors whose docstring says a shape, at least: of all, and of rooms that are not at
 # 100 yet. They may only grow. Errors that no docstring speaks of, by room, may only become fewer.
-SHARE = 85
-SHARES = {"algorithms": 75, "backends": 37, "graph": 11, "samples": 76}
+SHARE = 86
+SHARES = {"algorithms": 75, "backends": 44, "graph": 31, "samples": 84}
 UNSAID = {"samples": 1}
 
 

@@ -7,7 +7,9 @@ from tests.isa import NAMES, layers_under
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="an x86 CPU is limited")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name == "AVX2" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_layers_are_right_whatever_the_instructions(name: str) -> None:
     counts = layers_under(name, ["w8a8", "w4a8 votes", "w4a12"])
     assert counts["faults"] == []
