@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dmq_ao.config import InvalidFile, as_json
 from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.capture import SAMPLE_NAMES
 from dmq_ao.samples.windows import too_few_steps
 
 FORMAT_VERSION = 2
@@ -271,16 +272,25 @@ def _check_rows(samples: CalibrationSet) -> None:
             )
 
 
+def _is_mask(value: Tensor) -> bool:
+    """Whether a tensor [...] may be what is added to attention's scores: nothing, or less, or minus infinity."""
+    finite = value[value.isfinite()]
+    return value.dim() > 1 and len(finite) > 0 and bool((finite <= 0).all())
+
+
 def _check_finite(samples: CalibrationSet) -> None:
     for name, value in {**samples.inputs, "timestep": samples.timestep}.items():
-        bad = (~value.isfinite()).unsqueeze(-1).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        wrong = value.isnan() | value.isposinf() if name not in SAMPLE_NAMES and _is_mask(value) else ~value.isfinite()
+        bad = wrong.unsqueeze(-1).flatten(1).any(dim=1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
                 f"{name} is NaN or infinite in row {bad[0]} (timestep {samples.timestep[bad[0]].item()}), and so in"
                 f" {len(bad)} of {len(samples)} rows; check the denoiser's dtype, or leave these rows out"
             )
     for name, shared in samples.shared.items():
-        if isinstance(shared, (Tensor, float)) and not torch.as_tensor(shared).isfinite().all():
+        values = torch.as_tensor(shared) if isinstance(shared, (Tensor, float)) else torch.zeros(())
+        allowed = values.isfinite() | values.isneginf() if _is_mask(values) else values.isfinite()
+        if not allowed.all():
             raise ValueError(f"shared {name} is NaN or infinite ({describe(shared)}); give finite values")
 
 
@@ -337,10 +347,3 @@ def layout(value: object, per_row: bool) -> str:
     if per_row and isinstance(value, Tensor):
         return f"[{', '.join(['batch', *map(str, value.shape[1:])])}] {value.dtype}"
     return f"{describe(value) if isinstance(value, Tensor) else type(value).__name__} without batch axis"
-
-
-def spread_over_steps(samples: CalibrationSet, count: int) -> Tensor:
-    """Indices of ``count`` samples, or all, at steps spread over the schedule, from the first to the last."""
-    order = torch.argsort(samples.step, stable=True)
-    places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
-    return order[places]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dmq_ao import graph
-from dmq_ao.samples.calibration_set import CalibrationSet, spread_over_steps, take
+from dmq_ao.samples.calibration_set import CalibrationSet, take
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,7 @@ class GraphSamples:
 
     def spread(self, count: int) -> GraphSamples:
         """``count`` samples, or all, at steps spread over the schedule, from the first to the last."""
-        return self.select(spread_over_steps(self.samples, count))
+        return self.select(_spread_over_steps(self.samples, count))
 
     def earlier(self, window: int) -> Tensor:
         """[N, window - 1] the samples before each in its trajectory, see ``CalibrationSet.earlier``.
@@ -126,3 +126,10 @@ class GraphSamples:
             ValueError: for a ``window`` below 1, or where no sample has all of them.
         """
         return self.samples.earlier(window)
+
+
+def _spread_over_steps(samples: CalibrationSet, count: int) -> Tensor:
+    """Indices [M] of ``count`` samples, or all, at steps spread over the schedule, from the first to the last."""
+    order = torch.argsort(samples.step, stable=True)
+    places = torch.linspace(0, len(order) - 1, min(count, len(order))).round().long()
+    return order[places]

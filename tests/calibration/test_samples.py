@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -203,6 +204,22 @@ def test_repr_tells_rows_timesteps_and_shapes() -> None:
 def test_wrong_sets_are_refused(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**changes)
+
+
+MASKED = torch.zeros(4, 1, 8).masked_fill(torch.arange(8) > 5, -math.inf)
+
+
+@pytest.mark.parametrize("where", ["inputs", "shared"])
+@pytest.mark.parametrize("mask", [MASKED, MASKED - 1, MASKED.half(), MASKED.transpose(1, 2)])
+def test_masks_may_be_minus_infinity(mask: Tensor, where: str) -> None:
+    whole = make()
+    values = {**getattr(whole, where), "mask": mask}
+    assert torch.equal(getattr(make(**{where: values}), where)["mask"], mask)
+    for value in (math.nan, math.inf):
+        broken = mask.clone()
+        broken[2, 0, 0] = value
+        with pytest.raises(ValueError, match="mask is NaN or infinite"):
+            make(**{where: {**values, "mask": broken}})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
