@@ -50,11 +50,6 @@ class StraightThrough(Interpreter):
         return super().call_function(self.instead.get(target, target), args, kwargs)
 
 
-def _channel_steps(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
-    step = numerics.along(scale, 0, x.dim())
-    return step if channel_scale is None else step * ops.channel_factor(channel_scale, ch_axis, x.dim())
-
-
 def _code_values(
     x: Tensor,
     scale: Tensor,
@@ -64,12 +59,12 @@ def _code_values(
     quant_min: int,
     quant_max: int,
 ) -> Tensor:
-    divided = x.float() / _channel_steps(x, scale, channel_scale, ch_axis)
+    divided = x.float() / ops.channel_steps(x, scale, channel_scale, ch_axis)
     return torch.clamp(round_ste(divided) + numerics.along(zero_point, 0, x.dim()), quant_min, quant_max)
 
 
 def _codes_float8(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
-    divided = x.float() / _channel_steps(x, scale, channel_scale, ch_axis)
+    divided = x.float() / ops.channel_steps(x, scale, channel_scale, ch_axis)
     clipped = divided.clamp(-numerics.FLOAT8_MAX, numerics.FLOAT8_MAX)
     return clipped + (clipped.to(numerics.FLOAT8).float() - clipped).detach()
 

@@ -19,7 +19,8 @@ from dmq_ao import numerics
 _operators = torch.library.Library("dmq_ao", "DEF")
 
 
-def _step(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
+def channel_steps(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
+    """Size of a code of ``x`` [B, ...], to broadcast: ``scale`` [1] or [B], times the factors of ``channel_factor``."""
     step = numerics.along(scale, 0, x.dim())
     return step if channel_scale is None else step * channel_factor(channel_scale, ch_axis, x.dim())
 
@@ -43,19 +44,21 @@ def _quantize(
     quant_max: int,
 ) -> Tensor:
     zero_point = numerics.along(zero_point, 0, x.dim())
-    codes = numerics.quantize_affine(x, _step(x, scale, channel_scale, ch_axis), zero_point, quant_min, quant_max)
+    codes = numerics.quantize_affine(
+        x, channel_steps(x, scale, channel_scale, ch_axis), zero_point, quant_min, quant_max
+    )
     return codes.to(torch.uint8 if quant_max <= 255 else torch.int16)
 
 
 def _quantize_float8(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
-    return numerics.to_float8(x, _step(x, scale, channel_scale, ch_axis))
+    return numerics.to_float8(x, channel_steps(x, scale, channel_scale, ch_axis))
 
 
 def _dequantize(
     codes: Tensor, scale: Tensor, zero_point: Tensor, channel_scale: Tensor | None, ch_axis: int, dtype: torch.dtype
 ) -> Tensor:
     zero_point = numerics.along(zero_point, 0, codes.dim())
-    return numerics.dequantize_affine(codes, _step(codes, scale, channel_scale, ch_axis), zero_point).to(dtype)
+    return numerics.dequantize_affine(codes, channel_steps(codes, scale, channel_scale, ch_axis), zero_point).to(dtype)
 
 
 def _dequantize_weight(codes: Tensor, scale: Tensor, zero_point: Tensor, dtype: torch.dtype) -> Tensor:
