@@ -68,12 +68,12 @@ def calibrate(
         raise TypeError(f"bits must be a BitPlan, got {type(bits).__name__}; dmq_ao.search_bits makes one")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    graph_samples = GraphSamples.of(prepared, samples)
     arguments.check_fit(prepared, samples)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    graph_samples = GraphSamples.of(prepared, samples)
     reset(prepared)
     recipe, state.incomplete = state.recipe, True
     seed_of_run = seed if recipe.learns else 0
