@@ -20,7 +20,7 @@ _operators = torch.library.Library("dmq_ao", "DEF")
 
 
 def channel_steps(x: Tensor, scale: Tensor, channel_scale: Tensor | None, ch_axis: int) -> Tensor:
-    """Size of a code of ``x`` [B, ...], to broadcast: ``scale`` [1] or [B], times the factors of ``channel_factor``."""
+    """Steps of the codes of ``x`` [B, ...], to broadcast: ``scale`` [1] or [B], times those of ``channel_factor``."""
     step = numerics.along(scale, 0, x.dim())
     return step if channel_scale is None else step * channel_factor(channel_scale, ch_axis, x.dim())
 
