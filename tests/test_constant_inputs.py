@@ -79,15 +79,30 @@ def _calibrate(model: nn.Module, recipe: dmq_ao.Recipe, samples: CalibrationSet)
     assert relative(ours, wanted) < 0.5
 
 
-def test_windows_of_a_one_step_sampler_say_what_works(tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]) -> None:
-    model, zeros = tiny_unet2d[0], torch.zeros(4, dtype=torch.int64)
-    samples = CalibrationSet({"sample": torch.randn(4, 3, 16, 16)}, {}, zeros, zeros)
-    with pytest.raises(ValueError, match="a window is 2 timesteps in a row, .* called at 1: .*relation"):
-        samples.earlier(2)
-    with dmq_ao.record(model, select=dmq_ao.Selection(window=2)) as recorder, torch.no_grad():
-        model(torch.randn(4, 3, 16, 16), torch.zeros(4))
-    with pytest.raises(dmq_ao.config.MissingStatistics, match="a window is 2 timesteps in a row, .*at 1: .*uniform"):
-        recorder.calibration_set()
+@pytest.mark.parametrize("steps", [1, 2])
+def test_windows_longer_than_the_sampler_are_as_long_as_it(
+    steps: int, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]
+) -> None:
+    """What is smoothed over three steps is smoothed over those there are, and says so."""
+    model, message = tiny_unet2d[0], f"a window is 3 timesteps in a row, .* at {steps}: windows have {steps} here.*unif"
+    with dmq_ao.record(model, 8, select=dmq_ao.Selection(window=3)) as recorder, torch.no_grad():
+        for _ in range(3):
+            for timestep in range(steps):
+                model(torch.randn(2, 3, 16, 16), torch.full((2,), 900 - 100 * timestep))
+    with pytest.warns(UserWarning, match=message):
+        samples = recorder.calibration_set()
+    assert len(samples) == (6 if steps == 1 else 8)
+    with pytest.warns(UserWarning, match=message):
+        earlier = samples.earlier(3)
+    assert earlier.shape == (len(samples), steps - 1)
+    assert int((earlier >= 0).sum()) == (0 if steps == 1 else 4)
+    recipe = small(recipes.mpq_dm("w4a8"))
+    assert recipe.distillation is not None
+    assert recipe.distillation.relation is not None
+    relation = dataclasses.replace(recipe.distillation.relation, window=3)
+    recipe = dataclasses.replace(recipe, distillation=dataclasses.replace(recipe.distillation, relation=relation))
+    with pytest.warns(UserWarning, match=message):
+        _calibrate(model, recipe, samples)
 
 
 def test_calls_with_other_arguments_say_which() -> None:

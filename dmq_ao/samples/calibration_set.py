@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,24 +133,28 @@ class CalibrationSet:
         """The rows that came before each row in its trajectory.
 
         Args:
-            window: steps in a row, the row's own included.
+            window: steps in a row, the row's own included; the number of all timesteps where there are fewer.
 
         Returns:
             [N, window - 1] int64, row numbers at the steps before, nearest first; -1 in rows that lack any of them.
 
         Raises:
             ValueError: for a ``window`` below 1, or where all rows lack some.
+
+        Warns:
+            UserWarning: for fewer timesteps than ``window``.
         """
         if window < 1:
             raise ValueError(f"window must be 1 or more, got {window}")
+        if window > len(self.timesteps):
+            warnings.warn(too_few_steps(window, len(self.timesteps)), stacklevel=2)
+            window = len(self.timesteps)
         numbers = torch.arange(len(self)) if self.trajectory is None else self.trajectory
         places = list(zip(numbers.tolist(), self.step.tolist(), strict=True))
         row_at = {place: row for row, place in enumerate(places)}
         found = [[row_at.get((number, step - back), -1) for back in range(1, window)] for number, step in places]
         rows = torch.tensor(found, dtype=torch.int64, device="cpu").reshape(len(self), window - 1)
         incomplete = (rows < 0).any(1)
-        if bool(incomplete.all()) and len(self.timesteps) < window:
-            raise ValueError(too_few_steps(window, len(self.timesteps)))
         if bool(incomplete.all()):
             raise ValueError(
                 f"no {window} rows of the samples are of one trajectory at steps one after the other; record with"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -85,11 +86,13 @@ class Recorder:
         """The rows held, ordered by step and then by priority.
 
         Raises:
-            MissingStatistics: when the denoiser was not called, or never in as many steps of a trajectory as a window
-                has.
+            MissingStatistics: when the denoiser was not called.
+
+        Warns:
+            UserWarning: where the trajectories have fewer steps than a window.
         """
-        if self._windows is not None and self.num_calls and not self._rows:
-            raise MissingStatistics(too_few_steps(self._windows.length, len(self._steps)))
+        if self._windows is not None and 0 < self._windows.longest < self._windows.length:
+            warnings.warn(too_few_steps(self._windows.length, self._windows.longest), stacklevel=2)
         if self._timestep_arg is None or not self._rows:
             raise MissingStatistics(
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"

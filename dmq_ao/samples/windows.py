@@ -41,6 +41,8 @@ class Windows:
 
     Attributes:
         length: rows of a run.
+        longest: rows of the longest run so far, at most ``length``. Shorter runs are held until there is a longer one:
+            a sampler may have fewer steps than a run was to have.
     """
 
     def __init__(self, length: int, num_samples: int) -> None:
@@ -51,7 +53,7 @@ class Windows:
         """
         if num_samples < length:
             raise ValueError(f"num_samples must be {length} or more to hold a window of {length}, got {num_samples}")
-        self.length, self._num_samples = length, num_samples
+        self.length, self.longest, self._num_samples = length, 0, num_samples
         self._runs: list[tuple[Row, ...]] = []  # newest row first
         self._visited: list[int] = []
         self._again = self._trajectories = 0
@@ -77,7 +79,9 @@ class Windows:
             row.trajectory = before[0][place].trajectory if before else self._trajectories + place
         self._trajectories += 0 if before else len(rows)
         calls = [rows, *before]
-        if len(calls) == self.length:
+        if len(calls) > self.longest:
+            self.longest, self._runs = len(calls), []
+        if len(calls) == self.longest:
             self._runs = self._fitting([*self._runs, *zip(*calls, strict=True)])
         self._calls[self._again] = calls[: self.length - 1]
 
@@ -107,9 +111,9 @@ class Windows:
 
 
 def too_few_steps(window: int, steps: int) -> str:
-    """Why there are no windows, and what works without them."""
+    """What becomes of windows where no trajectory has as many steps."""
     return (
-        f"a window is {window} timesteps in a row, and the denoiser was called at {steps}: sample in {window} steps or"
-        " more, or leave windows out, with select='uniform' and a recipe without Relation, such as"
-        " recipes.default(...), or dataclasses.replace(recipe.distillation, relation=None)"
+        f"a window is {window} timesteps in a row, and the denoiser was called at {steps}: windows have {steps} here."
+        f" Sample in {window} steps or more for what smooths over steps, or leave it out, with select='uniform' and a"
+        " recipe without Relation, such as recipes.default(...)"
     )

@@ -194,11 +194,6 @@ def test_what_cannot_be_recorded_says_why() -> None:
             Selection(method, window=2)
     with pytest.raises(ValueError, match="num_samples must be 3 or more to hold a window of 3, got 2"):
         Recorder(Net(), 2, 0, None, Selection(window=3))
-    net = Net()
-    with record(net, 8, select=Selection(window=2)) as recorder:
-        net(torch.zeros(3, 2), 5)
-    with pytest.raises(MissingStatistics, match="a window is .* timesteps in a row"):
-        recorder.calibration_set()
 
 
 def test_rows_at_several_timesteps_have_no_trajectory() -> None:
