@@ -51,8 +51,10 @@ def test_operators_have_kinds(example: ModuleType, operator: str, kind: str) -> 
 def test_time_of_a_product_is_the_products(example: ModuleType) -> None:
     x = torch.randn(600, 600)
     found = example.times(lambda: x @ x, 3)
-    assert found["float products"] > 0.5 * found["total"]
-    assert sum(ms for kind, ms in found.items() if kind != "total") == pytest.approx(found["total"], rel=0.5)
+    kinds = {kind: ms for kind, ms in found.items() if kind != "total"}
+    operators = {kind: ms for kind, ms in kinds.items() if kind != example.WRAPPER}
+    assert found["float products"] > 0.5 * sum(operators.values())
+    assert sum(kinds.values()) >= found["total"] * (1 - 1e-6)  # what no operator took is the wrapper's
 
 
 def test_a_run_is_a_table(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
