@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-isa test-fuzz coverage lint spelling typecheck dist clean
+.PHONY: help demo results test test-isa test-pipelines test-fuzz coverage lint spelling typecheck dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -25,6 +25,9 @@ test: $(STAMP)  ## the fast tests: CPU, offline
 # Under one name where ONEDNN_MAX_CPU_ISA has it, else under each of three.
 test-isa: $(STAMP)  ## the layers of the onednn backend on the instructions of lesser CPUs; ten minutes
 	$(PY) -m tests.isa
+
+test-pipelines: $(STAMP)  ## published recipes on eight tiny pipelines, three dtypes, one step and four; an hour
+	PYTHONPATH=tests $(PY) tests/pipelines_table.py $(ARGS)
 
 test-fuzz: $(STAMP)  ## ten thousand edited files, and what becomes of them; ten minutes
 	$(PY) tests/fuzz_files.py --cases 10000

@@ -79,7 +79,14 @@ def _value_shape(value: Any) -> Any:
 def _has_other_views(whole: Node, parts: list[Node], change: Node) -> bool:
     """Whether what was made from ``whole`` before ``change``, and may share its memory, is read after it."""
     views = [user for user in whole.users if user not in parts and user < change and not _makes_new(user)]
-    return any(change < reader or not _makes_new(reader) for view in views for reader in view.users)
+    return any(_is_read_after(view, change) for view in views)
+
+
+def _is_read_after(view: Node, change: Node) -> bool:
+    """Whether a view, or a view of it, has a reader after ``change``."""
+    return any(
+        change < reader or (not _makes_new(reader) and _is_read_after(reader, change)) for reader in view.users
+    )
 
 
 def mutates(node: Node) -> bool:

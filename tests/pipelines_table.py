@@ -1,8 +1,9 @@
 """Every published recipe on eight tiny pipelines of diffusers: ``make test-pipelines``.
 
-``python tests/pipelines_table.py`` quantizes each to 4-bit weights and 8-bit activations, in three dtypes, with guidance
-and without, in one step and in four, puts it in its pipeline and compares the latents of two seeds that calibration
-never saw with the float pipeline's. A row that raises, that is not finite, or that comes in another dtype is a fault.
+``python tests/pipelines_table.py`` quantizes each to 4-bit weights and 8-bit activations, in three dtypes, with and
+without guidance, in one step and in four, puts it in its pipeline and compares the latents of two seeds that
+calibration never saw with the float pipeline's. A row that raises, that is not finite, or that comes in another dtype
+is a fault.
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ def test_windows_longer_than_the_sampler_are_as_long_as_it(
     steps: int, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]
 ) -> None:
     """What is smoothed over three steps is smoothed over those there are, and says so."""
-    model, message = tiny_unet2d[0], f"a window is 3 timesteps in a row, .* at {steps}: windows have {steps} here.*unif"
+    model, message = (
+        tiny_unet2d[0],
+        f"a window is 3 timesteps in a row, .* at {steps}: windows have {steps} here.*unif",
+    )
     with dmq_ao.record(model, 8, select=dmq_ao.Selection(window=3)) as recorder, torch.no_grad():
         for _ in range(3):
             for timestep in range(steps):

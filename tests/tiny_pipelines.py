@@ -107,7 +107,9 @@ def _sdxl(dtype: torch.dtype) -> TinyPipeline:
 def _sd3(dtype: torch.dtype) -> TinyPipeline:
     import diffusers
 
-    encoders = dict.fromkeys(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+    encoders = dict.fromkeys(
+        f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
+    )
     pipe = diffusers.StableDiffusion3Pipeline(
         transformer=_of_family("sd3"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None, **encoders
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dmq_ao
-from dmq_ao.config import MissingStatistics, Selection, SelectMethod
+from dmq_ao.config import Selection, SelectMethod
 from dmq_ao.pipelines.adapter import record_pipeline, sample
 from dmq_ao.samples import CalibrationSet, Recorder, record
 

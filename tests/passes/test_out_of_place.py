@@ -130,3 +130,40 @@ def test_what_others_see_is_filled_in_place() -> None:
         out_of_place(gm)
         assert any(mutates(node) for node in gm.graph.nodes)
         assert torch.equal(gm(x), module(x))
+
+
+class Scaled(nn.Module):
+    """Coordinates of LTX: each part is read by way of a view of a view, and written anew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x.unsqueeze(0).repeat(2, 1, 1)
+        for axis in range(2):
+            grid[:, axis : axis + 1] = grid[:, axis : axis + 1] * (axis + 2) / 3
+        return grid.flatten(1)
+
+
+class ReadLater(nn.Module):
+    """A view of a view from before the change is read after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = x * 1
+        corner = grid[1:][:, 1:]
+        grid[:, 1:2] = x[:, 1:2] * 5
+        return corner.sum() + grid
+
+
+def test_a_part_read_through_views_before_it_is_written_is_no_obstacle() -> None:
+    x = torch.randn(3, 4)
+    gm = captured(Scaled(), x)
+    assert any(mutates(node) for node in gm.graph.nodes)
+    out_of_place(gm)
+    assert not any(mutates(node) for node in gm.graph.nodes)
+    assert torch.equal(gm(x), Scaled()(x))
+
+
+def test_a_view_of_a_view_that_is_read_later_sees_the_change() -> None:
+    x = torch.randn(3, 4)
+    gm = captured(ReadLater(), x)
+    out_of_place(gm)
+    assert any(mutates(node) for node in gm.graph.nodes)
+    assert torch.equal(gm(x), ReadLater()(x))
