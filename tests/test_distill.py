@@ -22,8 +22,8 @@ import dmq_ao
 from dmq_ao.algorithms import relations
 from dmq_ao.algorithms.distillation import Student
 from dmq_ao.algorithms.features import find_feature_node
+from dmq_ao.algorithms.holdout import held_out
 from dmq_ao.algorithms.relations import Relations, Watched
-from dmq_ao.algorithms.rounding import held_out
 from dmq_ao.config import Distillation, InvalidFile, Recipe, Reduce, Relation
 from dmq_ao.graph import graph_arguments
 from dmq_ao.objectives import relation_error

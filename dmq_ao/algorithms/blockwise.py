@@ -18,29 +18,18 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, numerics
 from dmq_ao.algorithms.blocks import Block, run_block
-from dmq_ao.algorithms.rounding import CHECK_EVERY, fitted
+from dmq_ao.algorithms.holdout import CHECK_EVERY, fitted
 from dmq_ao.algorithms.row_layout import Layout, RowLayout, SharedValue, is_known
+from dmq_ao.algorithms.units import BlockLearning
 from dmq_ao.config import BlockReconstruction, Ranges
-from dmq_ao.graph.geometry import geometry
 from dmq_ao.objectives import Compared, StepWeighting, fine_grained_error, rounding_regularizer, temperature
-from dmq_ao.observers import ActivationObserver
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
-from dmq_ao.observers.channel_scale import spread
-from dmq_ao.quantizer.prepared import attention_observers, float_bias, float_weight, observers
+from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, scaled_weight
 from dmq_ao.records import WeightRecord
 
 # A weight starts no closer to a rounding border than this, in steps: its nearest code is the one decided.
 _NEAREST = 0.49
 Given = Mapping[Node, Any]
-
-
-@dataclass(frozen=True)
-class BlockLearning:
-    """Held-out error of a block's output, relative, before and after, and the gradient steps taken."""
-
-    before: float
-    after: float
-    steps: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,16 +51,6 @@ class BlockData:
     step: Tensor
     steps: int
     held: Tensor
-
-
-def scaled_weight(prepared: GraphModule, node: Node, activation: ActivationObserver | None) -> Tensor:
-    """A layer's float weight [out, ...] in float32, its input's learned channel scale multiplied in."""
-    weight = float_weight(prepared, node).float()
-    scale = None if activation is None else activation.record().channel_scale
-    if scale is None:
-        return weight
-    factors = spread(scale.to(weight.device), len(weight), weight[0, 0].numel(), geometry(node, weight).groups)
-    return weight * factors.reshape(weight.shape)
 
 
 class _Weight:

@@ -19,16 +19,15 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.algorithms.blockwise import scaled_weight
 from dmq_ao.algorithms.dequantized_codes import DequantizedCodes
+from dmq_ao.algorithms.holdout import fitted
 from dmq_ao.algorithms.low_rank import LowRankCodes
 from dmq_ao.algorithms.relations import Relations, Watched
-from dmq_ao.algorithms.rounding import fitted
 from dmq_ao.algorithms.row_layout import Layout, RowLayout
 from dmq_ao.algorithms.teacher_outputs import TeacherOutputs
 from dmq_ao.config import Distillation
 from dmq_ao.objectives import relative_error
-from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, state_of, tables
+from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, scaled_weight, state_of, tables
 from dmq_ao.records import with_positive_scale
 from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import Checkpoint

@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.algorithms.moments import Moments, outputs, rows
-from dmq_ao.algorithms.rounding import SampledRows, product
 from dmq_ao.algorithms.row_layout import Layout, Mixed, RowLayout, SharedValue
+from dmq_ao.algorithms.sampled_rows import SampledRows, product
 from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.config import Rounding, Weighting
 from dmq_ao.graph.geometry import Geometry, geometry
