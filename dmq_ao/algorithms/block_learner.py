@@ -72,19 +72,19 @@ class BlockLearner:
             return lambda samples: {node: self.rows.pick(node, values[node], samples) for node in block.inputs}
 
         students, teachers = reader(self.stream.student_values), reader(self.stream.teacher_values)
-        data = BlockData(students, teachers, layouts, self.rows.steps, self.rows.count, self.rows.held)
+        data = BlockData(students, teachers, layouts, self.rows.steps, self.rows.count, self.rows.holdout)
         with torch.enable_grad():
             learned, codes, factors = learn_block(
                 self.prepared, block, data, config, self.rows.generator(block.index, Draw.BLOCK)
             )
-        for name, rounded in codes.items():
+        for name, record in codes.items():
             weight, _ = self.watchers[name]
-            weight.restore(rounded, weight.bias)
+            weight.restore(record, weight.bias)
         for name, factor in factors.items():
             activation = self.watchers[name][1]
             assert activation is not None
-            record = activation.record()
-            activation.restore(replace(record, scale=record.scale * factor.to(record.scale)))
+            input_record = activation.record()
+            activation.restore(replace(input_record, scale=input_record.scale * factor.to(input_record.scale)))
         return learned
 
     def _rerun(self, block: Block, node: Node, index: int) -> Any:

@@ -115,7 +115,7 @@ def belongs(node: Node, path: str) -> bool:
     """Whether an operator is of the module at ``path``, or of one inside it."""
     stack = node.meta.get("nn_module_stack") or {}
     inside = (entry[0].removeprefix(graph.PREFIX) for entry in stack.values())
-    return any(found == path or found.startswith(f"{path}.") for found in inside)
+    return any(module == path or module.startswith(f"{path}.") for module in inside)
 
 
 def _block(
@@ -191,30 +191,30 @@ def _is_output(node: Node, own: set[Node]) -> bool:
 
 
 def run_block(
-    prepared: GraphModule, block: Block, given: Mapping[Node, Any], layer: Layer, keep: Sequence[Node]
+    prepared: GraphModule, block: Block, inputs: Mapping[Node, Any], layer: Layer, keep: Sequence[Node]
 ) -> dict[Node, Any]:
     """Compute a block.
 
     Args:
         prepared: the graph.
         block: of it.
-        given: values of ``block.inputs``.
+        inputs: values of ``block.inputs``.
         layer: computes a quantized layer, or lets a factor of attention through, from its node, its arguments and
-            ``given``.
+            ``inputs``.
         keep: nodes of the block whose values are wanted.
 
     Returns:
         Those values.
     """
-    env = dict(given)
+    env = dict(inputs)
     layers = graph.layer_nodes(prepared)
     quantized = {layers[name] for name in block.layers} | attention_observers(prepared).keys()
     last = {source: node for node in block.nodes for source in node.all_input_nodes}
-    kept = set(keep)
+    results = set(keep)
     for node in block.nodes:
-        env[node] = _evaluate(prepared, node, env, quantized, layer, given)
+        env[node] = _evaluate(prepared, node, env, quantized, layer, inputs)
         for source in node.all_input_nodes:
-            if last[source] is node and source not in kept:
+            if last[source] is node and source not in results:
                 env.pop(source, None)
     return {node: env[node] for node in keep}
 
@@ -225,7 +225,7 @@ def _evaluate(
     env: Mapping[Node, Any],
     quantized: set[Node],
     layer: Layer,
-    given: Mapping[Node, Any],
+    inputs: Mapping[Node, Any],
 ) -> Any:
     def value(source: Node) -> Any:
         return _parameter(prepared, source) if is_static(source) else env[source]
@@ -235,7 +235,7 @@ def _evaluate(
         return value(node.args[0])
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
     if node in quantized:
-        return layer(node, list(args), given)
+        return layer(node, list(args), inputs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -16,6 +16,6 @@ def held_out(count: int, generator: torch.Generator) -> Tensor:
     return mask
 
 
-def fitted(held: Tensor) -> Tensor:
+def fitted(holdout: Tensor) -> Tensor:
     """Indices of the samples that may be fitted to."""
-    return torch.nonzero(~held)[:, 0] if len(held) > 1 else torch.arange(1)
+    return torch.nonzero(~holdout)[:, 0] if len(holdout) > 1 else torch.arange(1)

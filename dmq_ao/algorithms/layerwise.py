@@ -40,7 +40,7 @@ class Reconstruction:
     """One run over the graph.
 
     Attributes:
-        held: [N] bool, samples that nothing is fitted to.
+        holdout: [N] bool, samples that nothing is fitted to.
         learned: per layer.
         blocks: per block.
         votes: per input that voted.
@@ -80,7 +80,7 @@ class Reconstruction:
         self.unit_of = {name: unit for unit in units_of(prepared) for name in unit.layers}
         self.layouts = row_layouts(prepared, samples)
         batches = list(samples.batches(batch_size))
-        self.held = held_out(len(samples), torch.Generator().manual_seed(seed))
+        self.holdout = held_out(len(samples), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
         self.blocks: dict[str, BlockLearning] = {}
         self.restored: set[int] = set()
@@ -105,7 +105,7 @@ class Reconstruction:
             self.layouts,
             samples.step,
             self.count,
-            self.held,
+            self.holdout,
             seed,
         )
         self.inputs = InputLearning(prepared, recipe.scaling, self.stream, self.rows, self.count)

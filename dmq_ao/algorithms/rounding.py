@@ -46,15 +46,15 @@ def round_by_feedback(
         channel_bits: [out], a width for each output channel; None for ``config.bits``.
     """
     parts = weight.flatten(1).chunk(len(moments))
-    moved, covariances = [], []
+    targets, covariances = [], []
     for part, one in zip(parts, moments, strict=True):
         covariance = damp(one.covariance(), rounding.damping, _SMALLEST_VARIANCE * one.mean_square())
         if rounding.compensate:
             shift = torch.cholesky_solve(one.centred_rx().T, factor(covariance))
             part = part + shift.T.to(part.dtype)
-        moved.append(part)
+        targets.append(part)
         covariances.append(covariance)
-    target = torch.cat(moved)
+    target = torch.cat(targets)
     grid = quantize_weight(target.reshape(weight.shape), config, estimator, channel_bits)
     rows = [slice(i * len(parts[0]), (i + 1) * len(parts[0])) for i in range(len(parts))]
     codes = torch.cat(
@@ -67,7 +67,7 @@ def round_by_feedback(
                 config.bits if channel_bits is None else channel_bits[where],
                 config.symmetric,
             )
-            for part, covariance, where in zip(moved, covariances, rows, strict=True)
+            for part, covariance, where in zip(targets, covariances, rows, strict=True)
         ]
     )
     scale = grid.scale
@@ -75,7 +75,7 @@ def round_by_feedback(
         scale = torch.cat(
             [
                 refit_scale(part, codes[where] - grid.zero_point[where], scale[where], covariance)
-                for part, covariance, where in zip(moved, covariances, rows, strict=True)
+                for part, covariance, where in zip(targets, covariances, rows, strict=True)
             ]
         )
     return replace(grid, codes=codes.reshape(weight.shape).to(grid.codes.dtype), scale=scale)
@@ -89,9 +89,9 @@ def refit_scale(weight: Tensor, centred: Tensor, scale: Tensor, covariance: Tens
     """
     centred = centred.to(weight.dtype)
     product_q = centred @ covariance.to(weight.dtype)
-    wanted = (product_q * weight).sum(1, keepdim=True) / (product_q * centred).sum(1, keepdim=True).clamp_min(1e-12)
-    sane = (wanted > 0.75 * scale) & (wanted < 1.25 * scale)
-    return torch.where(sane, wanted, scale).float()
+    optimum = (product_q * weight).sum(1, keepdim=True) / (product_q * centred).sum(1, keepdim=True).clamp_min(1e-12)
+    sane = (optimum > 0.75 * scale) & (optimum < 1.25 * scale)
+    return torch.where(sane, optimum, scale).float()
 
 
 def round_by_learning(
@@ -113,13 +113,13 @@ def round_by_learning(
     logits = initial_logits(flat, scale).requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=rounding.lr)
     weighting = StepWeighting(rounding.step_weights, steps)
-    fit = fitted(rows.held)
+    fit = fitted(rows.holdout)
     arguments = (scale, zero_point, config.bits, config.symmetric)
     for step in range(1, rounding.steps + 1):
-        chosen = fit[torch.randperm(len(fit), generator=generator)[: rounding.batch_size]]
+        batch = fit[torch.randperm(len(fit), generator=generator)[: rounding.batch_size]]
         values = numerics.dequantize_affine(soft_codes(flat, logits, *arguments), scale, zero_point)
-        error = output_error(product(rows.x[chosen], values), rows.y[chosen], -1)
-        loss = (weighting(error, rows.step[chosen]) * error).mean()
+        error = output_error(product(rows.x[batch], values), rows.y[batch], -1)
+        loss = (weighting(error, rows.step[batch]) * error).mean()
         if step > rounding.warmup * rounding.steps:
             beta = temperature(step, rounding.steps, rounding.warmup)
             loss = loss + rounding.regularizer * rounding_regularizer(soft_round(logits), beta)

@@ -55,11 +55,11 @@ class Layout:
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> Tensor:
         """The value of some samples: of each part, a batch's value, those at places [m] of its so many samples."""
-        chosen = [self.by_sample(item, size)[places.to(item.device)] for item, places, size in parts]
+        values = [self.by_sample(item, size)[places.to(item.device)] for item, places, size in parts]
         if self.outer == 1:
-            rows = torch.cat([x.flatten(0, 1) for x in chosen])
+            rows = torch.cat([x.flatten(0, 1) for x in values])
         else:
-            rows = torch.cat(chosen).unflatten(1, (self.outer, self.inner)).transpose(0, 1).flatten(0, 2)
+            rows = torch.cat(values).unflatten(1, (self.outer, self.inner)).transpose(0, 1).flatten(0, 2)
         return rows.movedim(0, self.axis)
 
 

@@ -22,13 +22,13 @@ class SampledRows:
         x: [N, positions, groups, K / groups] inputs.
         y: [N, positions, out] outputs wanted, bias excluded.
         step: [N] place of each sample on the sampler's list of steps.
-        held: [N] bool, samples that nothing is fitted to.
+        holdout: [N] bool, samples that nothing is fitted to.
     """
 
     x: Tensor
     y: Tensor
     step: Tensor
-    held: Tensor
+    holdout: Tensor
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 def held_out_error(rows: SampledRows, weight: Tensor, bias: Tensor | None) -> float:
     """Error of a weight on held-out samples, relative to the teacher's output of each sample."""
-    held = torch.nonzero(rows.held)[:, 0]
-    y = product(rows.x[held], weight)
-    wanted = rows.y[held]
-    error = output_error(y if bias is None else y + bias, wanted, -1)
-    return float((error / output_error(wanted, torch.zeros_like(wanted), -1).clamp_min(1e-20)).mean())
+    holdout = torch.nonzero(rows.holdout)[:, 0]
+    y = product(rows.x[holdout], weight)
+    targets = rows.y[holdout]
+    error = output_error(y if bias is None else y + bias, targets, -1)
+    return float((error / output_error(targets, torch.zeros_like(targets), -1).clamp_min(1e-20)).mean())

@@ -53,13 +53,13 @@ class WeightLearning:
         rounding = self.rounding or Rounding()
         learns = self.rounding is not None and self.rows.layout(name) is not None
         second = learns and rounding.method is RoundingMethod.FEEDBACK
-        moments, held = self.rows.moments(name, node, shape, weight, nearest, rounding, second=second)
+        moments, holdout = self.rows.moments(name, node, shape, weight, nearest, rounding, second=second)
 
         def error_of(record: WeightRecord) -> float:
             shift = None
             if self.corrects:
                 shift = (correction if rounding.compensate else own_correction)(weight, record, moments)
-            return held_out_error(held, record.dequantize(), shift)
+            return held_out_error(holdout, record.dequantize(), shift)
 
         before = error_of(nearest)
         best, after = nearest, before
