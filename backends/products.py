@@ -187,13 +187,13 @@ def _by_exponent(gm: GraphModule, record: LayerRecord, whole: Product) -> list[P
     for exponent in exponents.unique().tolist():
         index = torch.nonzero(exponents == exponent)[:, 0]
         index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
-        chosen = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
+        codes = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
         weight = replace(whole.weight, codes=whole.weight.codes.index_select(1, index))
-        products.append(replace(whole, codes=chosen, factor=whole.factor * 2.0**-exponent, weight=weight))
+        products.append(replace(whole, codes=codes, factor=whole.factor * 2.0**-exponent, weight=weight))
     return products
 
 
-def turned(gm: GraphModule, value: Node, to: int) -> Node:
+def move_channels(gm: GraphModule, value: Node, to: int) -> Node:
     """Channels moved from axis 1 to the last, or back: a view of channels-last memory."""
     return gm.graph.call_function(torch.ops.aten.movedim.int, (value, -to, to))
 

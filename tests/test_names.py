@@ -77,7 +77,7 @@ KNOWN_TWICE = frozenset(
     ]
 )
 # Rooms whose variables still have such names; may only become fewer.
-ROOMS_WITH_PARTICIPLES = frozenset(["api", "backends", "graph", "samples"])
+ROOMS_WITH_PARTICIPLES = frozenset(["api", "graph", "samples"])
 # Files of other rooms.
 FILES_WITH_PARTICIPLES = frozenset({"dmq_ao/benchmarks/roofline.py", "passes/lower_precision.py"})
 

@@ -54,8 +54,8 @@ def _float8_linear(
 def _linear(*arguments: Any, library: bool) -> Tensor:
     from dmq_ao.backends.cuda.triton_matmul import library_takes, multiply
 
-    *given, dtype = arguments
-    operands = Operands(*given)
+    *fields, dtype = arguments
+    operands = Operands(*fields)
     codes, residual = operands.codes, operands.residual
     flat = codes.reshape(-1, codes.shape[-1]).contiguous()
     added = None if residual is None else residual.reshape(len(flat), -1).contiguous()
@@ -67,8 +67,8 @@ def _linear(*arguments: Any, library: bool) -> Tensor:
 def _conv(*arguments: Any) -> Tensor:
     from dmq_ao.backends.cuda.triton_matmul import multiply
 
-    *given, kernel_size, stride, padding, dilation, dtype = arguments
-    operands = Operands(*given)
+    *fields, kernel_size, stride, padding, dilation, dtype = arguments
+    operands = Operands(*fields)
     codes, residual = operands.codes, operands.residual
     items, high, wide = len(codes), *_out_size(codes.shape, kernel_size, stride, padding, dilation)
     added = None if residual is None else _pixels(residual).flatten(0, 2)
@@ -102,14 +102,14 @@ def _out_size(
 
 
 def _fake_cuda_linear(*arguments: Any) -> Tensor:
-    *given, dtype = arguments
-    operands = Operands(*given)
+    *fields, dtype = arguments
+    operands = Operands(*fields)
     return operands.codes.new_empty((*operands.codes.shape[:-1], operands.weight_scale.shape[0]), dtype=dtype)
 
 
 def _fake_conv(*arguments: Any) -> Tensor:
-    *given, kernel_size, stride, padding, dilation, dtype = arguments
-    operands = Operands(*given)
+    *fields, kernel_size, stride, padding, dilation, dtype = arguments
+    operands = Operands(*fields)
     codes, outs = operands.codes, operands.weight_scale.shape[0]
     high, wide = _out_size(codes.shape, kernel_size, stride, padding, dilation)
     return codes.new_empty((codes.shape[0], high, wide, outs), dtype=dtype).movedim(-1, 1)
