@@ -48,7 +48,7 @@ def describe(gm: GraphModule, keep: Collection[str]) -> None:
     Export hangs its whole symbolic world on every node, which a converted graph has no use for.
     """
     for node in gm.graph.nodes:
-        kept = {key: node.meta[key] for key in keep if key in node.meta}
+        meta = {key: node.meta[key] for key in keep if key in node.meta}
         if VAL in node.meta:
-            kept[VAL] = value_of(node.meta[VAL])
-        node.meta = kept
+            meta[VAL] = value_of(node.meta[VAL])
+        node.meta = meta
