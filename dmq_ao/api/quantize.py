@@ -84,11 +84,11 @@ def _refuse_float(name: str, captured: GraphModule, plan: Mapping[str, LayerPlan
     if products or any(item.weight is not None for item in plan.values()):
         return
     reasons = Counter(item.why for item in plan.values())
-    kept = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
+    causes = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
     calls = ", ".join(f"{count} {word}" for word, count in list(graph.operators_of(captured).items())[:12])
     raise ValueError(
         f"nothing of {name} would be quantized. Convolutions, linear layers and embedding tables that read a stored"
-        f" weight were looked for: {kept or 'there are none'}. The exported graph calls {calls or 'no operator'}."
+        f" weight were looked for: {causes or 'there are none'}. The exported graph calls {calls or 'no operator'}."
         " Change keep_float or the overrides of the recipe, or write the products as nn.Linear or convolutions"
     )
 
