@@ -76,10 +76,6 @@ KNOWN_TWICE = frozenset(
         "quantize",
     ]
 )
-# Rooms whose variables still have such names; may only become fewer.
-ROOMS_WITH_PARTICIPLES = frozenset(["api", "graph", "samples"])
-# Files of other rooms.
-FILES_WITH_PARTICIPLES = frozenset({"dmq_ao/benchmarks/roofline.py", "passes/lower_precision.py"})
 
 
 def source_files() -> list[tuple[str, str]]:
@@ -133,15 +129,10 @@ def test_one_name_is_one_thing() -> None:
     assert {name: files for name, files in twice.items() if name not in KNOWN_TWICE} == {}
 
 
-@pytest.mark.parametrize("room", sorted({room_of(file) for file, _ in FILES} - ROOMS_WITH_PARTICIPLES))
+@pytest.mark.parametrize("room", sorted({room_of(file) for file, _ in FILES}))
 def test_variables_are_nouns(room: str) -> None:
-    files = [(file, source) for file, source in FILES if room_of(file) == room and file not in FILES_WITH_PARTICIPLES]
+    files = [(file, source) for file, source in FILES if room_of(file) == room]
     assert {file: names for file, source in files if (names := participles(source))} == {}
-
-
-def test_the_exceptions_are_of_this_tree() -> None:
-    assert {room_of(file) for file, _ in FILES} >= ROOMS_WITH_PARTICIPLES
-    assert {file for file, _ in FILES} >= FILES_WITH_PARTICIPLES
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ class GraphSamples:
             ValueError: for no rows, or one that is not there.
         """
         samples = self.samples.select(rows)
-        chosen = {name: take(value, rows) for name, value in self.per_sample.items()}
-        return GraphSamples(samples, self.names, chosen, self.shared, self.timestep, self.device)
+        per_sample = {name: take(value, rows) for name, value in self.per_sample.items()}
+        return GraphSamples(samples, self.names, per_sample, self.shared, self.timestep, self.device)
 
     def spread(self, count: int) -> GraphSamples:
         """``count`` samples, or all, at steps spread over the schedule, from the first to the last."""

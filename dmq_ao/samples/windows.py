@@ -89,15 +89,15 @@ class Windows:
             for _, group in itertools.groupby(runs, key=lambda run: run[0].step)
             for rank, run in enumerate(group)
         ]
-        kept, rows = [], set[Row]()
+        selection, rows = [], set[Row]()
         for _, _, run in sorted(ranked, key=lambda one: one[:2]):
             if len(rows) + sum(row not in rows for row in run) > self._num_samples:
                 break
-            kept.append(run)
+            selection.append(run)
             rows.update(run)
-        return kept
+        return selection
 
-    def held(self) -> list[Row]:
+    def rows(self) -> list[Row]:
         """All rows of the runs."""
         return list(dict.fromkeys(row for run in self._runs for row in run))
 
