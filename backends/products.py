@@ -31,7 +31,7 @@ FLOAT_KERNEL = "float on dequantized values"  # of a layer that stays as the gra
 class Product:
     """One integer kernel: uint8 codes times int8-sized codes of the weight, each counting ``factor * scale``.
 
-    The weight's codes are shifted by ``exponents``, if there are any.
+    The weight's codes are shifted by ``exponents`` [C], if there are any.
     """
 
     codes: Node
@@ -209,6 +209,6 @@ def channels_last(gm: GraphModule, codes: Node) -> Node:
 
 
 def random_codes(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Whole numbers of ``shape`` over the range of ``dtype``, the same ones each time, to measure kernels on."""
+    """Whole numbers [*shape] over the range of ``dtype``, the same ones each time, to measure kernels on."""
     limits = torch.iinfo(dtype)
     return torch.randint(limits.min, limits.max + 1, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)

@@ -84,7 +84,7 @@ FLOAT_KERNELS = (KernelOperator(int4_linear),)
 def unpacked(
     gm: GraphModule, name: str, weight: PackedWeight, exponents: Tensor | None, groups: int, shape: Sequence[int]
 ) -> Node:
-    """A node with the shifted int8 codes of an integer layer (``layer.shifted_codes``), in the given shape."""
+    """A node with the shifted int8 codes of an integer layer (``layer.shifted_codes``), in ``shape``, [out, ...]."""
     zero_point = (weight.zero_point[:, 0] + weight.offset).to(torch.int8)
     factor = None if exponents is None else (1 << channel_shifts(exponents, groups)).to(torch.int8)
     return _unpack(gm, name, weight.packed, zero_point, factor, shape)

@@ -115,11 +115,14 @@ class BlockStudent:
         self.logits = {name: one.logits for name, one in self._weights.items()}
 
     def run(self, inputs: BlockInputs, generator: torch.Generator | None = None) -> dict[Node, Tensor]:
-        """Outputs and inner outputs with soft roundings; ``generator`` draws the input elements that stay in float."""
+        """Outputs and inner outputs, [B, ...] each, with soft roundings.
+
+        ``generator`` draws the elements of layers' inputs that stay in float.
+        """
         return self._run(inputs, lambda name: self._weights[name].soft(), generator)
 
     def predict(self, inputs: BlockInputs, weights: Mapping[str, WeightRecord]) -> dict[Node, Tensor]:
-        """Outputs with the codes ``weights`` and the activation steps as they stand."""
+        """Outputs and inner outputs, [B, ...] each, with the codes ``weights`` and activation steps as they stand."""
         return self._run(inputs, lambda name: weights[name].dequantize(), None)
 
     def _run(
@@ -176,7 +179,7 @@ def _compared(block: Block) -> list[Node]:
 
 
 def teacher_of(prepared: GraphModule, block: Block, inputs: BlockInputs) -> dict[Node, Tensor]:
-    """Outputs and inner outputs of the float block; without gradient."""
+    """Outputs and inner outputs of the float block, [B, ...] each; without gradient."""
 
     def layer(node: Node, args: list[Any], _inputs: BlockInputs) -> Any:
         return args[0] if node.op == "call_module" else node.target(*args)  # type: ignore[operator]

@@ -156,7 +156,7 @@ class Student(Interpreter):
         return graph.first_tensor(result), features
 
     def settle(self, parameters: dict[str, Tensor]) -> None:
-        """Put parameters where ``convert`` finds them: records, and the graph's tuned tensors."""
+        """Put ``parameters`` [...], named as the student's, where ``convert`` finds them: records, tuned tensors."""
         tuned = {}
         for key, parameter in parameters.items():
             name, _, what = key.rpartition("|")

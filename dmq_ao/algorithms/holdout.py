@@ -17,5 +17,5 @@ def held_out(count: int, generator: torch.Generator) -> Tensor:
 
 
 def fitted(holdout: Tensor) -> Tensor:
-    """Indices of the samples that may be fitted to."""
+    """Indices [M] of the samples that may be fitted to, from the mask ``holdout`` [N]."""
     return torch.nonzero(~holdout)[:, 0] if len(holdout) > 1 else torch.arange(1)

@@ -170,6 +170,18 @@ class LayerRows:
     ) -> tuple[list[Moments], SampledRows]:
         """Moments of inputs and residuals over the samples to fit, and rows of those held out.
 
+        Args:
+            name: of the layer.
+            node: of the layer.
+            shape: of its product.
+            weight: [out, ...] float32, channel scale multiplied in.
+            nearest: the codes of rounding to nearest, by whose error steps are weighted.
+            rounding: which inputs and outputs are looked at, and how many positions.
+            second: whether the inputs' second moments are summed as well.
+
+        Returns:
+            The moments, one a group, and the rows.
+
         Raises:
             ValueError: for inputs that are NaN or infinite, naming the layer.
         """

@@ -77,7 +77,7 @@ class SharedValue:
         return ch_axis
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> Any:
-        """As of a ``Layout``."""
+        """The value [...] itself, which is that of any samples."""
         return parts[0][0]
 
 
@@ -89,7 +89,7 @@ class Count:
     slope: int
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> int:
-        """As of a ``Layout``."""
+        """The number for all samples of the ``parts``, at places [m] each."""
         return self.base + self.slope * sum(len(places) for _, places, _ in parts)
 
 
@@ -100,7 +100,7 @@ class Several:
     items: tuple[RowLayout, ...]
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> list[Any]:
-        """As of a ``Layout``."""
+        """The values, [...] each, as their own layouts pick them."""
         picked = []
         for index, item in enumerate(self.items):
             assert not isinstance(item, Mixed)

@@ -40,7 +40,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def held_out_error(rows: SampledRows, weight: Tensor, bias: Tensor | None) -> float:
-    """Error of a weight on held-out samples, relative to the teacher's output of each sample."""
+    """Error of a ``weight`` [out, ...] and ``bias`` [out] on held-out samples, relative to each sample's output."""
     holdout = torch.nonzero(rows.holdout)[:, 0]
     y = product(rows.x[holdout], weight)
     targets = rows.y[holdout]

@@ -186,7 +186,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def first_tensor(result: Any) -> Tensor:
-    """What a denoiser answers: the first tensor of nested tuples and lists."""
+    """What a denoiser answers, [B, ...]: the first tensor of nested tuples and lists."""
     while isinstance(result, (tuple, list)):
         result = result[0]
     assert isinstance(result, Tensor)
@@ -262,7 +262,7 @@ def placeholders(gm: GraphModule) -> dict[str, Node]:
 
 
 def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors in the graph's order, on its device, from keyword arguments of the denoiser.
+    """Tensors [B, ...] in the graph's order, on its device, from keyword arguments of the denoiser.
 
     Raises:
         ValueError: when the samples lack an argument that the graph takes, or have sizes that it does not take.

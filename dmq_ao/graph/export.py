@@ -65,7 +65,7 @@ class Positional(nn.Module):
 def export(module: Positional, tensors: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
     """Export a call with every dimension dynamic, with lists among its arguments, and tuples where that fails.
 
-    The denoiser is left as it was.
+    The denoiser is left as it was. ``tensors`` are [B, ...], or of any shape where they have no batch axis.
 
     Raises:
         CaptureError: whatever ``torch.export``, or the denoiser's code, raises.

@@ -96,12 +96,12 @@ def module_of(node: Node) -> str:
 
 
 def attribute(gm: GraphModule, node: Node) -> Tensor:
-    """The tensor that a ``get_attr`` node reads."""
+    """The tensor [...] that a ``get_attr`` node reads."""
     return attribute_at(gm, str(node.target))
 
 
 def attribute_at(gm: GraphModule, target: str) -> Tensor:
-    """The tensor at a dotted path of the graph module."""
+    """The tensor [...] at a dotted path of the graph module."""
     tensor: Tensor = operator.attrgetter(target)(gm)
     return tensor
 

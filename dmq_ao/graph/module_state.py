@@ -33,7 +33,7 @@ def _containers(module: nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Every tensor of a module tree: parameters, buffers, and what stands in attributes, lists and dictionaries."""
+    """Every tensor [...] of a module tree: parameters, buffers, and those in attributes, lists and dictionaries."""
     unique: dict[int, Tensor] = {}
     for container in _containers(module):
         for value in container.values() if isinstance(container, dict) else container:

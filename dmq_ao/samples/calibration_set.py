@@ -187,7 +187,7 @@ class CalibrationSet:
         """Read what ``save`` wrote.
 
         Raises:
-            InvalidFile: for a file that is truncated, damaged, of another version, or no calibration set.
+            InvalidFile: a ValueError, for a file that is cut off, damaged, of another version, or no calibration set.
         """
         try:
             header, tensors = _read(path)

@@ -207,7 +207,7 @@ class Plan:
         return self._row_steps is not None and not {s for steps in self._row_steps for s in steps} - set(self._visited)
 
     def weights(self, steps: int) -> Tensor:
-        """Weight of each of ``steps`` steps, by what was seen so far."""
+        """Weight of each step, [steps], by what was seen so far."""
         if self.features is not None:
             return self.features.scores(steps)
         return normal_weights(steps, self.selection.mean, self.selection.deviation)

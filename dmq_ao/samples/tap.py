@@ -74,7 +74,7 @@ def _deepest(shapes: list[tuple[str, torch.Size]], of: str) -> str:
 
 
 def main_tensor(output: Any) -> Tensor | None:
-    """The floating tensor that a module gives; of several, the last: text comes before the sample's own tokens."""
+    """The floating tensor [B, ...] that a module gives; of several the last: text comes before a sample's tokens."""
     outputs = output if isinstance(output, (tuple, list)) else [output]
     tensors = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
     return tensors[-1] if tensors else None

@@ -23,7 +23,7 @@ class Row:
         priority: drawn; the lowest are kept.
         position: in the batch it came with.
         trajectory: its number, where trajectories are followed.
-        inputs: by argument name; empty until they are copied.
+        inputs: [...] without a batch axis, by argument name; empty until they are copied.
     """
 
     step: int
