@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Plain, assert_same_records, contents, plain_samples, record, relative, seeded, small
+from plain import Plain, assert_same_records, contents, graph_arguments, plain_samples, record, relative, seeded, small
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -33,7 +33,6 @@ from dmq_ao.config import (
     StepWeights,
     TensorConfig,
 )
-from dmq_ao.graph import graph_arguments
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver
 from dmq_ao.quantizer.prepared import float_weight, observers, state_of
 from dmq_ao.serialization import checkpoint as state
