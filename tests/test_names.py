@@ -37,45 +37,8 @@ PARTICIPLES = frozenset(
         "moved",
     ]
 )
-# Names that stand at the top of several files still; may only become fewer.
-KNOWN_TWICE = frozenset(
-    [
-        "CONVOLUTIONS",
-        "Clock",
-        "FLOAT",
-        "KEY",
-        "LINEAR",
-        "Layer",
-        "MARGIN",
-        "MEASURED",
-        "Product",
-        "Rows",
-        "Value",
-        "Watchers",
-        "_REPEATS",
-        "_Run",
-        "_SideBySide",
-        "_WARMUP",
-        "_bytes",
-        "_ch_axis",
-        "_emit",
-        "_fake_linear",
-        "_in_float",
-        "_library",
-        "_linear",
-        "_lower",
-        "_measured",
-        "_offset",
-        "_sums",
-        "_why_not",
-        "aten",
-        "choose",
-        "describe",
-        "forget",
-        "lower",
-        "quantize",
-    ]
-)
+# The verb and the operator, both of them fixed by what users and stored graphs call; may only become fewer.
+KNOWN_TWICE = frozenset(["quantize"])
 
 
 def source_files() -> list[tuple[str, str]]:
@@ -127,6 +90,7 @@ FILES = source_files()
 def test_one_name_is_one_thing() -> None:
     twice = defined_twice(FILES)
     assert {name: files for name, files in twice.items() if name not in KNOWN_TWICE} == {}
+    assert twice.keys() >= KNOWN_TWICE
 
 
 @pytest.mark.parametrize("room", sorted({room_of(file) for file, _ in FILES}))

@@ -22,15 +22,15 @@ _OPERANDS = (
     "Tensor? scale, Tensor? zero_point, Tensor[] packed, int[] widths, Tensor? order, Tensor middle, Tensor? shifts,"
     " Tensor sums, Tensor weight_scale, Tensor? bias, Tensor? residual"
 )
-_library = torch.library.Library("dmq_ao", "FRAGMENT")
-_library.define(f"cuda_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
-_library.define(f"library_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
-_library.define(
+_cuda_library = torch.library.Library("dmq_ao", "FRAGMENT")
+_cuda_library.define(f"cuda_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
+_cuda_library.define(f"library_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
+_cuda_library.define(
     f"cuda_conv(Tensor codes, {_OPERANDS}, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
     " ScalarType dtype) -> Tensor"
 )
-_library.define("signed_codes(Tensor codes) -> Tensor")
-_library.define(
+_cuda_library.define("signed_codes(Tensor codes) -> Tensor")
+_cuda_library.define(
     "float8_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
     " -> Tensor"
 )
@@ -115,12 +115,12 @@ def _fake_conv(*arguments: Any) -> Tensor:
     return codes.new_empty((codes.shape[0], high, wide, outs), dtype=dtype).movedim(-1, 1)
 
 
-_library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
-_library.impl("float8_linear", _float8_linear, "CompositeImplicitAutograd")
+_cuda_library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
+_cuda_library.impl("float8_linear", _float8_linear, "CompositeImplicitAutograd")
 for _key in ("CUDA", "CPU"):  # the CPU: for Triton's interpreter
-    _library.impl("cuda_linear", partial(_linear, library=False), _key)
-    _library.impl("library_linear", partial(_linear, library=True), _key)
-    _library.impl("cuda_conv", _conv, _key)
+    _cuda_library.impl("cuda_linear", partial(_linear, library=False), _key)
+    _cuda_library.impl("library_linear", partial(_linear, library=True), _key)
+    _cuda_library.impl("cuda_conv", _conv, _key)
 torch.library.register_fake("dmq_ao::cuda_linear", _fake_cuda_linear)
 torch.library.register_fake("dmq_ao::library_linear", _fake_cuda_linear)
 torch.library.register_fake("dmq_ao::cuda_conv", _fake_conv)

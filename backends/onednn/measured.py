@@ -34,7 +34,7 @@ from dmq_ao.records import Kernel, LayerRecord
 
 # By how much float must be faster: less may be the clock, and float moves four times the bytes around it.
 FLOAT_MARGIN = 0.1
-_REPEATS, _WARMUP = 7, 2
+_CPU_REPEATS, _CPU_WARMUP = 7, 2
 _TARGETS = tuple(kernel.target for kernel in INTEGER_KERNELS)
 
 Calls = Mapping[str, Callable[[], object]]
@@ -145,7 +145,7 @@ def _left_in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -
 
 def medians(calls: Calls) -> dict[str, float]:
     """Milliseconds of each call, made in turns."""
-    return {name: timed.median_ms for name, timed in latency(calls, repeats=_REPEATS, warmup=_WARMUP).items()}
+    return {name: timed.median_ms for name, timed in latency(calls, repeats=_CPU_REPEATS, warmup=_CPU_WARMUP).items()}
 
 
 def timings(

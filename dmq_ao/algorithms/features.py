@@ -9,9 +9,9 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.algorithms.blocks import belongs, is_static
+from dmq_ao.graph import aten
 from dmq_ao.quantizer.prepared import state_of
 
-aten = graph.aten
 _MAP_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
 _TOKEN_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 

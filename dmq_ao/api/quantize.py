@@ -156,7 +156,7 @@ def convert(
             graph.set_tensor(copied, target, tensor)
         quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
     graph.set_signature(quantized, graph.signature_of(prepared))
-    values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
+    values.replace_fake_tensors(quantized, keep=(graph.LAYER, graph.SOURCE))
     out_of_place(quantized)
     if not share_float:
         own_tensors(quantized)

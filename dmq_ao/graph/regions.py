@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from dmq_ao.graph.layers import aten
 from dmq_ao.graph.private import HigherOrderOperator, OpOverload, TorchDispatchMode, children
 from dmq_ao.graph.values import VAL
 from dmq_ao.graph.vmaps import enclose_vmaps, is_vmap
 
-aten = torch.ops.aten
 # By operator: the body, what it is called on, and the autocast that it sets.
 _Call = tuple[Node, tuple[Any, ...], "Autocast | None"]
 _CALLS: Mapping[str, Callable[..., _Call]] = {

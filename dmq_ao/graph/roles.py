@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao.graph import TABLE, Layer, aten, placeholders, reach, signature_of
 
 ROLES = ("@input", "@output", "@embedding", "@table", "@concat")
-KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
+ROLES_KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
 _IDENTITY = (
     aten.dropout.default,
     aten.contiguous.default,
@@ -60,7 +60,7 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     roles_by_layer: dict[str, set[str]] = {}
     for layer in layers:
         node = layer.node
-        roles_here: set[str] = set(node.meta.get(KEY, ()))
+        roles_here: set[str] = set(node.meta.get(ROLES_KEY, ()))
         source = node.args[0]
         if node in from_sample:
             if source in before_layers:

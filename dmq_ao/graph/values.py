@@ -42,7 +42,7 @@ def value_of(val: Any) -> Any:
     return val if isinstance(val, Value) else None
 
 
-def describe(gm: GraphModule, keep: Collection[str]) -> None:
+def replace_fake_tensors(gm: GraphModule, keep: Collection[str]) -> None:
     """Replace the fake tensors on a graph's nodes by ``Value``s, in place; of the other notes only ``keep`` stay.
 
     Export hangs its whole symbolic world on every node, which a converted graph has no use for.
