@@ -68,7 +68,7 @@ class _Trace(TorchDispatchMode):
 
 def _trace_key(name: str, args: Any, kwargs: Mapping[str, Any], outputs: list[Tensor]) -> Key:
     if name == "slice":
-        source, axis, start, stop, step = (*args, *(None,) * (5 - len(args)))
+        source, axis, start, stop, step = tuple(args) + (None,) * (5 - len(args))
         args = (source, axis or 0, start or 0, sys.maxsize if stop is None else stop, step or 1)
     numbers = [_number_word(x) for x in leaves(args)]
     options = [f"{k}={_number_word(v)}" for k, v in sorted(kwargs.items()) if isinstance(v, (bool, int, float))]
