@@ -31,7 +31,7 @@ FLOAT_KERNEL = "float on dequantized values"  # of a layer that stays as the gra
 class Product:
     """One integer kernel: uint8 codes times int8-sized codes of the weight, each counting ``factor * scale``.
 
-    The weight's codes are shifted by ``exponents``, if there are any.
+    The weight's codes are shifted by ``exponents`` [C], if there are any.
     """
 
     codes: Node
@@ -187,13 +187,13 @@ def _by_exponent(gm: GraphModule, record: LayerRecord, whole: Product) -> list[P
     for exponent in exponents.unique().tolist():
         index = torch.nonzero(exponents == exponent)[:, 0]
         index_node = graph.add_tensor(gm, f"{record.name}.channels", index)
-        chosen = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
+        codes = gm.graph.call_function(graph.aten.index_select.default, (whole.codes, axis, index_node))
         weight = replace(whole.weight, codes=whole.weight.codes.index_select(1, index))
-        products.append(replace(whole, codes=chosen, factor=whole.factor * 2.0**-exponent, weight=weight))
+        products.append(replace(whole, codes=codes, factor=whole.factor * 2.0**-exponent, weight=weight))
     return products
 
 
-def turned(gm: GraphModule, value: Node, to: int) -> Node:
+def move_channels(gm: GraphModule, value: Node, to: int) -> Node:
     """Channels moved from axis 1 to the last, or back: a view of channels-last memory."""
     return gm.graph.call_function(torch.ops.aten.movedim.int, (value, -to, to))
 
@@ -209,6 +209,6 @@ def channels_last(gm: GraphModule, codes: Node) -> Node:
 
 
 def random_codes(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Whole numbers of ``shape`` over the range of ``dtype``, the same ones each time, to measure kernels on."""
+    """Whole numbers [*shape] over the range of ``dtype``, the same ones each time, to measure kernels on."""
     limits = torch.iinfo(dtype)
     return torch.randint(limits.min, limits.max + 1, shape, generator=torch.Generator().manual_seed(0), dtype=dtype)

@@ -47,7 +47,7 @@ def _split_layer(gm: GraphModule, layer: graph.Layer, source: Node) -> None:
             bias = layer.node.args[2] if index == 0 and len(layer.node.args) > 2 else None
             args = (part, piece_node, bias, *layer.node.args[3:])
             output = gm.graph.call_function(layer.node.target, args)  # type: ignore[arg-type]
-            output.meta = {**layer.node.meta, roles.KEY: ("@concat",)}
+            output.meta = {**layer.node.meta, roles.ROLES_KEY: ("@concat",)}
             if total is not None:
                 val = output.meta["val"]
                 output = gm.graph.call_function(graph.aten.add.Tensor, (total, output))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 import dmq_ao
+from dmq_ao import graph
 from dmq_ao.config import ChannelScaling, Recipe
+from dmq_ao.graph.arguments import flatten_inputs
 from dmq_ao.serialization import manifest
 from dmq_ao.serialization.folder import CONFIG, GRAPH, KEY, TENSORS
 
@@ -66,6 +69,12 @@ def plain_samples(
         model(x.to(dtype), torch.full((4,), step))
 
     return record(model, call, window=window)
+
+
+def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Keyword arguments of a denoiser as its graph takes them."""
+    flat = flatten_inputs(inputs)
+    return [torch.as_tensor(flat[name]).to(graph.device_of(gm)) for name in graph.signature_of(gm).names]
 
 
 def repeated_samples(inputs: dict[str, Tensor], noise: float = 0.0) -> dmq_ao.CalibrationSet:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Plain, assert_same_records, contents, plain_samples, record, relative, seeded, small
+from plain import Plain, assert_same_records, contents, graph_arguments, plain_samples, record, relative, seeded, small
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -33,9 +33,8 @@ from dmq_ao.config import (
     StepWeights,
     TensorConfig,
 )
-from dmq_ao.graph import graph_arguments
 from dmq_ao.observers import ALL_OBSERVERS, ActivationObserver
-from dmq_ao.quantizer.prepared import observers, state_of
+from dmq_ao.quantizer.prepared import float_weight, observers, state_of
 from dmq_ao.serialization import checkpoint as state
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
@@ -68,7 +67,7 @@ def ready(model: nn.Module, example: dict[str, Any], bits: str = "w4a8", **recip
         env = _values(prepared, arguments)
     for name, (weight, _) in observers(prepared).items():
         node = graph.layer_nodes(prepared)[name]
-        weight.restore(weight.record(learn_blocks.float_weight(prepared, node)))
+        weight.restore(weight.record(float_weight(prepared, node)))
     blocks = find_blocks(prepared)
     return Ready(prepared, blocks, {b.index: {node: env[node] for node in b.inputs} for b in blocks})
 
@@ -474,7 +473,7 @@ def test_a_finished_run_learns_nothing_again(
     recipe = RECIPES["eda_dm"]
     first, before = run(model, recipe, samples, state_dir=tmp_path)
     learned: Callable[..., Any] = lambda *given: pytest.fail("learned again")  # noqa: E731
-    monkeypatch.setattr("dmq_ao.algorithms.layerwise.learn_block", learned)
+    monkeypatch.setattr("dmq_ao.algorithms.block_learner.learn_block", learned)
     again, after = run(model, recipe, samples, state_dir=tmp_path)
     assert_same_records(first, again)
     assert after.blocks == before.blocks

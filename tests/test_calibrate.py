@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import STEPS, Plain, assert_same_records, flow, plain_samples, record, seeded
+from plain import STEPS, Plain, assert_same_records, flow, graph_arguments, plain_samples, record, seeded
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -20,7 +20,6 @@ from torch.fx import GraphModule
 import dmq_ao
 from dmq_ao import graph
 from dmq_ao.config import InvalidFile, Ranges, Recipe
-from dmq_ao.graph import graph_arguments
 from dmq_ao.samples.graph_samples import Batch, GraphSamples
 from dmq_ao.serialization import checkpoint as state
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import STEPS, Plain, assert_same_records, contents, plain_samples, record, seeded, small
+from plain import STEPS, Plain, assert_same_records, contents, graph_arguments, plain_samples, record, seeded, small
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -22,10 +22,9 @@ import dmq_ao
 from dmq_ao.algorithms import relations
 from dmq_ao.algorithms.distillation import Student
 from dmq_ao.algorithms.features import find_feature_node
+from dmq_ao.algorithms.holdout import held_out
 from dmq_ao.algorithms.relations import Relations, Watched
-from dmq_ao.algorithms.rounding import held_out
 from dmq_ao.config import Distillation, InvalidFile, Recipe, Reduce, Relation
-from dmq_ao.graph import graph_arguments
 from dmq_ao.objectives import relation_error
 from dmq_ao.quantizer.prepared import observers, state_of
 from dmq_ao.samples.graph_samples import GraphSamples

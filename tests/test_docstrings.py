@@ -22,11 +22,6 @@ SHAPE = re.compile(
     rf"(?<![\w\])])\[(?!low\b)(?:|\d+|(?:\.\.\.|[A-Za-z*][\w*./ +()-]*|[1-9]\d*(?=,[^\]]*[A-Za-z.]))(?:, *{_AXIS})*)\]"
 )
 WORD = re.compile(r"\w+")
-# Percent of the public names with tensors whose docstring says a shape, at least: of all, and of rooms that are not at
-# 100 yet. They may only grow. Errors that no docstring speaks of, by room, may only become fewer.
-SHARE = 86
-SHARES = {"algorithms": 75, "backends": 44, "graph": 31, "samples": 84}
-UNSAID = {"samples": 1}
 
 
 @dataclass(frozen=True)
@@ -120,22 +115,17 @@ HOUSE = house()
 
 @pytest.mark.parametrize("room", sorted({one.room for one in HOUSE}))
 def test_shapes_are_said(room: str) -> None:
-    some = by_room(HOUSE)[room]
-    assert share(some) >= SHARES.get(room, 100), [one.place for one in some if one.lacks_shape]
-
-
-def test_shapes_are_said_in_most_of_the_package() -> None:
-    assert share(HOUSE) >= SHARE
+    assert [one.place for one in by_room(HOUSE)[room] if one.lacks_shape] == []
 
 
 @pytest.mark.parametrize("room", sorted({one.room for one in HOUSE}))
 def test_errors_are_said(room: str) -> None:
-    unsaid = [f"{one.place}: {one.unsaid}" for one in by_room(HOUSE)[room] if one.unsaid]
-    assert len(unsaid) <= UNSAID.get(room, 0), unsaid
+    assert [f"{one.place}: {one.unsaid}" for one in by_room(HOUSE)[room] if one.unsaid] == []
 
 
-def test_the_exceptions_are_of_rooms() -> None:
-    assert {*SHARES, *UNSAID} <= {one.room for one in HOUSE}
+def test_the_house_has_tensors_and_errors() -> None:
+    assert sum(one.has_tensors for one in HOUSE) > 200
+    assert sum(bool(one.errors) for one in HOUSE) > 100
 
 
 @pytest.mark.parametrize(

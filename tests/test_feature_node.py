@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain import Plain, plain_samples, seeded
+from plain import Plain, graph_arguments, plain_samples, seeded
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 import dmq_ao
 from dmq_ao.algorithms.features import find_feature_node
-from dmq_ao.graph import graph_arguments
 
 pytestmark = pytest.mark.usefixtures("captures_are_shared")
 RECIPE = dmq_ao.recipes.dmq("w4a8")  # splits layers, stands observers between operators

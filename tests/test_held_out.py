@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import dmq_ao
+from dmq_ao.algorithms.holdout import held_out
 from dmq_ao.algorithms.layer_rows import LayerRows
 from dmq_ao.algorithms.moments import Moments
-from dmq_ao.algorithms.rounding import SampledRows, held_out, product, round_by_learning
+from dmq_ao.algorithms.rounding import round_by_learning
+from dmq_ao.algorithms.sampled_rows import SampledRows, product
 from dmq_ao.config import Recipe, Rounding, RoundingMethod, StepWeights, TensorConfig
 from dmq_ao.observers import ALL_OBSERVERS
 

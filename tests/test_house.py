@@ -14,36 +14,36 @@ CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 # A stage learns or decides something in a calibration; what stages share stands in files that are none.
 STAGES = {
     "dmq_ao.algorithms.ranges",
+    "dmq_ao.algorithms.scaling",
     "dmq_ao.algorithms.rounding",
+    "dmq_ao.algorithms.bias_correction",
     "dmq_ao.algorithms.layerwise",
     "dmq_ao.algorithms.blockwise",
     "dmq_ao.algorithms.distillation",
     "dmq_ao.mixed_precision.search_bits",
     "dmq_ao.mixed_precision.sensitivity",
 }
+# Each applies stages to one thing after another, of a pass over the graph: the inputs, weights and blocks.
+APPLIES_STAGES = {
+    "dmq_ao.algorithms.inputs",
+    "dmq_ao.algorithms.weights",
+    "dmq_ao.algorithms.block_learner",
+}
 SHARED_BY_STAGES = {
     "dmq_ao.algorithms.blocks",
     "dmq_ao.algorithms.dequantized_codes",
     "dmq_ao.algorithms.features",
-    "dmq_ao.algorithms.inputs",
+    "dmq_ao.algorithms.holdout",
     "dmq_ao.algorithms.layer_noise",
     "dmq_ao.algorithms.layer_rows",
     "dmq_ao.algorithms.low_rank",
     "dmq_ao.algorithms.moments",
     "dmq_ao.algorithms.relations",
     "dmq_ao.algorithms.row_layout",
+    "dmq_ao.algorithms.sampled_rows",
     "dmq_ao.algorithms.stream",
     "dmq_ao.algorithms.teacher_outputs",
     "dmq_ao.algorithms.units",
-    "dmq_ao.algorithms.weights",
-}
-# May only become fewer: (stage, stage that it imports).
-KNOWN_BETWEEN_STAGES = {
-    ("dmq_ao.algorithms.blockwise", "dmq_ao.algorithms.rounding"),
-    ("dmq_ao.algorithms.distillation", "dmq_ao.algorithms.blockwise"),
-    ("dmq_ao.algorithms.distillation", "dmq_ao.algorithms.rounding"),
-    ("dmq_ao.algorithms.layerwise", "dmq_ao.algorithms.blockwise"),
-    ("dmq_ao.algorithms.layerwise", "dmq_ao.algorithms.rounding"),
 }
 
 
@@ -71,11 +71,11 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
             yield from (node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
-def between_stages(trees: dict[str, ast.Module]) -> set[tuple[str, str]]:
-    """Pairs of a stage and a stage that it imports."""
+def stages_imported(trees: dict[str, ast.Module], files: set[str]) -> set[tuple[str, str]]:
+    """Pairs of one of ``files`` and a stage that it imports, other than itself."""
     return {
         (here, there)
-        for here in STAGES & trees.keys()
+        for here in files & trees.keys()
         for there in set(imported_modules(trees[here])) & (STAGES - {here})
     }
 
@@ -86,12 +86,22 @@ def trees() -> dict[str, ast.Module]:
 
 
 def test_stages_do_not_import_each_other(trees: dict[str, ast.Module]) -> None:
-    assert between_stages(trees) == KNOWN_BETWEEN_STAGES
+    assert stages_imported(trees, STAGES) == set()
+
+
+def test_what_stages_share_imports_none(trees: dict[str, ast.Module]) -> None:
+    assert stages_imported(trees, SHARED_BY_STAGES) == set()
+
+
+def test_what_applies_stages_imports_them(trees: dict[str, ast.Module]) -> None:
+    assert {here for here, _ in stages_imported(trees, APPLIES_STAGES)} == APPLIES_STAGES
 
 
 def test_every_file_of_the_room_is_a_stage_or_shared_by_them(trees: dict[str, ast.Module]) -> None:
     files = {module for module in trees if module.startswith("dmq_ao.algorithms.")}
-    assert files == {one for one in STAGES if one.startswith("dmq_ao.algorithms.")} | SHARED_BY_STAGES
+    stages = {one for one in STAGES if one.startswith("dmq_ao.algorithms.")}
+    assert files == stages | APPLIES_STAGES | SHARED_BY_STAGES
+    assert len(files) == len(stages) + len(APPLIES_STAGES) + len(SHARED_BY_STAGES)
     assert trees.keys() >= STAGES
 
 
@@ -99,12 +109,14 @@ def test_the_rules_find_what_they_are_for() -> None:
     planted = {
         "dmq_ao.algorithms.ranges": "def f():\n    from dmq_ao.algorithms.distillation import distill",
         "dmq_ao.algorithms.rounding": "from dmq_ao.algorithms import ranges, stream",
+        "dmq_ao.algorithms.stream": "import dmq_ao.algorithms.scaling",
     }
     trees = {name: ast.parse(source) for name, source in planted.items()}
-    assert between_stages(trees) == {
+    assert stages_imported(trees, STAGES) == {
         ("dmq_ao.algorithms.ranges", "dmq_ao.algorithms.distillation"),
         ("dmq_ao.algorithms.rounding", "dmq_ao.algorithms.ranges"),
     }
+    assert stages_imported(trees, SHARED_BY_STAGES) == {("dmq_ao.algorithms.stream", "dmq_ao.algorithms.scaling")}
 
 
 # --- CONTRIBUTING ------------------------------------------------------------

@@ -12,23 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dmq_ao.algorithms.bias_correction import correction, own_correction
+from dmq_ao.algorithms.holdout import fitted, held_out
 from dmq_ao.algorithms.moments import Moments
-from dmq_ao.algorithms.rounding import (
-    SampledRows,
-    ScaledInput,
-    ScaleOutcome,
-    correction,
-    fitted,
-    held_out,
-    held_out_error,
-    learn_scales,
-    own_correction,
-    product,
-    refit_scale,
-    round_by_feedback,
-    round_by_learning,
-    scaled_error,
-)
+from dmq_ao.algorithms.rounding import refit_scale, round_by_feedback, round_by_learning
+from dmq_ao.algorithms.sampled_rows import SampledRows, held_out_error, product
+from dmq_ao.algorithms.scaling import ScaledInput, ScaleOutcome, learn_scales, scaled_error
 from dmq_ao.config import (
     ChannelScaling,
     Granularity,

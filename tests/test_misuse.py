@@ -241,6 +241,30 @@ def test_a_timestep_for_all_rows_is_told_before_calibration() -> None:
         dmq_ao.prepare(model, RECIPE, samples.example())
 
 
+@pytest.mark.usefixtures("no_export")
+@pytest.mark.parametrize(
+    ("more", "calls"),
+    [
+        ({}, 1),
+        ({"size": (8, 8)}, 1),
+        ({"size": {"height": torch.ones(2)}}, 1),
+        ({"size": [8, 8]}, 2),
+        ({"size": {"sides": [torch.ones(2)]}}, 2),
+        ({"size": ([8], 8)}, 2),
+    ],
+)
+def test_a_denoiser_that_fails_is_called_again_only_with_other_arguments(more: dict[str, Any], calls: int) -> None:
+    class Failing(Plain):
+        def forward(self, x: Tensor, t: Tensor, size: Any = None) -> Tensor:
+            seen.append(x.device.type)
+            raise RuntimeError("never")
+
+    seen: list[str] = []
+    with pytest.raises(ValueError, match="Failing cannot be called .*RuntimeError: never"):
+        dmq_ao.prepare(seeded(Failing), RECIPE, {"x": INPUTS["x"], "t": torch.tensor(1), **more})
+    assert seen.count("cpu") == calls
+
+
 def test_a_denoiser_that_reads_values_is_called_to_find_out() -> None:
     class Reading(Plain):
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -252,29 +276,68 @@ def test_a_denoiser_that_reads_values_is_called_to_find_out() -> None:
         dmq_ao.prepare(seeded(Reading), RECIPE, INPUTS)
 
 
-def test_samples_of_another_model_are_refused(model: nn.Module) -> None:
-    class Wide(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Conv2d(5, 16, 3, padding=1), nn.Conv2d(16, 5, 3, padding=1)
+def samples_of(*x: int, timestep: int = 1, **shared: Tensor) -> CalibrationSet:
+    """Eight samples whose inputs ``x`` are of these sizes, two a step."""
+    step = torch.arange(4).repeat_interleave(2)
+    name = "t" if timestep else "s"
+    return CalibrationSet({"x": torch.randn(8, *x)}, shared, torch.tensor(STEPS)[step], step, name)
 
-    class Tokens(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
 
-        def forward(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            return self.c(self.b(self.a(x) + text + t[:, None, None]))
+TAKERS = pytest.mark.parametrize(
+    "verb",
+    [
+        lambda prepared, samples: dmq_ao.calibrate(prepared, samples, progress=False),
+        lambda prepared, samples: dmq_ao.search_bits(prepared, samples, progress=False),
+    ],
+    ids=["calibrate", "search_bits"],
+)
 
+
+@TAKERS
+@pytest.mark.parametrize(
+    ("foreign", "words"),
+    [
+        (
+            samples_of(5, 8, 8),
+            r"samples' shapes .*'x' dimension 1 is 5 \(3 in the example.*model that was prepared",
+        ),
+        (samples_of(1, 16, 4), r"samples' shapes .*'x' dimension 1 is 1 \(3 in the example"),
+        (
+            samples_of(6, 8),
+            r"of another model: x is \(2, 6, 8\) there, \(2, 3, 8, 8\) in the prepared denoiser; record",
+        ),
+        (samples_of(3, 4, 8, 8), r"of another model: x is \(2, 3, 4, 8, 8\) there"),
+        (samples_of(3, 8, 8, timestep=0), r"the samples lack \['t'\]"),
+        (samples_of(), r"of another model: x is \(2,\) there"),
+    ],
+)
+def test_samples_of_another_model_are_refused(
+    verb: Callable[[Any, Any], object], foreign: CalibrationSet, words: str, model: nn.Module
+) -> None:
     prepared = dmq_ao.prepare(model, RECIPE, INPUTS)
-    for other, call in (
-        (Wide, lambda m: lambda step: m(torch.randn(4, 5, 8, 8), torch.full((4,), step))),
-        (Tokens, lambda m: lambda step: m(torch.randn(4, 6, 8), torch.full((4,), step), torch.randn(4, 6, 8))),
-    ):
-        net = seeded(other)
-        foreign = record(net, call(net))
-        with pytest.raises(ValueError, match=r"the samples are of another model: .*x"):
-            dmq_ao.calibrate(prepared, foreign, progress=False)
+    with pytest.raises(ValueError, match=words):
+        verb(prepared, foreign)
+
+
+@TAKERS
+def test_samples_that_are_none_are_refused(
+    verb: Callable[[Any, Any], object], model: nn.Module, samples: CalibrationSet
+) -> None:
+    prepared = dmq_ao.prepare(model, RECIPE, INPUTS)
+    for other in (INPUTS, samples.inputs, list(samples.batches(4)), None):
+        with pytest.raises(TypeError, match=r"takes a CalibrationSet, got \w+; dmq_ao.record makes one"):
+            verb(prepared, other)
+
+
+@TAKERS
+def test_a_graph_of_one_number_of_samples_is_refused(verb: Callable[[Any, Any], object]) -> None:
+    class Fixed(Plain):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return super().forward(x.reshape(4, 3, 8, 8), t)
+
+    prepared = dmq_ao.prepare(seeded(Fixed), RECIPE, samples_of(3, 8, 8).example(4))
+    with pytest.raises(ValueError, match=r"captured for some numbers of samples alone: .*shape.*example\(4\)"):
+        verb(prepared, samples_of(3, 8, 8))
 
 
 # --- patterns and groups -----------------------------------------------------

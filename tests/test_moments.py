@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from dmq_ao.algorithms.moments import Moments, outputs, rows, windows
-from dmq_ao.algorithms.rounding import product, round_by_feedback
+from dmq_ao.algorithms.rounding import round_by_feedback
+from dmq_ao.algorithms.sampled_rows import product
 from dmq_ao.config import Granularity, Rounding, TensorConfig
 from dmq_ao.graph import CONVOLUTIONS, LINEAR
 from dmq_ao.graph.geometry import Geometry, geometry

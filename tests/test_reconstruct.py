@@ -16,6 +16,7 @@ from plain import (
     assert_same_records,
     contents,
     flow,
+    graph_arguments,
     plain_samples,
     record,
     relative,
@@ -40,7 +41,6 @@ from dmq_ao.config import (
     RoundingMethod,
     StepWeights,
 )
-from dmq_ao.graph import graph_arguments
 from dmq_ao.quantizer.prepared import observers
 from dmq_ao.serialization import checkpoint as state
 

@@ -22,7 +22,7 @@ from dmq_ao.config import InvalidFile, Selection, SelectMethod
 from dmq_ao.pipelines import adapter, ptq
 from dmq_ao.pipelines.seeds import (
     INDEX,
-    KEY,
+    INDEX_KEY,
     OverlappingSeeds,
     calibration_seeds,
     check_seeds,
@@ -145,7 +145,7 @@ def test_states_keep_clear_of_calibration_too(folder: Path, tmp_path: Path) -> N
     other = tmp_path / "other"
     shutil.copytree(folder, other)
     index = json.loads((other / INDEX).read_text())
-    index[KEY]["calibration_seeds"] = [[1_000_000, 1_000_010], [2_000_003, 2_000_020]]
+    index[INDEX_KEY]["calibration_seeds"] = [[1_000_000, 1_000_010], [2_000_003, 2_000_020]]
     (other / INDEX).write_text(json.dumps(index))
     seeds, states, known = compare._seeds({"w8a8": folder, "other": other}, 2, None, False)
     assert (seeds, states) == (range(1_000_010, 1_000_012), range(2_000_020, 2_000_028))
@@ -164,7 +164,7 @@ def test_a_folder_of_before_loads_and_says_that_it_does_not_know(folder: Path, t
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     index = json.loads((old / INDEX).read_text())
-    del index[KEY]
+    del index[INDEX_KEY]
     (old / INDEX).write_text(json.dumps(index))
     assert adapter.load_pipeline(old).unet.recipe.name == "minmax"
     assert calibration_seeds(old) is None
@@ -173,6 +173,6 @@ def test_a_folder_of_before_loads_and_says_that_it_does_not_know(folder: Path, t
 
 @pytest.mark.parametrize("seeds", [[[5, 5]], [[1]], [["a", "b"]], 7, [[-1, 4]]])
 def test_edited_seeds_are_refused(seeds: Any, tmp_path: Path) -> None:
-    (tmp_path / INDEX).write_text(json.dumps({KEY: {"calibration_seeds": seeds}}))
+    (tmp_path / INDEX).write_text(json.dumps({INDEX_KEY: {"calibration_seeds": seeds}}))
     with pytest.raises(InvalidFile, match=r"_dmq_ao.calibration_seeds must be a list of pairs"):
         calibration_seeds(tmp_path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from awkward import Net, all_layers, inputs
@@ -165,5 +167,6 @@ def test_a_call_of_other_sizes_says_which_and_what_to_do(tmp_path: object) -> No
             denoiser(*inputs(2, 8, 20))
         assert denoiser(*inputs(2, 8, 12)).shape == (2, 3, 8, 12)
     prepared = dmq_ao.prepare(module, all_layers(), samples.example())
-    with pytest.raises(ValueError, match="'x' dimension 3 is 20"):
-        graph.graph_arguments(prepared, dict(zip(("x", "t"), inputs(2, 8, 20), strict=True)))
+    wide = dataclasses.replace(samples, inputs={"x": torch.randn(len(samples), 3, 8, 20)})
+    with pytest.raises(ValueError, match=f"the samples' shapes .*{message}"):
+        dmq_ao.calibrate(prepared, wide, progress=False)

@@ -63,8 +63,8 @@ class Cuda(Backend):
         reasons = unfoldable(plan)
         float8 = any(item.weight is not None and item.weight.float8 for item in plan.values())
         if float8 and torch.cuda.is_available() and torch.cuda.get_device_capability() < FLOAT8_CAPABILITY:
-            wanted, capability = FLOAT8_CAPABILITY, torch.cuda.get_device_capability()
-            reasons.append(f"float8 needs compute capability {wanted} and this GPU has {capability}; use w8a8")
+            minimum, capability = FLOAT8_CAPABILITY, torch.cuda.get_device_capability()
+            reasons.append(f"float8 needs compute capability {minimum} and this GPU has {capability}; use w8a8")
         return reasons
 
     def lower(self, gm: GraphModule, records: Mapping[str, LayerRecord]) -> Lowered:

@@ -23,7 +23,7 @@ from dmq_ao.backends.backend import Lowered
 from dmq_ao.backends.cuda import ops as cuda_ops
 from dmq_ao.backends.cuda.operands import Operands
 from dmq_ao.backends.cuda.weights import KernelWeight, kernel_weight
-from dmq_ao.backends.products import FLOAT_KERNEL, Product, replace_layer, replace_layers, turned, why_float
+from dmq_ao.backends.products import FLOAT_KERNEL, Product, move_channels, replace_layer, replace_layers, why_float
 from dmq_ao.graph.geometry import Geometry
 from dmq_ao.graph.values import VAL
 from dmq_ao.passes.hoist_tables import hoist_tables
@@ -123,7 +123,7 @@ def _cuda_product(
     layer = Geometry.of(node, record.weight.shape)
     out_dtype: torch.dtype = node.meta[VAL].dtype
     if layer.is_pointwise:
-        codes, weight = turned(gm, codes, to=-1), replace(weight, codes=weight.codes.flatten(1))
+        codes, weight = move_channels(gm, codes, to=-1), replace(weight, codes=weight.codes.flatten(1))
     elif record.kind == "conv1d":
         codes = call(graph.aten.unsqueeze.default, (codes, 2))
         weight = replace(weight, codes=weight.codes.unsqueeze(2))
@@ -135,7 +135,7 @@ def _cuda_product(
     args = (codes, product.scale, product.zero_point, *reads, scale, bias, None)
     if layer.is_linear or layer.is_pointwise:
         result = call(cuda_ops.cuda_linear, (*args, out_dtype))
-        return turned(gm, result, to=1) if layer.is_pointwise else result, laid_out
+        return move_channels(gm, result, to=1) if layer.is_pointwise else result, laid_out
     windows = layer.in_2d
     geometry = (list(one) for one in (windows.kernel, windows.stride, windows.padding, windows.dilation))
     result = call(cuda_ops.cuda_conv, (*args, *geometry, out_dtype))

@@ -36,7 +36,7 @@ def lower_by_linear_times(
     Args:
         gm: a q/dq graph.
         records: of its layers.
-        inputs: what the graph is called with, once; moved to where it is.
+        inputs: tensors [B, ...] that the graph is called with, once; moved to where it is.
         clock: makes a call and tells its milliseconds; None takes that of the device.
     """
     lowered, kernels = lower_to_cuda(gm, records)

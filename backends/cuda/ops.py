@@ -22,15 +22,15 @@ _OPERANDS = (
     "Tensor? scale, Tensor? zero_point, Tensor[] packed, int[] widths, Tensor? order, Tensor middle, Tensor? shifts,"
     " Tensor sums, Tensor weight_scale, Tensor? bias, Tensor? residual"
 )
-_library = torch.library.Library("dmq_ao", "FRAGMENT")
-_library.define(f"cuda_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
-_library.define(f"library_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
-_library.define(
+_cuda_library = torch.library.Library("dmq_ao", "FRAGMENT")
+_cuda_library.define(f"cuda_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
+_cuda_library.define(f"library_linear(Tensor codes, {_OPERANDS}, ScalarType dtype) -> Tensor")
+_cuda_library.define(
     f"cuda_conv(Tensor codes, {_OPERANDS}, int[] kernel_size, int[] stride, int[] padding, int[] dilation,"
     " ScalarType dtype) -> Tensor"
 )
-_library.define("signed_codes(Tensor codes) -> Tensor")
-_library.define(
+_cuda_library.define("signed_codes(Tensor codes) -> Tensor")
+_cuda_library.define(
     "float8_linear(Tensor codes, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype)"
     " -> Tensor"
 )
@@ -54,8 +54,8 @@ def _float8_linear(
 def _linear(*arguments: Any, library: bool) -> Tensor:
     from dmq_ao.backends.cuda.triton_matmul import library_takes, multiply
 
-    *given, dtype = arguments
-    operands = Operands(*given)
+    *fields, dtype = arguments
+    operands = Operands(*fields)
     codes, residual = operands.codes, operands.residual
     flat = codes.reshape(-1, codes.shape[-1]).contiguous()
     added = None if residual is None else residual.reshape(len(flat), -1).contiguous()
@@ -67,8 +67,8 @@ def _linear(*arguments: Any, library: bool) -> Tensor:
 def _conv(*arguments: Any) -> Tensor:
     from dmq_ao.backends.cuda.triton_matmul import multiply
 
-    *given, kernel_size, stride, padding, dilation, dtype = arguments
-    operands = Operands(*given)
+    *fields, kernel_size, stride, padding, dilation, dtype = arguments
+    operands = Operands(*fields)
     codes, residual = operands.codes, operands.residual
     items, high, wide = len(codes), *_out_size(codes.shape, kernel_size, stride, padding, dilation)
     added = None if residual is None else _pixels(residual).flatten(0, 2)
@@ -102,25 +102,25 @@ def _out_size(
 
 
 def _fake_cuda_linear(*arguments: Any) -> Tensor:
-    *given, dtype = arguments
-    operands = Operands(*given)
+    *fields, dtype = arguments
+    operands = Operands(*fields)
     return operands.codes.new_empty((*operands.codes.shape[:-1], operands.weight_scale.shape[0]), dtype=dtype)
 
 
 def _fake_conv(*arguments: Any) -> Tensor:
-    *given, kernel_size, stride, padding, dilation, dtype = arguments
-    operands = Operands(*given)
+    *fields, kernel_size, stride, padding, dilation, dtype = arguments
+    operands = Operands(*fields)
     codes, outs = operands.codes, operands.weight_scale.shape[0]
     high, wide = _out_size(codes.shape, kernel_size, stride, padding, dilation)
     return codes.new_empty((codes.shape[0], high, wide, outs), dtype=dtype).movedim(-1, 1)
 
 
-_library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
-_library.impl("float8_linear", _float8_linear, "CompositeImplicitAutograd")
+_cuda_library.impl("signed_codes", _signed_codes, "CompositeImplicitAutograd")
+_cuda_library.impl("float8_linear", _float8_linear, "CompositeImplicitAutograd")
 for _key in ("CUDA", "CPU"):  # the CPU: for Triton's interpreter
-    _library.impl("cuda_linear", partial(_linear, library=False), _key)
-    _library.impl("library_linear", partial(_linear, library=True), _key)
-    _library.impl("cuda_conv", _conv, _key)
+    _cuda_library.impl("cuda_linear", partial(_linear, library=False), _key)
+    _cuda_library.impl("library_linear", partial(_linear, library=True), _key)
+    _cuda_library.impl("cuda_conv", _conv, _key)
 torch.library.register_fake("dmq_ao::cuda_linear", _fake_cuda_linear)
 torch.library.register_fake("dmq_ao::library_linear", _fake_cuda_linear)
 torch.library.register_fake("dmq_ao::cuda_conv", _fake_conv)

@@ -71,8 +71,8 @@ def rule(shape: Shape, multiprocessors: int) -> Tile:
         rows //= 2
     lanes = 128 if shape.bits == 8 and shape.row_bytes >= 128 else LANES if shape.row_bytes < 64 else 64
     steps = shape.taps * -(-shape.row_bytes // lanes)
-    wanted = multiprocessors // max(1, _programs(shape, rows, outs))
-    parts = max(1, min(wanted, steps // _FEW_STEPS, _MOST_PARTS))
+    splits = multiprocessors // max(1, _programs(shape, rows, outs))
+    parts = max(1, min(splits, steps // _FEW_STEPS, _MOST_PARTS))
     return Tile(rows, outs, lanes, parts, warps=8 if rows * outs >= 128 * 128 else 4, stages=3)
 
 

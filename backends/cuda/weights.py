@@ -76,12 +76,12 @@ def kernel_weight(weight: WeightRecord, exponents: Tensor | None) -> KernelWeigh
     shifted = shifted_codes(weight, exponents)[0].to(torch.int8)
     stored = _stored_widths(weight)
     widths: list[int] = stored.unique().tolist()
-    offset = _offset(weight, stored)
+    offset = _code_offset(weight, stored)
     unsigned = weight.codes.to(torch.int16) + (offset.reshape(-1, *[1] * (weight.codes.dim() - 1)))
     packed = []
     for width in widths:
         rows = stored == width
-        packed.append(pack_lanes(_taps(unsigned[rows]), width) if width < 8 else _bytes(_taps(shifted[rows])))
+        packed.append(pack_lanes(_taps(unsigned[rows]), width) if width < 8 else _byte_rows(_taps(shifted[rows])))
     middle = torch.where(stored < 8, weight.zero_point[:, 0] + offset, 0).to(torch.int8)
     narrow = exponents is not None and bool(exponents.any()) and widths[0] < 8
     return KernelWeight(
@@ -100,7 +100,7 @@ def _stored_widths(weight: WeightRecord) -> Tensor:
     return torch.where(bits <= 2, 2, torch.where(bits <= 4, 4, 8))
 
 
-def _offset(weight: WeightRecord, stored: Tensor) -> Tensor:
+def _code_offset(weight: WeightRecord, stored: Tensor) -> Tensor:
     """[out] what is added to codes to make them unsigned."""
     return 1 << (stored - 1) if weight.symmetric else torch.zeros_like(stored)
 
@@ -110,7 +110,7 @@ def _taps(codes: Tensor) -> Tensor:
     return codes.flatten(2).movedim(1, 2) if codes.dim() > 2 else codes.unsqueeze(1)
 
 
-def _bytes(codes: Tensor) -> Tensor:
+def _byte_rows(codes: Tensor) -> Tensor:
     """int8 codes [rows, taps, channels] in rows whose taps begin at whole lanes."""
     return F.pad(codes, (0, -codes.shape[-1] % LANES)).flatten(1).contiguous()
 

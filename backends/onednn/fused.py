@@ -103,11 +103,11 @@ def tiles_as_linear(gm: GraphModule, node: Node) -> None:
     Before:  conv_transpose2d(x, w, b, stride=kernel)
     After:   linear(x as [B, H, W, C], w as [O * k * l, C], b k * l times), its tiles laid side by side
     """
-    given = _arguments(node)
-    x, weight, bias = given["input"], given["weight"], given["bias"]
+    arguments = _arguments(node)
+    x, weight, bias = arguments["input"], arguments["weight"], arguments["bias"]
     kernel = list(weight.meta[VAL].shape[2:])
-    plain = set(given["padding"]) == set(given["output_padding"]) == {0} and given["groups"] == 1
-    if weight.op != "get_attr" or given["stride"] != kernel or not plain or set(given["dilation"]) != {1}:
+    plain = set(arguments["padding"]) == set(arguments["output_padding"]) == {0} and arguments["groups"] == 1
+    if weight.op != "get_attr" or arguments["stride"] != kernel or not plain or set(arguments["dilation"]) != {1}:
         return
     matrix = graph.attribute(gm, weight).detach().permute(1, 2, 3, 0).flatten(0, 2).contiguous()
     call = gm.graph.call_function
@@ -128,13 +128,13 @@ def channels_last_input(gm: GraphModule, node: Node) -> None:
     """Let a float convolution start the layout that the integer ones have."""
     x = node.all_input_nodes[0]
     with gm.graph.inserting_before(node):
-        turned = gm.graph.call_function(aten.contiguous.default, (x,), {"memory_format": torch.channels_last})
-    turned.meta = dict(x.meta)
-    node.replace_input_with(x, turned)
+        channels_last = gm.graph.call_function(aten.contiguous.default, (x,), {"memory_format": torch.channels_last})
+    channels_last.meta = dict(x.meta)
+    node.replace_input_with(x, channels_last)
 
 
 def _arguments(node: Node) -> dict[str, Any]:
     """The arguments of an operator by name, defaults included."""
     arguments = operator_arguments(node.target)
-    given = dict(zip((one.name for one in arguments), node.args, strict=False)) | dict(node.kwargs)
-    return {one.name: given.get(one.name, one.default_value) for one in arguments}
+    values = dict(zip((one.name for one in arguments), node.args, strict=False)) | dict(node.kwargs)
+    return {one.name: values.get(one.name, one.default_value) for one in arguments}

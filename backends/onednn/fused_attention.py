@@ -20,8 +20,8 @@ def fuse_attention(gm: GraphModule, node: Node) -> None:
     q, k, v = (one for one in node.args if isinstance(one, Node))
     width = width_of(q)
     if width and {width_of(k), width_of(v)} == {width} and all(rank_of(one) == 4 for one in (q, k, v)):
-        given = node.kwargs.get("scale")
-        _put_attention(gm, node, (q, k, v), float(width) ** -0.5 if given is None else given)
+        scale = node.kwargs.get("scale")
+        _put_attention(gm, node, (q, k, v), float(width) ** -0.5 if scale is None else scale)
 
 
 def fuse_written_out_attention(gm: GraphModule, node: Node) -> None:
@@ -39,13 +39,13 @@ def fuse_written_out_attention(gm: GraphModule, node: Node) -> None:
         product, scale = scaled.args  # type: ignore[assignment]
     if not isinstance(scale, float) or product.target is not aten.matmul.default or not has_one_reader(product):
         return
-    q, turned = product.args
+    q, transpose = product.args
     assert isinstance(q, Node)
-    assert isinstance(turned, Node)
+    assert isinstance(transpose, Node)
     swaps = ((1, 2), (2, 1), (-1, -2), (-2, -1))
-    if turned.target is not aten.transpose.int or tuple(turned.args[1:]) not in swaps:
+    if transpose.target is not aten.transpose.int or tuple(transpose.args[1:]) not in swaps:
         return
-    heads = (q, turned.all_input_nodes[0], v)
+    heads = (q, transpose.all_input_nodes[0], v)
     if len({width_of(one) for one in heads}) != 1 or any(rank_of(one) != 3 for one in heads):
         return
     with gm.graph.inserting_before(node):

@@ -58,12 +58,12 @@ def fuse_norm(gm: GraphModule, quantize: Node) -> None:
     axis = 1 if turn is None else 2
     if rank not in (3, 4) or (turn is not None and not swapped) or ch_axis not in (axis, axis - rank):
         return
-    given = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
-    source = given[0]
+    norm_args = (*norm.args, *(None, None, 1e-5)[len(norm.args) - 2 :])
+    source = norm_args[0]
     assert isinstance(source, Node)
     value, shift = _shifted(source)
     with gm.graph.inserting_before(quantize):
-        args = (value, shift, *given[1:5], silu is not None, scale, zero_point, channel_scale, quant_max, [0, 0])
+        args = (value, shift, *norm_args[1:5], silu is not None, scale, zero_point, channel_scale, quant_max, [0, 0])
         codes = gm.graph.call_function(torch.ops.dmq_ao_cpu.group_norm_quantize.default, args)
         if turn is not None:
             codes = gm.graph.call_function(aten.transpose.int, (codes, *turn.args[1:]))

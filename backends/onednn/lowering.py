@@ -24,9 +24,9 @@ from dmq_ao.backends.products import (
     Product,
     channels_last,
     fits,
+    move_channels,
     replace_layer,
     replace_layers,
-    turned,
     why_float,
 )
 from dmq_ao.graph.geometry import Geometry
@@ -122,7 +122,7 @@ def _integer_product(
     sum_node = graph.add_tensor(gm, f"{record.name}.kernel_sum", weight_sum)
     if layer.is_linear or layer.is_pointwise:
         if layer.is_pointwise:
-            weight, codes = weight.flatten(1), turned(gm, codes, to=-1)
+            weight, codes = weight.flatten(1), move_channels(gm, codes, to=-1)
         prepack = partial(torch.ops.onednn.qlinear_prepack, weight, None)
         codes = call(graph.aten.contiguous.default, (codes,))
         target, geometry = int_linear, ()
@@ -140,7 +140,7 @@ def _integer_product(
     reads = (weights[product.weight], scale_node, sum_node)
     result = call(target, (codes, product.scale, product.zero_point, *reads, bias, *geometry, kernel_dtype))
     if layer.is_pointwise:
-        result = turned(gm, result, to=1)
+        result = move_channels(gm, result, to=1)
     elif record.kind == "conv1d":
         result = call(graph.aten.squeeze.dim, (result, 2))
     if kernel_dtype != out_dtype:

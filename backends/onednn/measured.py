@@ -34,7 +34,7 @@ from dmq_ao.records import Kernel, LayerRecord
 
 # By how much float must be faster: less may be the clock, and float moves four times the bytes around it.
 FLOAT_MARGIN = 0.1
-_REPEATS, _WARMUP = 7, 2
+_CPU_REPEATS, _CPU_WARMUP = 7, 2
 _TARGETS = tuple(kernel.target for kernel in INTEGER_KERNELS)
 
 Calls = Mapping[str, Callable[[], object]]
@@ -64,7 +64,7 @@ class FloatProduct:
     Attributes:
         target: the operator, a convolution or ``aten.linear``.
         codes: the node that holds the codes of the layer's input.
-        weight: shape.
+        weight: shape [out, in / groups, ...].
         bias: whether there is one.
         geometry: the operator's arguments after the bias.
         dtype: of input, weight and output.
@@ -87,7 +87,7 @@ class FloatProduct:
         return cls(node.target, real.all_input_nodes[0], shape, bias is not None, geometry, _dtype(node))
 
     def call(self, shape: Sequence[int]) -> partial[Tensor]:
-        """The product of an input of ``shape`` and the weight, both laid out as integer layers leave them."""
+        """The product of an input [N, C, ...] or [..., in] and the weight, laid out as integer layers leave them."""
         x, weight = (_laid_out(torch.ones(size, dtype=self.dtype)) for size in (shape, self.weight))
         bias = torch.ones(self.weight[0], dtype=self.dtype) if self.bias else None
         return partial(self.target, x, weight, bias, *self.geometry)
@@ -110,7 +110,7 @@ def lower_by_layer_times(gm: GraphModule, records: Mapping[str, LayerRecord], in
     Args:
         gm: a q/dq graph.
         records: of its layers.
-        inputs: what the graph is called with, once.
+        inputs: tensors [B, ...] that the graph is called with, once.
     """
     times = _layer_times(gm, records, inputs)
 
@@ -145,7 +145,7 @@ def _left_in_float(gm: GraphModule, node: Node, record: LayerRecord, why: str) -
 
 def medians(calls: Calls) -> dict[str, float]:
     """Milliseconds of each call, made in turns."""
-    return {name: timed.median_ms for name, timed in latency(calls, repeats=_REPEATS, warmup=_WARMUP).items()}
+    return {name: timed.median_ms for name, timed in latency(calls, repeats=_CPU_REPEATS, warmup=_CPU_WARMUP).items()}
 
 
 def timings(
@@ -156,7 +156,7 @@ def timings(
     Args:
         gm: from ``lower_to_onednn``.
         products: for each integer layer, what it is compared with.
-        inputs: of the graph.
+        inputs: tensors [B, ...] of the graph.
         clock: tells the milliseconds of calls named ``int8`` and ``float``; asked once for layers that are alike.
     """
     run = _LayersByTheClock(gm, products, clock)

@@ -140,7 +140,7 @@ for _key in ("CPU", "MkldnnCPU"):
 
 
 def fake_conv(*arguments: Any) -> Tensor:
-    """Shape and layout of an integer convolution with the arguments of ``ConvCall``, for the compiler."""
+    """Shape [N, out, ...] and layout of an integer convolution called as ``ConvCall`` has it, for the compiler."""
     call = ConvCall(*arguments)
     windows = zip(call.codes.shape[2:], call.padding, call.dilation, call.kernel_size, call.stride, strict=True)
     sizes = [(size + 2 * pad - dil * (kernel - 1) - 1) // step + 1 for size, pad, dil, kernel, step in windows]
@@ -159,7 +159,7 @@ def fake_linear(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Shape of an integer linear, for the compiler."""
+    """Shape [..., out] of an integer linear of ``codes`` [..., in], for the compiler."""
     return codes.new_empty((*codes.shape[:-1], weight_scale.shape[0]), dtype=dtype)
 
 

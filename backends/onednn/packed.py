@@ -28,9 +28,9 @@ _GROUPS = (256, 128, 64, 32)
 _OUTPUTS = 16
 _MIDDLE = 8  # the stored code that the int4 kernel takes for zero
 
-_library = torch.library.Library("dmq_ao", "FRAGMENT")
-_library.define("unpack_codes(Tensor packed, Tensor zero_point, Tensor? factor, int[] shape) -> Tensor")
-_library.define(
+_packed_library = torch.library.Library("dmq_ao", "FRAGMENT")
+_packed_library.define("unpack_codes(Tensor packed, Tensor zero_point, Tensor? factor, int[] shape) -> Tensor")
+_packed_library.define(
     "int4_linear(Tensor x, Tensor weight, Tensor ratios, Tensor scale, Tensor? bias, int group_size) -> Tensor"
 )
 
@@ -64,8 +64,8 @@ def _fake_int4_linear(
 
 
 # Not compositions: the compiler's loops over bytes are several times slower than ATen's.
-_library.impl("unpack_codes", _unpack_codes, "CPU")
-_library.impl("int4_linear", _int4_linear, "CPU")
+_packed_library.impl("unpack_codes", _unpack_codes, "CPU")
+_packed_library.impl("int4_linear", _int4_linear, "CPU")
 torch.library.register_fake("dmq_ao::unpack_codes", _fake_unpack_codes)
 torch.library.register_fake("dmq_ao::int4_linear", _fake_int4_linear)
 
@@ -84,7 +84,7 @@ FLOAT_KERNELS = (KernelOperator(int4_linear),)
 def unpacked(
     gm: GraphModule, name: str, weight: PackedWeight, exponents: Tensor | None, groups: int, shape: Sequence[int]
 ) -> Node:
-    """A node with the shifted int8 codes of an integer layer (``layer.shifted_codes``), in the given shape."""
+    """A node with the shifted int8 codes of an integer layer (``layer.shifted_codes``), in ``shape``, [out, ...]."""
     zero_point = (weight.zero_point[:, 0] + weight.offset).to(torch.int8)
     factor = None if exponents is None else (1 << channel_shifts(exponents, groups)).to(torch.int8)
     return _unpack(gm, name, weight.packed, zero_point, factor, shape)

@@ -100,7 +100,7 @@ def _misses(word: Word, limits: Limits) -> str:
         limits: largest code of the input, smallest and largest of the weight.
     """
     generator = torch.Generator().manual_seed(0)
-    runs = _convolution if word == "convolution" else _linear
+    runs = _convolution_sums if word == "convolution" else _linear_sums
     shapes = _TRIED_CONVOLUTIONS if word == "convolution" else _TRIED_LINEARS
     with torch.no_grad(), torch.device("cpu"):
         try:
@@ -131,7 +131,7 @@ def _input_scale() -> tuple[Tensor, Tensor]:
     return torch.ones(1, dtype=torch.float32), torch.full((1,), _ZERO_POINT, dtype=torch.int32)
 
 
-def _linear(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _linear_sums(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sums [N, O] by the operator and in float64; float32 holds them."""
     rows, inputs, outputs = shape
     x, weight = _codes(limits, generator, (rows, inputs), (outputs, inputs))
@@ -140,7 +140,7 @@ def _linear(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) 
     return actual, (x.double() - _ZERO_POINT) @ weight.double().T
 
 
-def _convolution(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _convolution_sums(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Sums [2, O, H, W] by the operator, padded with the zero point, and in float64; float32 holds them."""
     inputs, outputs, kernel, groups, stride = shape
     x, weight = _codes(limits, generator, (2, inputs, 9, 7), (outputs, inputs // groups, kernel, kernel))

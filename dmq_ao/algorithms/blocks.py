@@ -17,10 +17,10 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.config import LeftOut
+from dmq_ao.graph import aten
 from dmq_ao.graph.roles import blocks_of, whole_name
 from dmq_ao.quantizer.prepared import attention_observers, observers, state_of
 
-aten = graph.aten
 # Operators after which a layer's output is still the block's output, alone or added to what passes it by.
 _PASSING = {
     aten.add.Tensor,
@@ -39,7 +39,7 @@ _PASSING = {
     aten.squeeze.dim,
     aten.to.dtype,
 }
-Layer = Callable[[Node, list[Any], Mapping[Node, Any]], Any]
+LayerCall = Callable[[Node, list[Any], Mapping[Node, Any]], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def belongs(node: Node, path: str) -> bool:
     """Whether an operator is of the module at ``path``, or of one inside it."""
     stack = node.meta.get("nn_module_stack") or {}
     inside = (entry[0].removeprefix(graph.PREFIX) for entry in stack.values())
-    return any(found == path or found.startswith(f"{path}.") for found in inside)
+    return any(module == path or module.startswith(f"{path}.") for module in inside)
 
 
 def _block(
@@ -140,7 +140,7 @@ def _block(
         nodes=tuple(stretch),
         inputs=tuple(node for node in read if node not in own and not is_static(node)),
         live=tuple(live),
-        outputs=tuple((node, _ch_axis(node, kinds[layers[-1]])) for node in outputs),
+        outputs=tuple((node, _output_ch_axis(node, kinds[layers[-1]])) for node in outputs),
         inner=tuple(_inner(prepared, layers, own, left_out)),
     )
 
@@ -155,7 +155,7 @@ def _floating(node: Node) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
 
 
-def _ch_axis(node: Node, kind: str) -> int:
+def _output_ch_axis(node: Node, kind: str) -> int:
     """Channels of maps come first; of three axes, by what kind of layer ends the block."""
     dims = node.meta["val"].dim()
     return 1 if dims > 3 or kind.startswith("conv") else dims - 1
@@ -172,7 +172,7 @@ def _inner(prepared: GraphModule, layers: list[str], own: set[Node], left_out: L
     else:
         dropped = {whole for whole, node in results.items() if _is_output(node, own)}
     kinds = {whole: state_of(prepared).plan[parts[0]].kind for whole, parts in wholes.items()}
-    return [(node, _ch_axis(node, kinds[whole])) for whole, node in results.items() if whole not in dropped]
+    return [(node, _output_ch_axis(node, kinds[whole])) for whole, node in results.items() if whole not in dropped]
 
 
 def _sum_of(parts: Sequence[Node]) -> Node:
@@ -191,30 +191,30 @@ def _is_output(node: Node, own: set[Node]) -> bool:
 
 
 def run_block(
-    prepared: GraphModule, block: Block, given: Mapping[Node, Any], layer: Layer, keep: Sequence[Node]
+    prepared: GraphModule, block: Block, inputs: Mapping[Node, Any], layer: LayerCall, keep: Sequence[Node]
 ) -> dict[Node, Any]:
     """Compute a block.
 
     Args:
         prepared: the graph.
         block: of it.
-        given: values of ``block.inputs``.
+        inputs: values of ``block.inputs``.
         layer: computes a quantized layer, or lets a factor of attention through, from its node, its arguments and
-            ``given``.
+            ``inputs``.
         keep: nodes of the block whose values are wanted.
 
     Returns:
         Those values.
     """
-    env = dict(given)
+    env = dict(inputs)
     layers = graph.layer_nodes(prepared)
     quantized = {layers[name] for name in block.layers} | attention_observers(prepared).keys()
     last = {source: node for node in block.nodes for source in node.all_input_nodes}
-    kept = set(keep)
+    results = set(keep)
     for node in block.nodes:
-        env[node] = _evaluate(prepared, node, env, quantized, layer, given)
+        env[node] = _evaluate(prepared, node, env, quantized, layer, inputs)
         for source in node.all_input_nodes:
-            if last[source] is node and source not in kept:
+            if last[source] is node and source not in results:
                 env.pop(source, None)
     return {node: env[node] for node in keep}
 
@@ -224,8 +224,8 @@ def _evaluate(
     node: Node,
     env: Mapping[Node, Any],
     quantized: set[Node],
-    layer: Layer,
-    given: Mapping[Node, Any],
+    layer: LayerCall,
+    inputs: Mapping[Node, Any],
 ) -> Any:
     def value(source: Node) -> Any:
         return _parameter(prepared, source) if is_static(source) else env[source]
@@ -235,7 +235,7 @@ def _evaluate(
         return value(node.args[0])
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
     if node in quantized:
-        return layer(node, list(args), given)
+        return layer(node, list(args), inputs)
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -18,29 +18,18 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph, numerics
 from dmq_ao.algorithms.blocks import Block, run_block
-from dmq_ao.algorithms.rounding import CHECK_EVERY, fitted
+from dmq_ao.algorithms.holdout import CHECK_EVERY, fitted
 from dmq_ao.algorithms.row_layout import Layout, RowLayout, SharedValue, is_known
+from dmq_ao.algorithms.units import BlockLearning
 from dmq_ao.config import BlockReconstruction, Ranges
-from dmq_ao.graph.geometry import geometry
 from dmq_ao.objectives import Compared, StepWeighting, fine_grained_error, rounding_regularizer, temperature
-from dmq_ao.observers import ActivationObserver
 from dmq_ao.observers.adaround import hard_codes, initial_logits, soft_codes, soft_round
-from dmq_ao.observers.channel_scale import spread
-from dmq_ao.quantizer.prepared import attention_observers, float_bias, float_weight, observers
+from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, scaled_weight
 from dmq_ao.records import WeightRecord
 
 # A weight starts no closer to a rounding border than this, in steps: its nearest code is the one decided.
 _NEAREST = 0.49
-Given = Mapping[Node, Any]
-
-
-@dataclass(frozen=True)
-class BlockLearning:
-    """Held-out error of a block's output, relative, before and after, and the gradient steps taken."""
-
-    before: float
-    after: float
-    steps: int
+BlockInputs = Mapping[Node, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +42,7 @@ class BlockData:
         layouts: whose the rows of the block's outputs and inner outputs are.
         step: [N] place of each sample on the sampler's list of steps.
         steps: length of that list.
-        held: [N] bool, samples that nothing is fitted to.
+        holdout: [N] bool, samples that nothing is fitted to.
     """
 
     student: Callable[[Tensor], dict[Node, Any]]
@@ -61,17 +50,7 @@ class BlockData:
     layouts: Mapping[Node, Layout | SharedValue]
     step: Tensor
     steps: int
-    held: Tensor
-
-
-def scaled_weight(prepared: GraphModule, node: Node, activation: ActivationObserver | None) -> Tensor:
-    """A layer's float weight [out, ...] in float32, its input's learned channel scale multiplied in."""
-    weight = float_weight(prepared, node).float()
-    scale = None if activation is None else activation.record().channel_scale
-    if scale is None:
-        return weight
-    factors = spread(scale.to(weight.device), len(weight), weight[0, 0].numel(), geometry(node, weight).groups)
-    return weight * factors.reshape(weight.shape)
+    holdout: Tensor
 
 
 class _Weight:
@@ -135,33 +114,38 @@ class BlockStudent:
                 self._factor_of[name] = factor
         self.logits = {name: one.logits for name, one in self._weights.items()}
 
-    def run(self, given: Given, generator: torch.Generator | None = None) -> dict[Node, Tensor]:
-        """Outputs and inner outputs with soft roundings; ``generator`` draws the input elements that stay in float."""
-        return self._run(given, lambda name: self._weights[name].soft(), generator)
+    def run(self, inputs: BlockInputs, generator: torch.Generator | None = None) -> dict[Node, Tensor]:
+        """Outputs and inner outputs, [B, ...] each, with soft roundings.
 
-    def predict(self, given: Given, weights: Mapping[str, WeightRecord]) -> dict[Node, Tensor]:
-        """Outputs with the codes ``weights`` and the activation steps as they stand."""
-        return self._run(given, lambda name: weights[name].dequantize(), None)
+        ``generator`` draws the elements of layers' inputs that stay in float.
+        """
+        return self._run(inputs, lambda name: self._weights[name].soft(), generator)
+
+    def predict(self, inputs: BlockInputs, weights: Mapping[str, WeightRecord]) -> dict[Node, Tensor]:
+        """Outputs and inner outputs, [B, ...] each, with the codes ``weights`` and activation steps as they stand."""
+        return self._run(inputs, lambda name: weights[name].dequantize(), None)
 
     def _run(
-        self, given: Given, weight_of: Callable[[str], Tensor], generator: torch.Generator | None
+        self, inputs: BlockInputs, weight_of: Callable[[str], Tensor], generator: torch.Generator | None
     ) -> dict[Node, Tensor]:
-        def layer(node: Node, args: list[Any], seen: Given) -> Any:
+        def layer(node: Node, args: list[Any], block_inputs: BlockInputs) -> Any:
             if node in self._attention:
                 return self._dropped(args[0], self._attention[node].simulate(args[0]), generator)
             name = self.names[node]
-            x = self._input(name, node, args[0], seen, generator)
+            x = self._input(name, node, args[0], block_inputs, generator)
             bias = self.bias[name]
             values = weight_of(name).to(args[1])
             return node.target(x, values, None if bias is None else bias.to(values), *args[3:])  # type: ignore[operator]
 
-        return run_block(self.prepared, self.block, given, layer, _compared(self.block))
+        return run_block(self.prepared, self.block, inputs, layer, _compared(self.block))
 
-    def _input(self, name: str, node: Node, x: Tensor, seen: Given, generator: torch.Generator | None) -> Tensor:
+    def _input(
+        self, name: str, node: Node, x: Tensor, block_inputs: BlockInputs, generator: torch.Generator | None
+    ) -> Tensor:
         activation = self.watchers[name]
         if activation is None:
             return x
-        timestep = _timestep(node, seen)
+        timestep = _timestep(node, block_inputs)
         factor = self._factor_of.get(name)
         if factor is None:
             values = activation.straight_through(x, timestep)
@@ -181,12 +165,12 @@ class BlockStudent:
         return {name: one.hard() for name, one in self._weights.items()}
 
 
-def _timestep(node: Node, given: Given) -> Tensor | None:
+def _timestep(node: Node, block_inputs: BlockInputs) -> Tensor | None:
     """What the observer of a layer's input is given beside it."""
     source = node.args[0]
     assert isinstance(source, Node)
     extra = source.args[1] if source.op == "call_module" and len(source.args) > 1 else None
-    return given[extra] if isinstance(extra, Node) else None
+    return block_inputs[extra] if isinstance(extra, Node) else None
 
 
 def _compared(block: Block) -> list[Node]:
@@ -194,14 +178,14 @@ def _compared(block: Block) -> list[Node]:
     return list(dict.fromkeys(node for node, _ in (*block.outputs, *block.inner)))
 
 
-def teacher_of(prepared: GraphModule, block: Block, given: Given) -> dict[Node, Tensor]:
-    """Outputs and inner outputs of the float block; without gradient."""
+def teacher_of(prepared: GraphModule, block: Block, inputs: BlockInputs) -> dict[Node, Tensor]:
+    """Outputs and inner outputs of the float block, [B, ...] each; without gradient."""
 
-    def layer(node: Node, args: list[Any], seen: Given) -> Any:
+    def layer(node: Node, args: list[Any], _inputs: BlockInputs) -> Any:
         return args[0] if node.op == "call_module" else node.target(*args)  # type: ignore[operator]
 
     with torch.no_grad():
-        return run_block(prepared, block, given, layer, _compared(block))
+        return run_block(prepared, block, inputs, layer, _compared(block))
 
 
 def layouts_of(block: Block, layouts: Mapping[Node, RowLayout]) -> dict[Node, Layout | SharedValue] | None:
@@ -237,11 +221,11 @@ def block_error(
     """
 
     def compared(node: Node, ch_axis: int) -> Compared:
-        ours, wanted = (layouts[node].by_sample(values[node].float(), count) for values in (student, teacher))
+        output, target = (layouts[node].by_sample(values[node].float(), count) for values in (student, teacher))
         axis = layouts[node].channel(ch_axis)
-        if ours.shape[1] == 1:  # fewer axes, and sums in the order that they always had
-            return Compared(ours.flatten(0, 1), wanted.flatten(0, 1), axis)
-        return Compared(ours, wanted, axis + 1)
+        if output.shape[1] == 1:  # fewer axes, and sums in the order that they always had
+            return Compared(output.flatten(0, 1), target.flatten(0, 1), axis)
+        return Compared(output, target, axis + 1)
 
     outputs, inner = ([compared(node, axis) for node, axis in nodes] for nodes in (block.outputs, block.inner))
     return fine_grained_error(outputs, inner, layer_weight)
@@ -271,38 +255,39 @@ def learn_block(
     optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.steps)
     weighting = StepWeighting(config.step_weights, data.steps)
-    fit = fitted(data.held)
+    fit = fitted(data.holdout)
     before = best = _held_out_error(student, data, student.hard())
-    kept: tuple[dict[str, WeightRecord], dict[str, Tensor]] = ({}, {})
-    patience, taken = config.patience, 0
-    for taken in range(1, config.steps + 1):
-        chosen = fit[torch.randperm(len(fit), generator=generator)[: config.batch_size]].sort().values
-        wanted = data.teacher(chosen)
-        teacher = teacher_of(prepared, block, wanted)
-        given = _mixed(data.student(chosen), wanted, config.mix, generator)
-        outputs = student.run(given, generator)
-        error = block_error(block, outputs, teacher, config.layer_weight, data.layouts, len(chosen))
-        loss = (weighting(error, data.step[chosen]) * error).mean()
-        if config.regularizer and taken > config.warmup * config.steps:
-            beta = temperature(taken, config.steps, config.warmup)
+    best_codes: dict[str, WeightRecord] = {}
+    best_factors: dict[str, Tensor] = {}
+    patience, step = config.patience, 0
+    for step in range(1, config.steps + 1):
+        batch = fit[torch.randperm(len(fit), generator=generator)[: config.batch_size]].sort().values
+        teacher_inputs = data.teacher(batch)
+        teacher = teacher_of(prepared, block, teacher_inputs)
+        inputs = _mixed(data.student(batch), teacher_inputs, config.mix, generator)
+        outputs = student.run(inputs, generator)
+        error = block_error(block, outputs, teacher, config.layer_weight, data.layouts, len(batch))
+        loss = (weighting(error, data.step[batch]) * error).mean()
+        if config.regularizer and step > config.warmup * config.steps:
+            beta = temperature(step, config.steps, config.warmup)
             loss = loss + config.regularizer * sum(rounding_regularizer(soft_round(one), beta) for one in logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        if taken % CHECK_EVERY == 0 or taken == config.steps:
+        if step % CHECK_EVERY == 0 or step == config.steps:
             codes = student.hard()
             now = _held_out_error(student, data, codes)
             patience = config.patience if now < best else patience - 1
             if now < best:
-                best = now
-                kept = codes, {name: one.detach().exp() for name, one in student.log_factors.items()}
+                best, best_codes = now, codes
+                best_factors = {name: one.detach().exp() for name, one in student.log_factors.items()}
             if patience == 0:
                 break
-    return BlockLearning(before, best, taken), *kept
+    return BlockLearning(before, best, step), best_codes, best_factors
 
 
-def _mixed(student: Given, teacher: Given, share: float, generator: torch.Generator) -> dict[Node, Any]:
+def _mixed(student: BlockInputs, teacher: BlockInputs, share: float, generator: torch.Generator) -> dict[Node, Any]:
     """The student's inputs with a ``share`` of their elements from the teacher's, wherever the two differ."""
     mixed = dict(student)
     for node, value in student.items():
@@ -318,13 +303,13 @@ def _held_out_error(student: BlockStudent, data: BlockData, weights: Mapping[str
     """Mean error of the block's output relative to the teacher's; hard codes, nothing dropped or mixed."""
     block, errors = student.block, []
     with torch.no_grad():
-        for chosen in torch.nonzero(data.held)[:, 0].split(student.config.batch_size):
-            teacher = teacher_of(student.prepared, block, data.teacher(chosen))
-            outputs = student.predict(data.student(chosen), weights)
+        for batch in torch.nonzero(data.holdout)[:, 0].split(student.config.batch_size):
+            teacher = teacher_of(student.prepared, block, data.teacher(batch))
+            outputs = student.predict(data.student(batch), weights)
             nothing = {node: torch.zeros_like(value) for node, value in teacher.items()}
             error, size = (
-                block_error(block, values, teacher, 0.0, data.layouts, len(chosen)) for values in (outputs, nothing)
+                block_error(block, values, teacher, 0.0, data.layouts, len(batch)) for values in (outputs, nothing)
             )
             errors.append(error / size.clamp_min(1e-20))
-    found = float(torch.cat(errors).mean())
-    return found if math.isfinite(found) else math.inf
+    mean = float(torch.cat(errors).mean())
+    return mean if math.isfinite(mean) else math.inf

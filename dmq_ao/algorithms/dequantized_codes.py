@@ -22,7 +22,7 @@ class DequantizedCodes(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of the scale; none of the codes."""
+        """Gradient of the scale [out, groups]; none of the codes."""
         codes, zero_point = ctx.saved_tensors
         grouped = codes.reshape(*zero_point.shape, -1).float() - zero_point.unsqueeze(-1)
         return (gradients[0].reshape(grouped.shape) * grouped).sum(-1), None, None

@@ -19,16 +19,15 @@ from torch.fx import GraphModule, Interpreter, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.algorithms.blockwise import scaled_weight
 from dmq_ao.algorithms.dequantized_codes import DequantizedCodes
+from dmq_ao.algorithms.holdout import fitted
 from dmq_ao.algorithms.low_rank import LowRankCodes
 from dmq_ao.algorithms.relations import Relations, Watched
-from dmq_ao.algorithms.rounding import fitted
 from dmq_ao.algorithms.row_layout import Layout, RowLayout
 from dmq_ao.algorithms.teacher_outputs import TeacherOutputs
 from dmq_ao.config import Distillation
 from dmq_ao.objectives import relative_error
-from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, state_of, tables
+from dmq_ao.quantizer.prepared import attention_observers, float_bias, observers, scaled_weight, state_of, tables
 from dmq_ao.records import with_positive_scale
 from dmq_ao.samples.graph_samples import GraphSamples
 from dmq_ao.serialization.checkpoint import Checkpoint
@@ -157,7 +156,7 @@ class Student(Interpreter):
         return graph.first_tensor(result), features
 
     def settle(self, parameters: dict[str, Tensor]) -> None:
-        """Put parameters where ``convert`` finds them: records, and the graph's tuned tensors."""
+        """Put ``parameters`` [...], named as the student's, where ``convert`` finds them: records, tuned tensors."""
         tuned = {}
         for key, parameter in parameters.items():
             name, _, what = key.rpartition("|")
@@ -179,7 +178,7 @@ def distill(
     prepared: GraphModule,
     samples: GraphSamples,
     config: Distillation,
-    held: Tensor,
+    holdout: Tensor,
     *,
     layout: RowLayout,
     batch_size: int,
@@ -194,7 +193,7 @@ def distill(
         prepared: calibrated; its records are changed in place.
         samples: to learn from.
         config: of the stage.
-        held: [N] bool, samples that nothing is fitted to.
+        holdout: [N] bool, samples that nothing is fitted to.
         layout: whose the rows of the denoiser's output are; where they cannot be told apart, nothing is learned.
         batch_size: samples per forward pass of the teacher.
         watched: windows and features, where ``config`` has a relation.
@@ -206,8 +205,8 @@ def distill(
         return _left_out(prepared, samples, batch_size)
     data = TeacherOutputs(prepared, samples, layout, batch_size)
     student = Student(prepared, config.rank, seed)
-    relations = None if watched is None else Relations(prepared, watched, samples, held, batch_size)
-    run = _Run(student, data, relations, config, held, seed)
+    relations = None if watched is None else Relations(prepared, watched, samples, holdout, batch_size)
+    run = _Run(student, data, relations, config, holdout, seed)
     bar.reset(run.total)
     saved = checkpoint.load("distillation", "a state of distillation")
     if saved is not None:
@@ -224,7 +223,7 @@ def distill(
             checkpoint.save("distillation", *run.state())
         bar.set_postfix(loss=f"{loss:.4f}", held_out=f"{run.best:.4f}")
         bar.update(1)
-    student.settle(run.kept)
+    student.settle(run.best_parameters)
     return DistillationReport(run.before, run.best, run.step)
 
 
@@ -233,8 +232,8 @@ def _left_out(prepared: GraphModule, samples: GraphSamples, batch_size: int) -> 
     student, errors = Student(prepared), []
     with torch.no_grad():
         for batch in samples.batches(batch_size):
-            wanted = graph.first_tensor(prepared(*batch.arguments)).float()
-            errors.append(float(relative_error(student.predict(batch.arguments).float()[None], wanted[None])))
+            target = graph.first_tensor(prepared(*batch.arguments)).float()
+            errors.append(float(relative_error(student.predict(batch.arguments).float()[None], target[None])))
     error = sum(errors) / len(errors)
     return DistillationReport(error, error, 0, "the rows of the denoiser's output cannot be told apart by sample")
 
@@ -248,17 +247,17 @@ class _Run:
         data: TeacherOutputs,
         relations: Relations | None,
         config: Distillation,
-        held: Tensor,
+        holdout: Tensor,
         seed: int,
     ) -> None:
         self.student, self.data, self.relations = student, data, relations
         self.config, self.seed = config, seed
-        self.held, self.fit = torch.nonzero(held)[:, 0], fitted(held)
+        self.holdout, self.fit = torch.nonzero(holdout)[:, 0], fitted(holdout)
         self.total = config.steps_of(len(self.fit))
         parameters = student.parameters
         self.optimizer = torch.optim.Adam([{"params": [p], "lr": self._lr(name)} for name, p in parameters.items()])
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate())
-        self.kept = {name: p.detach().clone() for name, p in parameters.items()}
+        self.best_parameters = {name: p.detach().clone() for name, p in parameters.items()}
         self.step, self.before, self.best = 0, math.inf, math.inf
 
     def _lr(self, name: str) -> float:
@@ -269,28 +268,28 @@ class _Run:
         total = self.total
         return lambda step: 0.5 * (1 + math.cos(math.pi * step / total)) * min(1.0, (step + 1) / WARMUP_STEPS)
 
-    def error(self, chosen: Tensor) -> Tensor:
-        """Relative error of the chosen samples' outputs."""
-        output = self.student.predict(self.data.arguments(chosen))
-        return relative_error(self.data.by_sample(output), self.data.targets[chosen])
+    def error(self, batch: Tensor) -> Tensor:
+        """Relative error [B] of the outputs of the samples numbered ``batch`` [B]."""
+        output = self.student.predict(self.data.arguments(batch))
+        return relative_error(self.data.by_sample(output), self.data.targets[batch])
 
-    def loss(self, chosen: Tensor) -> Tensor:
-        """What is minimised, of each chosen sample: the error, and where there are relations, theirs."""
+    def loss(self, batch: Tensor) -> Tensor:
+        """What is minimised [B], of the samples numbered ``batch`` [B]: the error, and that of relations if any."""
         relations = self.relations
         if relations is None:
-            return self.error(chosen)
-        output, features = self.student.predict_with(self.data.arguments(chosen), relations.node)
-        error = relative_error(self.data.by_sample(output), self.data.targets[chosen])
-        return error + relations.error(chosen, features, self._features)
+            return self.error(batch)
+        output, features = self.student.predict_with(self.data.arguments(batch), relations.node)
+        error = relative_error(self.data.by_sample(output), self.data.targets[batch])
+        return error + relations.error(batch, features, self._features)
 
-    def _features(self, chosen: Tensor) -> Tensor:
+    def _features(self, batch: Tensor) -> Tensor:
         assert self.relations is not None
-        return self.student.predict_with(self.data.arguments(chosen), self.relations.node)[1]
+        return self.student.predict_with(self.data.arguments(batch), self.relations.node)[1]
 
     def check(self) -> float:
         """Mean error of the held-out samples."""
         with torch.no_grad():
-            return float(torch.cat([self.error(part) for part in self.held.split(CHECK_BATCH)]).mean())
+            return float(torch.cat([self.error(part) for part in self.holdout.split(CHECK_BATCH)]).mean())
 
     def advance(self) -> float:
         """One gradient step."""
@@ -315,14 +314,14 @@ class _Run:
         error = self.check()
         if error < self.best:
             self.best = error
-            self.kept = {name: p.detach().clone() for name, p in self.student.parameters.items()}
+            self.best_parameters = {name: p.detach().clone() for name, p in self.student.parameters.items()}
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Everything the rest of the run depends on, as JSON and tensors."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.student.parameters.items():
             state = self.optimizer.state[parameter]
-            tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.kept[name]}
+            tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.best_parameters[name]}
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
         return {"step": self.step, "before": self.before, "best": self.best}, tensors
 
@@ -331,7 +330,7 @@ class _Run:
         self.before, self.best = meta["before"], meta["best"]
         for name, parameter in self.student.parameters.items():
             parameter.data = tensors[f"now/{name}"].to(parameter.device)
-            self.kept[name] = tensors[f"kept/{name}"].to(parameter.device)
+            self.best_parameters[name] = tensors[f"kept/{name}"].to(parameter.device)
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
                 for key in ("exp_avg", "exp_avg_sq", "step")

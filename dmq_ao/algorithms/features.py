@@ -9,9 +9,9 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.algorithms.blocks import belongs, is_static
+from dmq_ao.graph import aten
 from dmq_ao.quantizer.prepared import state_of
 
-aten = graph.aten
 _MAP_NORMS = {aten.group_norm.default, aten.batch_norm.default, aten.instance_norm.default}
 _TOKEN_NORMS = {aten.layer_norm.default, aten.rms_norm.default}
 
@@ -48,15 +48,15 @@ def _holds_features(node: Node) -> bool:
 
 
 def _before_the_last_norm(prepared: GraphModule) -> Node | None:
-    seen = graph.reach(prepared, {graph.placeholders(prepared)[graph.signature_of(prepared).batch]})
-    layers = [node for node in graph.layer_nodes(prepared).values() if node in seen]
+    reachable = graph.reach(prepared, {graph.placeholders(prepared)[graph.signature_of(prepared).batch]})
+    layers = [node for node in graph.layer_nodes(prepared).values() if node in reachable]
     if not layers:
         return None
     node = _observed(layers[-1].args[0])
     while node not in layers:
         if node.target in _MAP_NORMS | _TOKEN_NORMS:
             return _observed(node.args[0])
-        sources = [_observed(source) for source in node.all_input_nodes if source in seen]
+        sources = [_observed(source) for source in node.all_input_nodes if source in reachable]
         if len(sources) != 1 or _shape(sources[0]) != _shape(node):
             break
         node = sources[0]

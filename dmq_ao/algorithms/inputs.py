@@ -6,7 +6,7 @@ import torch
 from torch.fx import GraphModule
 
 from dmq_ao.algorithms.layer_rows import Draw, LayerRows
-from dmq_ao.algorithms.rounding import ScaledInput, learn_scales
+from dmq_ao.algorithms.scaling import ScaledInput, learn_scales
 from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.algorithms.units import Unit
 from dmq_ao.config import ChannelScaling

@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.algorithms.moments import Moments, outputs, rows
-from dmq_ao.algorithms.rounding import SampledRows, product
 from dmq_ao.algorithms.row_layout import Layout, Mixed, RowLayout, SharedValue
+from dmq_ao.algorithms.sampled_rows import SampledRows, product
 from dmq_ao.algorithms.stream import NodeValue, Stream
 from dmq_ao.config import Rounding, Weighting
 from dmq_ao.graph.geometry import Geometry, geometry
@@ -67,7 +67,7 @@ class LayerRows:
         layouts: Mapping[Node, RowLayout],
         steps: Tensor,
         count: int,
-        held: Tensor,
+        holdout: Tensor,
         seed: int,
     ) -> None:
         """Of one run.
@@ -80,11 +80,11 @@ class LayerRows:
             layouts: of the graph's values.
             steps: [N] place of each sample on the sampler's list of steps.
             count: length of that list.
-            held: [N] bool, samples that nothing is fitted to.
+            holdout: [N] bool, samples that nothing is fitted to.
             seed: of the positions.
         """
         self.prepared, self.batches, self._stream, self.layouts = prepared, batches, stream, layouts
-        self.steps, self.count, self.held, self.seed = steps, count, held, seed
+        self.steps, self.count, self.holdout, self.seed = steps, count, holdout, seed
         self._watchers = observers(prepared)
         self._nodes = nodes
         self.weights = {name: float_weight(prepared, node) for name, node in nodes.items()}
@@ -123,11 +123,11 @@ class LayerRows:
         layout = self.layout(name)
         return x.unsqueeze(1) if layout is None else layout.by_sample(x, len(self.batches[index]))
 
-    def pick(self, node: Node, value: NodeValue, chosen: Tensor) -> Any:
-        """Of a node's value that of the samples ``chosen`` [M], ascending; whole numbers that grow with them too."""
+    def pick(self, node: Node, value: NodeValue, samples: Tensor) -> Any:
+        """Of a node's value that of ``samples`` [M], ascending numbers; whole numbers that grow with them too."""
         parts, start = [], 0
         for index, batch in enumerate(self.batches):
-            places = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
+            places = samples[(samples >= start) & (samples < start + len(batch))] - start
             start += len(batch)
             if len(places):
                 parts.append((value[index], places, len(batch)))
@@ -147,15 +147,15 @@ class LayerRows:
         shape = geometry(node, weight)
         keep = self._positions(name, shape, positions, Draw.TEACHER)
         x = torch.cat([self._inputs(name, x.float(), index, shape, keep) for index, x in enumerate(value)])
-        return SampledRows(x, product(x, weight), self.steps, self.held)
+        return SampledRows(x, product(x, weight), self.steps, self.holdout)
 
     def student(self, name: str, node: Node, shape: Geometry, rounding: Rounding) -> SampledRows:
         """Some positions of the inputs as ``rounding`` wants to see them, and the float network's output there."""
         numbers = self.weights[name][0].numel() * shape.groups * len(self.steps)
-        wanted = max(1, min(rounding.positions, POOL_BYTES // (4 * numbers)))
-        look = _Look(name, node, shape, self._positions(name, shape, wanted, Draw.STUDENT), rounding)
+        positions = max(1, min(rounding.positions, POOL_BYTES // (4 * numbers)))
+        look = _Look(name, node, shape, self._positions(name, shape, positions, Draw.STUDENT), rounding)
         xs, ys = zip(*(self._pair(look, index) for index in range(len(self.batches))), strict=True)
-        return SampledRows(torch.cat(xs), torch.cat(ys), self.steps, self.held)
+        return SampledRows(torch.cat(xs), torch.cat(ys), self.steps, self.holdout)
 
     def moments(
         self,
@@ -170,22 +170,34 @@ class LayerRows:
     ) -> tuple[list[Moments], SampledRows]:
         """Moments of inputs and residuals over the samples to fit, and rows of those held out.
 
+        Args:
+            name: of the layer.
+            node: of the layer.
+            shape: of its product.
+            weight: [out, ...] float32, channel scale multiplied in.
+            nearest: the codes of rounding to nearest, by whose error steps are weighted.
+            rounding: which inputs and outputs are looked at, and how many positions.
+            second: whether the inputs' second moments are summed as well.
+
+        Returns:
+            The moments, one a group, and the rows.
+
         Raises:
             ValueError: for inputs that are NaN or infinite, naming the layer.
         """
         taps = weight[0].numel()
-        fit = ~self.held if len(self.held) > 1 else torch.ones_like(self.held)
-        wanted = rounding.positions
+        fit = ~self.holdout if len(self.holdout) > 1 else torch.ones_like(self.holdout)
+        positions = rounding.positions
         if second:  # as many rows as the second moments need to have full rank
-            wanted = max(wanted, math.ceil(4 * taps / max(1, int(fit.sum()))))
-        look = _Look(name, node, shape, self._positions(name, shape, wanted, Draw.MOMENTS), rounding)
+            positions = max(positions, math.ceil(4 * taps / max(1, int(fit.sum()))))
+        look = _Look(name, node, shape, self._positions(name, shape, positions, Draw.MOMENTS), rounding)
         sample_weights = self._sample_weights(name, node, shape, nearest, rounding)
-        moments, held = self._summed(look, weight, fit, sample_weights, second=second)
+        moments, holdout = self._summed(look, weight, fit, sample_weights, second=second)
         if second and not all(one.precise(rounding.damping) for one in moments):
-            moments, held = self._summed(look, weight, fit, sample_weights, second=second, around=moments)
+            moments, holdout = self._summed(look, weight, fit, sample_weights, second=second, around=moments)
         if not all(bool(torch.isfinite(one.mean_x()).all()) for one in moments):
             raise ValueError(f"{name}: its input holds NaN or infinity; check the samples and the float denoiser")
-        return moments, held
+        return moments, holdout
 
     def _summed(
         self,
@@ -198,7 +210,8 @@ class LayerRows:
         around: Sequence[Moments] | None = None,
     ) -> tuple[list[Moments], SampledRows]:
         """Moments of each group, in float64 where they are summed ``around`` means, and the rows held out."""
-        groups, out, known = look.shape.groups, len(weight) // look.shape.groups, self.layout(look.name) is not None
+        groups, has_layout = look.shape.groups, self.layout(look.name) is not None
+        out = len(weight) // groups
         moments = [
             Moments(
                 weight[0].numel(),
@@ -217,20 +230,20 @@ class LayerRows:
             x, y = self._pair(look, index)
             # Rows that are nobody's are all fitted to, and all looked at.
             everything = torch.ones(len(x), dtype=torch.bool)
-            mask, held = (fit[where], self.held[where]) if known else (everything, everything)
-            few = max(1, HELD_ROWS // (max(1, int(self.held.sum())) if known else len(x) * len(self.batches)))
-            counts = sample_weights[where] if known else everything.float()
-            xs.append(x[held, :few])
-            ys.append(y[held, :few])
+            mask, holdout = (fit[where], self.holdout[where]) if has_layout else (everything, everything)
+            few = max(1, HELD_ROWS // (max(1, int(self.holdout.sum())) if has_layout else len(x) * len(self.batches)))
+            counts = sample_weights[where] if has_layout else everything.float()
+            xs.append(x[holdout, :few])
+            ys.append(y[holdout, :few])
             lost = y[mask] - product(x[mask], weight)
             repeated = counts[mask].repeat_interleave(x.shape[1])
             for group, one in enumerate(moments):
                 part = lost[..., group * out : (group + 1) * out]
                 one.update(x[mask, :, group].flatten(0, 1), part.flatten(0, 1), repeated)
         inputs = torch.cat(xs)
-        wanted = torch.cat(ys) if look.rounding.compensate else product(inputs, weight)
-        steps = self.steps[self.held] if known else torch.zeros(len(inputs), dtype=torch.int64)
-        return moments, SampledRows(inputs, wanted, steps, torch.ones(len(inputs)).bool())
+        targets = torch.cat(ys) if look.rounding.compensate else product(inputs, weight)
+        steps = self.steps[self.holdout] if has_layout else torch.zeros(len(inputs), dtype=torch.int64)
+        return moments, SampledRows(inputs, targets, steps, torch.ones(len(inputs)).bool())
 
     def _sample_weights(
         self, name: str, node: Node, shape: Geometry, nearest: WeightRecord, rounding: Rounding
@@ -252,7 +265,7 @@ class LayerRows:
 
         The outputs are without bias.
         """
-        x = self._inputs(look.name, self._seen(look.name, look.rounding, index), index, look.shape, look.keep)
+        x = self._inputs(look.name, self._layer_input(look.name, look.rounding, index), index, look.shape, look.keep)
         y = self.by_sample(look.name, self._stream.teacher_values[look.node][index].float(), index)
         y = outputs(y.flatten(0, 1), look.shape, look.keep).reshape(len(y), -1, len(self.weights[look.name]))
         bias = float_bias(self.prepared, look.node)
@@ -264,7 +277,7 @@ class LayerRows:
         flat = rows(x.flatten(0, 1), shape, keep)
         return flat.reshape(len(x), -1, *flat.shape[1:])
 
-    def _seen(self, name: str, rounding: Rounding, index: int) -> Tensor:
+    def _layer_input(self, name: str, rounding: Rounding, index: int) -> Tensor:
         """What a layer multiplies on a batch: its input, of the student or of the teacher, quantized or not."""
         activation = self._watchers[name][1]
         values = self._stream.student_values if rounding.propagate_error else self._stream.teacher_values
@@ -275,14 +288,14 @@ class LayerRows:
             return activation.scaled(x).float()
         return activation.simulate(x, self.timestep(index)).float()
 
-    def _positions(self, name: str, shape: Geometry, wanted: int, purpose: Draw) -> Tensor | None:
+    def _positions(self, name: str, shape: Geometry, limit: int, purpose: Draw) -> Tensor | None:
         """Positions of the output to look at in each row, in order; None for all."""
         x = self.by_sample(name, self._stream.teacher_values[self.source(name)][0], 0)
-        count, wanted = _position_count(x[0], shape), max(1, wanted // x.shape[1])
-        if count <= wanted:
+        count, limit = _position_count(x[0], shape), max(1, limit // x.shape[1])
+        if count <= limit:
             return None
         generator = self.generator(self.places[name], purpose)
-        return torch.randperm(count, generator=generator)[:wanted].sort().values
+        return torch.randperm(count, generator=generator)[:limit].sort().values
 
 
 def _position_count(x: Tensor, shape: Geometry) -> int:

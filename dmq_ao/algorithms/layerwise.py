@@ -7,25 +7,22 @@ to the checkpoint at once; a later call takes it from there, and goes on to the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 from tqdm.auto import tqdm
 
 from dmq_ao import graph
-from dmq_ao.algorithms.blocks import Block, find_blocks, run_block
-from dmq_ao.algorithms.blockwise import BlockData, BlockLearning, layouts_of, learn_block
+from dmq_ao.algorithms.block_learner import BlockLearner
+from dmq_ao.algorithms.blocks import find_blocks
+from dmq_ao.algorithms.holdout import held_out
 from dmq_ao.algorithms.inputs import InputLearning
-from dmq_ao.algorithms.layer_rows import Draw, LayerRows
-from dmq_ao.algorithms.rounding import held_out
-from dmq_ao.algorithms.row_layout import Layout, RowLayout, SharedValue, row_layouts
-from dmq_ao.algorithms.stream import NodeValue, Stream
-from dmq_ao.algorithms.units import Decisions, LayerLearning, Unit, units_of
+from dmq_ao.algorithms.layer_rows import LayerRows
+from dmq_ao.algorithms.row_layout import RowLayout, row_layouts
+from dmq_ao.algorithms.stream import Stream
+from dmq_ao.algorithms.units import BlockLearning, Decisions, LayerLearning, Unit, units_of
 from dmq_ao.algorithms.weights import WeightLearning
 from dmq_ao.config import Recipe
 from dmq_ao.observers import VoteReport
@@ -43,7 +40,7 @@ class Reconstruction:
     """One run over the graph.
 
     Attributes:
-        held: [N] bool, samples that nothing is fitted to.
+        holdout: [N] bool, samples that nothing is fitted to.
         learned: per layer.
         blocks: per block.
         votes: per input that voted.
@@ -83,7 +80,7 @@ class Reconstruction:
         self.unit_of = {name: unit for unit in units_of(prepared) for name in unit.layers}
         self.layouts = row_layouts(prepared, samples)
         batches = list(samples.batches(batch_size))
-        self.held = held_out(len(samples), torch.Generator().manual_seed(seed))
+        self.holdout = held_out(len(samples), torch.Generator().manual_seed(seed))
         self.learned: dict[str, LayerLearning] = {}
         self.blocks: dict[str, BlockLearning] = {}
         self.restored: set[int] = set()
@@ -108,11 +105,14 @@ class Reconstruction:
             self.layouts,
             samples.step,
             self.count,
-            self.held,
+            self.holdout,
             seed,
         )
         self.inputs = InputLearning(prepared, recipe.scaling, self.stream, self.rows, self.count)
         self.weights = WeightLearning(prepared, recipe, self.rows, self.count)
+        self.block_learner = BlockLearner(
+            prepared, recipe.blocks, self.stream, self.rows, self.decisions, self._student
+        )
 
     @property
     def votes(self) -> dict[str, VoteReport]:
@@ -181,56 +181,10 @@ class Reconstruction:
         if node not in self.ends:
             return
         block = self.ends[node]
-        layouts = layouts_of(block, self.layouts)
-        if layouts is not None:
-            self._reconstruct(block, layouts)
+        learned = self.block_learner.decide(block)
+        if learned is not None:
+            self.blocks[block.name] = learned
             return
         for name in block.layers:
             if not self.learned[name].note:
                 self.learned[name] = replace(self.learned[name], note=_BLOCK_UNTOLD)
-
-    def _reconstruct(self, block: Block, layouts: Mapping[Node, Layout | SharedValue]) -> None:
-        """Learn a block whose layers are all decided, and bring the student's values up to date."""
-        saved = self.decisions.load_block(block.index)
-        if saved is None:
-            learned = self._learn(block, layouts)
-            self.decisions.save_block(block.index, block.layers, asdict(learned))
-        else:
-            learned = BlockLearning(saved["before"], saved["after"], int(saved["steps"]))
-        self.blocks[block.name] = learned
-        if learned.after < learned.before:
-            for node in block.live:
-                if self.stream.differs(node):
-                    self.stream.replace(node, partial(self._rerun, block, node))
-
-    def _learn(self, block: Block, layouts: Mapping[Node, Layout | SharedValue]) -> BlockLearning:
-        config = self.recipe.blocks
-        assert config is not None
-
-        def reader(values: dict[Node, NodeValue]) -> Callable[[Tensor], dict[Node, Any]]:
-            return lambda samples: {node: self.rows.pick(node, values[node], samples) for node in block.inputs}
-
-        students, teachers = reader(self.stream.student_values), reader(self.stream.teacher_values)
-        data = BlockData(students, teachers, layouts, self.rows.steps, self.count, self.held)
-        with torch.enable_grad():
-            learned, codes, factors = learn_block(
-                self.prepared, block, data, config, self.rows.generator(block.index, Draw.BLOCK)
-            )
-        for name, rounded in codes.items():
-            weight, _ = self.watchers[name]
-            weight.restore(rounded, weight.bias)
-        for name, factor in factors.items():
-            activation = self.watchers[name][1]
-            assert activation is not None
-            record = activation.record()
-            activation.restore(replace(record, scale=record.scale * factor.to(record.scale)))
-        return learned
-
-    def _rerun(self, block: Block, node: Node, index: int) -> Any:
-        """The student's value of a node of a block for a batch."""
-        inputs = {source: self.stream.student_values[source][index] for source in block.inputs}
-
-        def layer(quantized: Node, args: list[Any], _inputs: Mapping[Node, Any]) -> Any:
-            return self._student(quantized, args, index)
-
-        return run_block(self.prepared, block, inputs, layer, [node])[node]

@@ -78,7 +78,7 @@ class LowRankCodes:
         return values.reshape(self.record.codes.shape)
 
     def merged(self, up: Tensor, down: Tensor) -> WeightRecord:
-        """The record with the codes as they were moved."""
+        """The record with the codes as the factors ``up`` [out, rank] and ``down`` [rank, K] move them."""
         codes = self._codes(self._place(up, down)).to(self.record.codes.dtype)
         return replace(self.record, codes=codes.reshape(self.record.codes.shape))
 

@@ -44,8 +44,8 @@ def rows(x: Tensor, shape: Geometry, keep: Tensor | None = None) -> Tensor:
     """
     view = windows(x, shape)
     if not shape.kernel:
-        chosen = view if keep is None else view[:, keep]
-        return chosen.reshape(-1, 1, chosen.shape[-1])
+        inputs = view if keep is None else view[:, keep]
+        return inputs.reshape(-1, 1, inputs.shape[-1])
     axes = len(shape.kernel)
     spatial = view.shape[1 : 1 + axes]
     if keep is not None:

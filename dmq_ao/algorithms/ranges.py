@@ -45,7 +45,7 @@ def observe(
 
     Args:
         prepared: its observers are fed in place.
-        batches: starts a pass over the graph's arguments, a list a batch.
+        batches: starts a pass over the graph's arguments, a list of tensors [b, ...] a batch.
         count: how many batches there are.
         checkpoint: where statistics are saved.
         bar: one tick a batch and pass.

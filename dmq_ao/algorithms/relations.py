@@ -50,7 +50,7 @@ class Relations:
         prepared: GraphModule,
         watched: Watched,
         samples: GraphSamples,
-        held: Tensor,
+        holdout: Tensor,
         batch_size: int,
     ) -> None:
         """Of a prepared graph, which is the teacher as it stands.
@@ -59,7 +59,7 @@ class Relations:
             prepared: the graph.
             watched: windows and features.
             samples: all of them.
-            held: [N] bool, samples that nothing is fitted to, as parts of a window neither.
+            holdout: [N] bool, samples that nothing is fitted to, as parts of a window neither.
             batch_size: samples per forward pass.
 
         Raises:
@@ -67,9 +67,9 @@ class Relations:
         """
         self._config, self._earlier = watched.config, watched.earlier
         self.node, self._ch_axis = watched.node, watched.ch_axis
-        self._whole = ~held & (self._earlier >= 0).all(1) & ~held[self._earlier].any(1)
+        self._whole = ~holdout & (self._earlier >= 0).all(1) & ~holdout[self._earlier].any(1)
         if not bool(self._whole.any()):
-            raise ValueError(f"each window of {len(held)} samples holds a sample that is held out; record more")
+            raise ValueError(f"each window of {len(holdout)} samples holds a sample that is held out; record more")
         self._teacher, self._samples = _Teacher(prepared, self.node), samples
         self._features = self._of_all(batch_size)
 
@@ -81,26 +81,26 @@ class Relations:
             return None
         return torch.cat([first, *(self._teacher.features(batch.arguments) for batch in batches)])
 
-    def _taught(self, chosen: Tensor) -> Tensor:
+    def _teacher_features(self, batch: Tensor) -> Tensor:
         if self._features is not None:
-            return self._features[chosen]
-        return self._teacher.features(self._samples.batch(chosen).arguments)
+            return self._features[batch]
+        return self._teacher.features(self._samples.batch(batch).arguments)
 
-    def error(self, chosen: Tensor, features: Tensor, student: Callable[[Tensor], Tensor]) -> Tensor:
+    def error(self, batch: Tensor, features: Tensor, student: Callable[[Tensor], Tensor]) -> Tensor:
         """The term of samples [B], weighted; 0 where a sample has no window.
 
         Args:
-            chosen: [B], numbers of samples.
+            batch: [B], numbers of samples.
             features: the student's [B, ...], gradients flow.
             student: gives the student's features of other samples [M].
         """
-        whole = self._whole[chosen]
+        whole = self._whole[batch]
         if not bool(whole.any()):
-            return features.new_zeros(len(chosen))
-        own, before = chosen[whole], self._earlier[chosen[whole]].unbind(1)
+            return features.new_zeros(len(batch))
+        own, before = batch[whole], self._earlier[batch[whole]].unbind(1)
         with torch.no_grad():
             earlier = [student(rows) for rows in before]
-            teacher = smoothed(self._taught(own), [self._taught(rows) for rows in before])
+            teacher = smoothed(self._teacher_features(own), [self._teacher_features(rows) for rows in before])
         config = self._config
         error = relation_error(
             smoothed(features[whole], earlier),
@@ -109,7 +109,7 @@ class Relations:
             temperature=config.temperature,
             reduce=config.reduce,
         )
-        return error.new_zeros(len(chosen)).masked_scatter(whole.to(error.device), config.weight * error)
+        return error.new_zeros(len(batch)).masked_scatter(whole.to(error.device), config.weight * error)
 
 
 class _Teacher(Interpreter):
@@ -122,11 +122,11 @@ class _Teacher(Interpreter):
     def run_node(self, n: Node) -> Any:
         value = super().run_node(n)
         if n is self._node:
-            self._seen: Tensor = value
+            self._value: Tensor = value
         return value
 
     def features(self, arguments: list[Tensor]) -> Tensor:
         """Value of the node [B, ...], float32, without gradient."""
         with torch.no_grad():
             self.run(*arguments)
-        return self._seen.float()
+        return self._value.float()

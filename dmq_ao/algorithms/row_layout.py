@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
-from dmq_ao.graph import size_rules
-from dmq_ao.samples.graph_samples import GraphSamples
+from dmq_ao.samples.graph_samples import GraphSamples, fixed_rows_text
 
 # Of a value's largest element: what kernels of another batch may round otherwise.
 _TOLERANCE = 1e-3
@@ -55,11 +54,11 @@ class Layout:
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> Tensor:
         """The value of some samples: of each part, a batch's value, those at places [m] of its so many samples."""
-        chosen = [self.by_sample(item, size)[places.to(item.device)] for item, places, size in parts]
+        values = [self.by_sample(item, size)[places.to(item.device)] for item, places, size in parts]
         if self.outer == 1:
-            rows = torch.cat([x.flatten(0, 1) for x in chosen])
+            rows = torch.cat([x.flatten(0, 1) for x in values])
         else:
-            rows = torch.cat(chosen).unflatten(1, (self.outer, self.inner)).transpose(0, 1).flatten(0, 2)
+            rows = torch.cat(values).unflatten(1, (self.outer, self.inner)).transpose(0, 1).flatten(0, 2)
         return rows.movedim(0, self.axis)
 
 
@@ -77,7 +76,7 @@ class SharedValue:
         return ch_axis
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> Any:
-        """As of a ``Layout``."""
+        """The value [...] itself, which is that of any samples."""
         return parts[0][0]
 
 
@@ -89,7 +88,7 @@ class Count:
     slope: int
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> int:
-        """As of a ``Layout``."""
+        """The number for all samples of the ``parts``, at places [m] each."""
         return self.base + self.slope * sum(len(places) for _, places, _ in parts)
 
 
@@ -100,7 +99,7 @@ class Several:
     items: tuple[RowLayout, ...]
 
     def pick(self, parts: Sequence[tuple[Any, Tensor, int]]) -> list[Any]:
-        """As of a ``Layout``."""
+        """The values, [...] each, as their own layouts pick them."""
         picked = []
         for index, item in enumerate(self.items):
             assert not isinstance(item, Mixed)
@@ -133,7 +132,7 @@ def row_layouts(prepared: GraphModule, samples: GraphSamples) -> dict[Node, RowL
     Raises:
         ValueError: for a graph that does not take batches of a few samples and of twice as many.
     """
-    half = _half(prepared, samples)
+    half = _half(samples)
     some = samples.spread(2 * half)
     rows = torch.arange(2 * half, device="cpu") % len(some)
     swap = torch.tensor([1, 0, *range(2, 2 * half)])
@@ -142,22 +141,12 @@ def row_layouts(prepared: GraphModule, samples: GraphSamples) -> dict[Node, RowL
     return _lockstep(prepared, [batch.arguments for batch in batches], (swap, turn), 2 * half)
 
 
-def _half(prepared: GraphModule, samples: GraphSamples) -> int:
+def _half(samples: GraphSamples) -> int:
     """Half of how many samples to look at: the graph may want batches of an even number, or of so many frames."""
-    rules = graph.signature_of(prepared).rules
-
-    def broken(count: int) -> str | None:
-        shapes = {name: (count, *x.shape[1:]) for name, x in samples.per_sample.items()}
-        return size_rules.broken(rules, shapes | {name: tuple(x.shape) for name, x in samples.shared.items()})
-
     for count in range(2, _MOST + 1):
-        if broken(count) is None and broken(2 * count) is None:
+        if samples.broken_rule(count) is None and samples.broken_rule(2 * count) is None:
             return count
-    raise ValueError(
-        f"the denoiser was captured for some numbers of samples alone: {broken(2) or broken(4)}. Prepare it with"
-        " another number, example_inputs=samples.example(4); where its code takes len(x) of a batch, let it take"
-        " x.shape[0]"
-    )
+    raise ValueError(fixed_rows_text(samples.broken_rule(2) or samples.broken_rule(4) or ""))
 
 
 def _lockstep(

@@ -102,7 +102,7 @@ class Stream:
         self.teacher_values: dict[Node, NodeValue] = {}
         self.student_values: dict[Node, NodeValue] = {}
         self.last_use = _last_uses(gm, hold or {})
-        self.given = _given(gm)
+        self.external = _external_nodes(gm)
         self.order = {node: index for index, node in enumerate(gm.graph.nodes)}
         self.peak_bytes = self.spilled_bytes = 0
         self._spill_to = Path()  # of the run under way
@@ -199,12 +199,12 @@ class Stream:
                 value.drop()
 
     def _live(self) -> list[tuple[Node, NodeValue]]:
-        found: dict[int, tuple[Node, NodeValue]] = {}
+        live: dict[int, tuple[Node, NodeValue]] = {}
         for values in (self.teacher_values, self.student_values):
             for node, value in values.items():
-                if node not in self.given:
-                    found.setdefault(id(value), (node, value))
-        return list(found.values())
+                if node not in self.external:
+                    live.setdefault(id(value), (node, value))
+        return list(live.values())
 
     def _bound(self, now: Node) -> None:
         """Write what is needed last to disk until the rest fits; what ``now`` reads is needed first."""
@@ -233,14 +233,14 @@ def _return_freed() -> None:
             trim(0)
 
 
-def _given(gm: GraphModule) -> set[Node]:
+def _external_nodes(gm: GraphModule) -> set[Node]:
     """Nodes that hold samples or parameters, whose memory is not ours."""
-    found: set[Node] = set()
+    nodes: set[Node] = set()
     for node in gm.graph.nodes:
-        observed = node.op == "call_module" and all(source in found for source in node.all_input_nodes)
+        observed = node.op == "call_module" and all(source in nodes for source in node.all_input_nodes)
         if node.op in ("get_attr", "placeholder") or observed:
-            found.add(node)
-    return found
+            nodes.add(node)
+    return nodes
 
 
 def _last_uses(gm: GraphModule, hold: Mapping[Node, Node]) -> dict[Node, list[Node]]:
@@ -252,7 +252,7 @@ def _last_uses(gm: GraphModule, hold: Mapping[Node, Node]) -> dict[Node, list[No
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     for node, until in hold.items():
         last[node] = max(last[node], until, key=order.__getitem__)
-    found: dict[Node, list[Node]] = {}
+    last_reads: dict[Node, list[Node]] = {}
     for source, user in last.items():
-        found.setdefault(user, []).append(source)
-    return found
+        last_reads.setdefault(user, []).append(source)
+    return last_reads

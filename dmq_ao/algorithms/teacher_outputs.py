@@ -30,6 +30,6 @@ class TeacherOutputs:
         count = output.shape[self._layout.axis] // self._layout.per_sample
         return self._layout.by_sample(output.float(), count)
 
-    def arguments(self, chosen: Tensor) -> list[Tensor]:
-        """The graph's arguments of the chosen samples [M]."""
-        return self._samples.batch(chosen).arguments
+    def arguments(self, rows: Tensor) -> list[Tensor]:
+        """The graph's arguments of the samples at ``rows`` [M]."""
+        return self._samples.batch(rows).arguments

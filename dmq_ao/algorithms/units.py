@@ -37,6 +37,15 @@ class LayerLearning:
 
 
 @dataclass(frozen=True)
+class BlockLearning:
+    """Held-out error of a block's output, relative, before and after, and the gradient steps taken."""
+
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Unit:
     """Layers that are decided together: names in graph order."""
 

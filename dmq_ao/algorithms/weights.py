@@ -9,20 +9,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from dmq_ao.algorithms.blockwise import scaled_weight
+from dmq_ao.algorithms.bias_correction import correction, own_correction
 from dmq_ao.algorithms.layer_rows import Draw, LayerRows
 from dmq_ao.algorithms.moments import Moments
-from dmq_ao.algorithms.rounding import (
-    correction,
-    held_out_error,
-    own_correction,
-    product,
-    round_by_feedback,
-    round_by_learning,
-)
+from dmq_ao.algorithms.rounding import round_by_feedback, round_by_learning
+from dmq_ao.algorithms.sampled_rows import held_out_error, product
 from dmq_ao.config import Recipe, Rounding, RoundingMethod
 from dmq_ao.graph.geometry import Geometry, geometry
-from dmq_ao.quantizer.prepared import float_bias, observers
+from dmq_ao.quantizer.prepared import float_bias, observers, scaled_weight
 from dmq_ao.records import WeightRecord
 
 
@@ -59,13 +53,13 @@ class WeightLearning:
         rounding = self.rounding or Rounding()
         learns = self.rounding is not None and self.rows.layout(name) is not None
         second = learns and rounding.method is RoundingMethod.FEEDBACK
-        moments, held = self.rows.moments(name, node, shape, weight, nearest, rounding, second=second)
+        moments, holdout = self.rows.moments(name, node, shape, weight, nearest, rounding, second=second)
 
         def error_of(record: WeightRecord) -> float:
             shift = None
             if self.corrects:
                 shift = (correction if rounding.compensate else own_correction)(weight, record, moments)
-            return held_out_error(held, record.dequantize(), shift)
+            return held_out_error(holdout, record.dequantize(), shift)
 
         before = error_of(nearest)
         best, after = nearest, before

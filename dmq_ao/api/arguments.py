@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from dmq_ao import graph
 from dmq_ao.config import MissingStatistics, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.graph import private, size_rules
+from dmq_ao.graph import private
 from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.quantizer.patterns import no_match, patterns
@@ -185,7 +185,8 @@ def check_example(denoiser: nn.Module, arguments: Mapping[str, Any], timestep_ar
     if error is None:
         return
     flat, kind = flatten_inputs(arguments), type(denoiser).__name__
-    if _error_of_call(denoiser, unflatten_inputs(flat, tuple)) is None:  # samples hold lists where a call had tuples
+    with_tuples = unflatten_inputs(flat, tuple)  # samples hold lists where a call had tuples
+    if not private.same_nesting(arguments, with_tuples) and _error_of_call(denoiser, with_tuples) is None:
         return
     timestep = arguments.get(find_timestep(list(arguments), timestep_arg) or "")
     if isinstance(timestep, Tensor) and timestep.dim() == 1:
@@ -245,28 +246,6 @@ def check_group_sizes(captured: GraphModule, plan: Mapping[str, LayerPlan]) -> N
                 f"group_size {size} does not divide the {inputs} inputs of {layer.name}; {nearest} would do, or keep"
                 " the layer in float: keep_float, or an override with per_channel weights"
             )
-
-
-def check_fit(prepared: GraphModule, samples: CalibrationSet) -> None:
-    """Refuse samples of another model than the prepared one; ``GraphSamples.of`` has found all its arguments in them.
-
-    Raises:
-        ValueError: naming what does not fit.
-    """
-    call, flat = graph.signature_of(prepared), flatten_inputs(samples.example())
-    shapes = {name: tuple(torch.as_tensor(flat[name]).shape) for name in call.names}
-    for name, shape in shapes.items():
-        if name in call.example and name != call.timestep and len(shape) != len(call.example[name][0]):
-            raise ValueError(
-                f"the samples are of another model: {name} is {shape} there, {call.example[name][0]} in the prepared"
-                " denoiser; record from the model that was prepared"
-            )
-    rule = size_rules.broken(call.rules, shapes)
-    if rule is not None:
-        raise ValueError(
-            f"the samples are of another model: shapes {shapes}, and the prepared denoiser needs {rule}; record from"
-            " the model that was prepared"
-        )
 
 
 def check_calibrated(state: Prepared) -> None:

@@ -58,8 +58,8 @@ def calibrate(
 
     Raises:
         TypeError: when ``prepared`` is not prepared, ``samples`` are no calibration set, or ``bits`` no plan.
-        ValueError: for non-finite activations, naming the layer; for samples that lack an argument, or windows that
-            the recipe's distillation relates; for a ``state_dir`` of another run.
+        ValueError: for non-finite activations, naming the layer; for samples that lack an argument, are of other
+            sizes, or lack windows that the recipe's distillation relates; for a ``state_dir`` of another run.
         InvalidFile: for a damaged file in ``state_dir``.
     """
     state = require_prepared(prepared, "calibrate")
@@ -69,7 +69,6 @@ def calibrate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     graph_samples = GraphSamples.of(prepared, samples)
-    arguments.check_fit(prepared, samples)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:

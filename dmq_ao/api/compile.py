@@ -20,7 +20,7 @@ from dmq_ao.graph.private import replace_child, sizes_apart
 Mode = Literal["default", "max"]
 
 
-def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) -> nn.Module:
+def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **arguments: Any) -> nn.Module:
     """Compile a converted denoiser for any batch size, resolution and timestep at once.
 
     A batch of one is compiled on its own, as is one of 16 and more where a convolution stays in float: PyTorch tells
@@ -33,7 +33,7 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
             norm, SiLU, quantize and attention in kernels of our own, compiled for the machine on first use: it needs a
             C++ compiler and ninja, and the ``onednn`` backend. On the ``cuda`` backend it replays CUDA graphs, one for
             each shape.
-        **given: further arguments of ``torch.compile``; ``dynamic=False`` compiles each shape on its own.
+        **arguments: further arguments of ``torch.compile``; ``dynamic=False`` compiles each shape on its own.
 
     Returns:
         A module that is called like ``quantized``; compilation happens in its first call.
@@ -56,8 +56,8 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **given: Any) 
         plan = _max_plan(quantized.backend)
         planned = _with_graph(quantized, plan.rewrite(quantized.graph_module))
         options |= plan.options
-    options |= given.pop("options", {})
-    compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **given}, options=options)
+    options |= arguments.pop("options", {})
+    compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **arguments}, options=options)
     assert isinstance(compiled, nn.Module)
     compiled.forward = _with_sizes_apart(compiled.forward)
     return compiled

@@ -84,11 +84,11 @@ def _refuse_float(name: str, captured: GraphModule, plan: Mapping[str, LayerPlan
     if products or any(item.weight is not None for item in plan.values()):
         return
     reasons = Counter(item.why for item in plan.values())
-    kept = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
+    causes = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
     calls = ", ".join(f"{count} {word}" for word, count in list(graph.operators_of(captured).items())[:12])
     raise ValueError(
         f"nothing of {name} would be quantized. Convolutions, linear layers and embedding tables that read a stored"
-        f" weight were looked for: {kept or 'there are none'}. The exported graph calls {calls or 'no operator'}."
+        f" weight were looked for: {causes or 'there are none'}. The exported graph calls {calls or 'no operator'}."
         " Change keep_float or the overrides of the recipe, or write the products as nn.Linear or convolutions"
     )
 
@@ -156,7 +156,7 @@ def convert(
             graph.set_tensor(copied, target, tensor)
         quantized = convert_pt2e(_with_biases(copied, records), fold_quantize=False)
     graph.set_signature(quantized, graph.signature_of(prepared))
-    values.describe(quantized, keep=(graph.LAYER, graph.SOURCE))
+    values.replace_fake_tensors(quantized, keep=(graph.LAYER, graph.SOURCE))
     out_of_place(quantized)
     if not share_float:
         own_tensors(quantized)

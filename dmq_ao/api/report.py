@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dmq_ao.algorithms.blockwise import BlockLearning
 from dmq_ao.algorithms.distillation import DistillationReport
-from dmq_ao.algorithms.units import LayerLearning
+from dmq_ao.algorithms.units import BlockLearning, LayerLearning
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.observers import VoteReport
 

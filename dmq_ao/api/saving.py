@@ -261,7 +261,7 @@ def _from_graph(
     if how["latency_aware"]:
         parts.tensors.fill_codes(parts.gm)  # the graph is run to time it, and layers in float read theirs
     with _damage_is_named(folder):
-        known = DenoiserParts(
+        denoiser_parts = DenoiserParts(
             stored_graph=stored_graph.StoredGraph(parts.text, stored.graph_constants),
             signature=parts.call,
             skeleton=whole,
@@ -272,7 +272,7 @@ def _from_graph(
             sqnr_db=stored.sqnr_db,
             merged=stored.merged,
         )
-        quantized = lower(parts.gm, target, known, **how)
+        quantized = lower(parts.gm, target, denoiser_parts, **how)
         parts.tensors.fill_codes(quantized.graph_module)
         place_on(quantized.graph_module, device)
     quantized.guard(parts.program, folder)

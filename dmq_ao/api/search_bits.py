@@ -8,6 +8,7 @@ from dataclasses import replace
 from torch.fx import GraphModule
 from tqdm.auto import tqdm
 
+from dmq_ao.api import arguments
 from dmq_ao.api.stored_size import StoredSize
 from dmq_ao.config import BitAllocation
 from dmq_ao.mixed_precision.bit_plan import BitPlan
@@ -43,13 +44,15 @@ def search_bits(
         progress: show a progress bar.
 
     Raises:
-        TypeError: when ``prepared`` is not prepared.
-        ValueError: for two budgets, one that cannot be met, or non-finite weights or inputs, naming the layer.
+        TypeError: when ``prepared`` is not prepared, or ``samples`` are no calibration set.
+        ValueError: for two budgets, one that cannot be met, or non-finite weights or inputs, naming the layer; for
+            samples that lack an argument, or are of other sizes.
 
     Warns:
         UserWarning: naming the layers, when more than 5 % of the weights stay in float.
     """
     recipe = require_prepared(prepared, "search_bits").recipe
+    arguments.check_samples(samples, "search_bits")
     if mean_bits is not None and max_bytes is not None:
         raise ValueError(f"give mean_bits or max_bytes, not both; got {mean_bits} and {max_bytes}")
     config = allocation or recipe.allocation or BitAllocation()

@@ -201,7 +201,7 @@ def _distill(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibration
         run.prepared,
         run.graph_samples,
         config,
-        run.learning.held,
+        run.learning.holdout,
         layout=run.learning.output_layout(),
         batch_size=run.batch_size,
         watched=run.watched,

@@ -7,7 +7,6 @@ from dmq_ao.graph.capture import capture as capture
 from dmq_ao.graph.capture import device_of as device_of
 from dmq_ao.graph.capture import ensure_signature as ensure_signature
 from dmq_ao.graph.capture import first_tensor as first_tensor
-from dmq_ao.graph.capture import graph_arguments as graph_arguments
 from dmq_ao.graph.capture import placeholders as placeholders
 from dmq_ao.graph.capture import set_signature as set_signature
 from dmq_ao.graph.capture import signature_of as signature_of

@@ -43,12 +43,12 @@ def moved_inputs(
 ) -> dict[str, Any]:
     """The inputs with tensors on ``device``, and those of float32 in the type ``floats``; None changes nothing."""
 
-    def moved(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         return value.to(device, floats if value.dtype == torch.float32 else None)
 
-    return unflatten_inputs({name: moved(value) for name, value in flatten_inputs(inputs).items()})
+    return unflatten_inputs({name: convert(value) for name, value in flatten_inputs(inputs).items()})
 
 
 def _lists(value: Any, sequence: type) -> Any:
@@ -91,9 +91,9 @@ def find_timestep(names: Iterable[str], timestep_arg: str | None) -> str | None:
     Raises:
         ValueError: when ``timestep_arg`` is given and is not an argument.
     """
-    known = list(names)
+    arguments = list(names)
     if timestep_arg is not None:
-        if timestep_arg not in known:
-            raise ValueError(f"timestep_arg={timestep_arg!r} is not an argument of the denoiser; it takes {known}")
+        if timestep_arg not in arguments:
+            raise ValueError(f"timestep_arg={timestep_arg!r} is not an argument of the denoiser; it takes {arguments}")
         return timestep_arg
-    return next((name for name in TIMESTEP_NAMES if name in known), None)
+    return next((name for name in TIMESTEP_NAMES if name in arguments), None)

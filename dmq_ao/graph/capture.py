@@ -186,7 +186,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def first_tensor(result: Any) -> Tensor:
-    """What a denoiser answers: the first tensor of nested tuples and lists."""
+    """What a denoiser answers, [B, ...]: the first tensor of nested tuples and lists."""
     while isinstance(result, (tuple, list)):
         result = result[0]
     assert isinstance(result, Tensor)
@@ -259,24 +259,3 @@ def placeholders(gm: GraphModule) -> dict[str, Node]:
     """Input nodes by dotted argument name."""
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     return dict(zip(signature_of(gm).names, nodes, strict=True))
-
-
-def graph_arguments(gm: GraphModule, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Tensors in the graph's order, on its device, from keyword arguments of the denoiser.
-
-    Raises:
-        ValueError: when the samples lack an argument that the graph takes, or have sizes that it does not take.
-    """
-    flat = flatten_inputs(inputs)
-    names = signature_of(gm).names
-    missing = [name for name in names if name not in flat]
-    if missing:
-        raise ValueError(f"the samples lack {missing}, which the prepared denoiser takes; they hold {sorted(flat)}")
-    device, signature = device_of(gm), signature_of(gm)
-    tensors = [torch.as_tensor(flat[name]).to(device) for name in names]
-    shapes = {name: tuple(x.shape) for name, x in zip(names, tensors, strict=True)}
-    rule = size_rules.broken(signature.rules, shapes)
-    if rule is not None:
-        example = {name: shape for name, (shape, _) in signature.example.items()}
-        raise ValueError(f"the samples' {size_rules.refusal_text(rule, shapes, example)}")
-    return tensors

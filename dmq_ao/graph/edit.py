@@ -12,7 +12,7 @@ from dmq_ao.graph.layers import SOURCE
 
 
 def add_tensor(gm: GraphModule, name: str, tensor: Tensor) -> Node:
-    """Register ``tensor`` as a buffer under a free name like ``name`` and read it at the graph's insertion point."""
+    """Register ``tensor`` [...] as a buffer, under a free name like ``name``, and read it at the insertion point."""
     stem = re.sub(r"\W", "_", name, flags=re.ASCII)  # it will stand in the source that torch.fx writes
     free, count = stem, 0
     while hasattr(gm, free):
@@ -31,7 +31,7 @@ def replace_node(node: Node, result: Node) -> None:
 
 
 def add_record_tensor(gm: GraphModule, layer: str, field: str, tensor: Tensor) -> Node:
-    """``add_tensor`` of what ``layer.record_tensor`` gives for a field of a layer's record, noted on the node."""
+    """``add_tensor`` of [...], what ``record_tensor`` gives for a field of a layer's record, noted on the node."""
     read = add_tensor(gm, f"{layer}.{field}", tensor)
     read.meta[SOURCE] = (layer, field)
     return read
@@ -49,7 +49,7 @@ def place(root: nn.Module, target: str) -> tuple[nn.Module, str]:
 
 
 def set_tensor(root: nn.Module, target: str, tensor: Tensor) -> None:
-    """Put a tensor at a dotted path, creating the modules on the way: floats as parameters, the rest as buffers."""
+    """Put a tensor [...] at a dotted path, creating modules on the way: floats as parameters, the rest as buffers."""
     module, last = place(root, target)
     if module is not root and tensor.is_floating_point():
         setattr(module, last, nn.Parameter(tensor, requires_grad=False))

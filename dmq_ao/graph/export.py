@@ -65,7 +65,7 @@ class Positional(nn.Module):
 def export(module: Positional, tensors: Mapping[str, Tensor]) -> torch.export.ExportedProgram:
     """Export a call with every dimension dynamic, with lists among its arguments, and tuples where that fails.
 
-    The denoiser is left as it was.
+    The denoiser is left as it was. ``tensors`` are [B, ...], or of any shape where they have no batch axis.
 
     Raises:
         CaptureError: whatever ``torch.export``, or the denoiser's code, raises.
@@ -145,11 +145,11 @@ def line_of(error: BaseException) -> str:
     """The innermost line of an error's way that is neither of PyTorch nor of this package, as ``file:line: code``."""
     own, others = Path(__file__).parents[1], Path(torch.__file__).parent
     standard = Path(sysconfig.get_path("stdlib"))
-    found = ""
+    line = ""
     for frame in traceback.extract_tb(error.__traceback__):
         path = Path(frame.filename)
         library = own in path.parents or others in path.parents
         library |= standard in path.parents and "site-packages" not in path.parts
         if not library and path.suffix == ".py":
-            found = f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()}"
-    return found
+            line = f"{frame.filename}:{frame.lineno}: {(frame.line or '').strip()}"
+    return line

@@ -96,12 +96,12 @@ def module_of(node: Node) -> str:
 
 
 def attribute(gm: GraphModule, node: Node) -> Tensor:
-    """The tensor that a ``get_attr`` node reads."""
+    """The tensor [...] that a ``get_attr`` node reads."""
     return attribute_at(gm, str(node.target))
 
 
 def attribute_at(gm: GraphModule, target: str) -> Tensor:
-    """The tensor at a dotted path of the graph module."""
+    """The tensor [...] at a dotted path of the graph module."""
     tensor: Tensor = operator.attrgetter(target)(gm)
     return tensor
 
@@ -109,27 +109,27 @@ def attribute_at(gm: GraphModule, target: str) -> Tensor:
 def find_layers(gm: GraphModule) -> list[Layer]:
     """Every operator of a float graph that multiplies by a stored weight or looks its rows up, in graph order."""
     layers: list[Layer] = []
-    taken: dict[str, int] = {}
+    counts: dict[str, int] = {}
     computed = _computed(gm)
     for node in gm.graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in CONVOLUTIONS or node.target == LINEAR:
-            kind, weight, known = str(node.target).split(".")[1], node.args[1], True
+            kind, weight, quantizable = str(node.target).split(".")[1], node.args[1], True
         elif node.target == LOOKUP:
-            kind, weight, known = TABLE, node.args[0], True
+            kind, weight, quantizable = TABLE, node.args[0], True
         elif node.target in OTHER_WEIGHTED:
-            kind, weight, known = OTHER_WEIGHTED[node.target], node.args[1], False
+            kind, weight, quantizable = OTHER_WEIGHTED[node.target], node.args[1], False
         else:
             continue
         if weight.op != "get_attr":
             continue
         name = parameter_name(weight).removesuffix(COMPUTED).removesuffix(".weight")
-        count = taken[name] = taken.get(name, 0) + 1
-        if known and kind != TABLE and node.args[0] not in computed:
-            kind, known = f"{kind} on a stored tensor, the same in every call", False
-        elif known and rows_depend_on_values(node.args[0].meta.get("val")):
-            kind, known = f"{kind} on rows that are chosen by their values", False
+        count = counts[name] = counts.get(name, 0) + 1
+        if quantizable and kind != TABLE and node.args[0] not in computed:
+            kind, quantizable = f"{kind} on a stored tensor, the same in every call", False
+        elif quantizable and rows_depend_on_values(node.args[0].meta.get("val")):
+            kind, quantizable = f"{kind} on rows that are chosen by their values", False
         ndim = node.args[0].meta["val"].dim() if "val" in node.args[0].meta else 0
         layers.append(
             Layer(
@@ -137,7 +137,7 @@ def find_layers(gm: GraphModule) -> list[Layer]:
                 node=node,
                 kind=kind,
                 ch_axis=ndim - 1 if node.target == LINEAR else 1,
-                quantizable=known,
+                quantizable=quantizable,
                 numel=attribute(gm, weight).numel(),
             )
         )

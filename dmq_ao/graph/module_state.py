@@ -15,13 +15,13 @@ _OPAQUE = (Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.
 
 def _containers(module: nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
     """Every dictionary and list that modules of a tree hold, their own ``__dict__`` among them."""
-    seen: set[int] = set()
+    visited: set[int] = set()
     waiting: list[tuple[Any, int]] = [(vars(one), 0) for one in module.modules()]
     while waiting:
         value, depth = waiting.pop()
-        if id(value) in seen or depth > _DEPTH or isinstance(value, _OPAQUE):
+        if id(value) in visited or depth > _DEPTH or isinstance(value, _OPAQUE):
             continue
-        seen.add(id(value))
+        visited.add(id(value))
         if isinstance(value, (dict, list)):
             yield value
             items = value.values() if isinstance(value, dict) else value
@@ -33,7 +33,7 @@ def _containers(module: nn.Module) -> Iterator[dict[Any, Any] | list[Any]]:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Every tensor of a module tree: parameters, buffers, and what stands in attributes, lists and dictionaries."""
+    """Every tensor [...] of a module tree: parameters, buffers, and those in attributes, lists and dictionaries."""
     unique: dict[int, Tensor] = {}
     for container in _containers(module):
         for value in container.values() if isinstance(container, dict) else container:

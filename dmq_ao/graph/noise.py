@@ -17,7 +17,7 @@ def noise_tensors(signature: Signature, batch_size: int | None = None, seed: int
         seed: of the noise.
 
     Returns:
-        Tensors by dotted argument name, in the graph's order.
+        Tensors [B, ...] by dotted argument name, in the graph's order.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = signature.example[signature.batch][0][0]

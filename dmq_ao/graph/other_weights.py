@@ -43,7 +43,7 @@ def other_weights(gm: GraphModule) -> list[OtherWeight]:
     """Every stored tensor of two or more axes that something else than a layer multiplies by, in graph order."""
     layers = find_layers(gm)
     own = {source for layer in layers for source in layer.node.all_input_nodes}
-    taken = {layer.name for layer in layers}
+    layer_names = {layer.name for layer in layers}
     weights: dict[str, OtherWeight] = {}
     for node in gm.graph.find_nodes(op="get_attr"):
         if node in own or not str(node.target).startswith(PREFIX):
@@ -55,7 +55,9 @@ def other_weights(gm: GraphModule) -> list[OtherWeight]:
         reader = next((one for one in _readers(node) if _word(one) not in _SINGLE), None)
         if reader is not None and name not in weights:
             kind, why = _described(reader)
-            weights[name] = OtherWeight(name if name not in taken else f"{name}#other", kind, tensor.numel(), why)
+            weights[name] = OtherWeight(
+                name if name not in layer_names else f"{name}#other", kind, tensor.numel(), why
+            )
     return list(weights.values())
 
 

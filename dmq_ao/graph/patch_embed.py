@@ -21,14 +21,16 @@ def any_size(module: nn.Module) -> Iterator[None]:
     It compares that size with its native one, then reads a table or computes one in a way that only squares export:
     the graph would serve one size.
     """
-    found = [m for m in module.modules() if f"{type(m).__module__}.{type(m).__name__}" == _PATCH_EMBED]
-    chosen = [m for m in found if m.pos_embed is not None and not m.pos_embed_max_size and "forward" not in vars(m)]
+    patch_embeds = [m for m in module.modules() if f"{type(m).__module__}.{type(m).__name__}" == _PATCH_EMBED]
+    tables = [
+        m for m in patch_embeds if m.pos_embed is not None and not m.pos_embed_max_size and "forward" not in vars(m)
+    ]
     try:
-        for table in chosen:
+        for table in tables:
             table.forward = partial(_embed_patches, table)
         yield
     finally:
-        for table in chosen:
+        for table in tables:
             vars(table).pop("forward", None)
 
 

@@ -145,6 +145,11 @@ def map_leaves(change: Callable[[Any], Any], value: Any) -> Any:
     return _pytree.tree_map(change, value)
 
 
+def same_nesting(left: Any, right: Any) -> bool:
+    """Whether two nestings of tuples, lists and dicts are of the same kinds and lengths, whatever they hold."""
+    return _pytree.tree_structure(left) == _pytree.tree_structure(right)
+
+
 def parameters_of(module: nn.Module) -> Mapping[str, nn.Parameter | None]:
     """The parameters right at a module, by name."""
     return module._parameters

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from dmq_ao.graph.layers import aten
 from dmq_ao.graph.private import HigherOrderOperator, OpOverload, TorchDispatchMode, children
 from dmq_ao.graph.values import VAL
 from dmq_ao.graph.vmaps import enclose_vmaps, is_vmap
 
-aten = torch.ops.aten
 # By operator: the body, what it is called on, and the autocast that it sets.
 _Call = tuple[Node, tuple[Any, ...], "Autocast | None"]
 _CALLS: Mapping[str, Callable[..., _Call]] = {
@@ -217,17 +217,17 @@ def casts_of(node: Node, modes: tuple[Autocast, ...]) -> dict[Node, torch.dtype]
     fake = map_arg((node.args, node.kwargs), lambda one: one.meta[VAL])
     with torch.no_grad(), _entered(modes), _Casts() as casts:
         result = node.target(*fake[0], **fake[1])  # type: ignore[operator]
-    unknown = {dtype for key, dtype in casts.made if key not in sources}
+    unknown = {dtype for key, dtype in casts.conversions if key not in sources}
     if not unknown:
-        found = {sources[key]: dtype for key, dtype in casts.made}
+        dtypes = {sources[key]: dtype for key, dtype in casts.conversions}
     elif node.target is aten.einsum.default and len(unknown) == 1:  # products of permuted inputs
         (dtype,) = unknown
-        found = {source: dtype for source in sources.values() if source.meta[VAL].is_floating_point()}
+        dtypes = {source: dtype for source in sources.values() if source.meta[VAL].is_floating_point()}
     else:
         raise _CannotInline
     if isinstance(result, Tensor) and isinstance(node.meta.get(VAL), Tensor):
         node.meta[VAL] = result
-    return found
+    return dtypes
 
 
 @contextmanager
@@ -243,13 +243,13 @@ class _Casts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: list[tuple[int, torch.dtype]] = []
+        self.conversions: list[tuple[int, torch.dtype]] = []
         self.kept: list[Any] = []  # so that no other tensor gets the same id
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._to_copy.default and kwargs.get("dtype") is not None:
-            self.made.append((id(args[0]), kwargs["dtype"]))
+            self.conversions.append((id(args[0]), kwargs["dtype"]))
         result = func(*args, **kwargs)
         self.kept.append((args, result))
         return result

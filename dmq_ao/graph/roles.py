@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from dmq_ao.graph import TABLE, Layer, aten, placeholders, reach, signature_of
 
 ROLES = ("@input", "@output", "@embedding", "@table", "@concat")
-KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
+ROLES_KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
 _IDENTITY = (
     aten.dropout.default,
     aten.contiguous.default,
@@ -57,10 +57,10 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     from_time = reach(gm, {timestep} if timestep else set())
     tokens = {node for node in inputs.values() if node not in (sample, timestep) and node.meta["val"].dim() > 2}
     from_tokens = reach(gm, tokens)
-    found: dict[str, set[str]] = {}
+    roles_by_layer: dict[str, set[str]] = {}
     for layer in layers:
         node = layer.node
-        roles_here: set[str] = set(node.meta.get(KEY, ()))
+        roles_here: set[str] = set(node.meta.get(ROLES_KEY, ()))
         source = node.args[0]
         if node in from_sample:
             if source in before_layers:
@@ -73,8 +73,8 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
             roles_here.add("@table")
         if layer.quantizable and node in from_sample and concat_source(node, layer.ch_axis) is not None:
             roles_here.add("@concat")
-        found[layer.name] = roles_here
-    return found
+        roles_by_layer[layer.name] = roles_here
+    return roles_by_layer
 
 
 def _reads_vectors(layer: Layer) -> bool:
@@ -97,13 +97,13 @@ def blocks_of(denoiser: nn.Module, layer_names: list[str]) -> dict[str, list[str
         if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential))
         and any(_count_below(f"{name}.{child}", layer_names) > 1 for child, _ in module.named_children())
     }
-    found: dict[str, list[str]] = {}
+    blocks: dict[str, list[str]] = {}
     for layer in layer_names:
         path = layer.split(".")
         prefixes = [".".join(path[:length]) for length in range(1, len(path) + 1)]
         block = next(p for p in prefixes if not any(c == p or c.startswith(p + ".") for c in containers))
-        found.setdefault(block, []).append(layer)
-    return found
+        blocks.setdefault(block, []).append(layer)
+    return blocks
 
 
 def _count_below(prefix: str, names: list[str]) -> int:

@@ -40,7 +40,7 @@ class _Trace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Key | None, list[int], list[int], bool]] = []
-        self.held: list[Any] = []  # so that ids stay their own
+        self.references: list[Any] = []  # so that ids stay their own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -52,7 +52,7 @@ class _Trace(TorchDispatchMode):
             whole = name == "slice" and args[0].shape == result.shape  # x[:, None] of a graph, and not of eager code
             key = None if name in _IGNORED or whole else _trace_key(name, args, kwargs, outputs)
             self.calls.append((key, inputs, [id(x) for x in outputs], mutates_arguments(func)))
-            self.held.append((args, kwargs, result))
+            self.references.append((args, kwargs, result))
         return result
 
     def live(self, result: Any) -> list[Key]:
@@ -68,8 +68,8 @@ class _Trace(TorchDispatchMode):
 
 def _trace_key(name: str, args: Any, kwargs: Mapping[str, Any], outputs: list[Tensor]) -> Key:
     if name == "slice":
-        given = (*args, *(None,) * (5 - len(args)))
-        args = (given[0], given[1] or 0, given[2] or 0, sys.maxsize if given[3] is None else given[3], given[4] or 1)
+        source, axis, start, stop, step = tuple(args) + (None,) * (5 - len(args))
+        args = (source, axis or 0, start or 0, sys.maxsize if stop is None else stop, step or 1)
     numbers = [_number_word(x) for x in leaves(args)]
     options = [f"{k}={_number_word(v)}" for k, v in sorted(kwargs.items()) if isinstance(v, (bool, int, float))]
     return (name, *numbers, *options, *(str(tuple(x.shape)) for x in outputs))

@@ -45,7 +45,7 @@ def of_program(
         names: of the tensors, in order.
         example: shapes that it was exported with.
     """
-    texts = [_INPUT.sub(lambda found: f"shape[{names[int(found[1])]!r}][{found[2]}]", g) for g in guards_of(program)]
+    texts = [_INPUT.sub(lambda match: f"shape[{names[int(match[1])]!r}][{match[2]}]", g) for g in guards_of(program)]
     valid = [text for text in dict.fromkeys(texts) if _is_condition(text, example)]
     return tuple(filter(_is_equation, valid)), tuple(text for text in valid if not _is_equation(text))
 

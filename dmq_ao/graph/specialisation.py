@@ -124,11 +124,11 @@ class _Search:
 
     def matter(self) -> list[str]:
         """What tells two ways apart that do not compute the same; sizes that no condition tells apart are fixed."""
-        kept: list[str] = []
+        reasons: list[str] = []
         for broken, values in self.suspects:
             conditions = [one for one in broken if one not in self.harmless]
-            kept += conditions or [_fixed(self.sizes, size) for size in values]
-        return kept
+            reasons += conditions or [_fixed(self.sizes, size) for size in values]
+        return reasons
 
 
 def _is_of_layout(condition: str) -> bool:

@@ -82,13 +82,13 @@ def _is_pure(node: Node) -> bool:
 
 def _sources(node: Node) -> list[Node]:
     """A node and all that it is computed from, in graph order."""
-    seen, waiting = {node}, [node]
+    sources, waiting = {node}, [node]
     while waiting:
         for source in waiting.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
+            if source not in sources:
+                sources.add(source)
                 waiting.append(source)
-    return sorted(seen)
+    return sorted(sources)
 
 
 def _stored_value(gm: GraphModule, node: Node) -> Tensor:

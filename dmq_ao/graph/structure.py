@@ -33,7 +33,7 @@ class Structure:
         return int(self.kind == "tensor") + sum(part.count() for part in self.parts)
 
     def built(self, tensors: Sequence[Tensor]) -> Any:
-        """The answer with these tensors in it, in the order of ``taken_apart``."""
+        """The answer with these tensors, [B, ...] each, in it, in the order of ``taken_apart``."""
         return self._built(iter(tensors))
 
     def _built(self, tensors: Iterator[Tensor]) -> Any:

@@ -42,13 +42,13 @@ def value_of(val: Any) -> Any:
     return val if isinstance(val, Value) else None
 
 
-def describe(gm: GraphModule, keep: Collection[str]) -> None:
+def replace_fake_tensors(gm: GraphModule, keep: Collection[str]) -> None:
     """Replace the fake tensors on a graph's nodes by ``Value``s, in place; of the other notes only ``keep`` stay.
 
     Export hangs its whole symbolic world on every node, which a converted graph has no use for.
     """
     for node in gm.graph.nodes:
-        kept = {key: node.meta[key] for key in keep if key in node.meta}
+        meta = {key: node.meta[key] for key in keep if key in node.meta}
         if VAL in node.meta:
-            kept[VAL] = value_of(node.meta[VAL])
-        node.meta = kept
+            meta[VAL] = value_of(node.meta[VAL])
+        node.meta = meta

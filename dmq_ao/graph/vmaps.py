@@ -54,8 +54,8 @@ def _enclose(gm: GraphModule, stretch: list[Node], name: str) -> None:
         read = gm.graph.get_attr(name)
         call = gm.graph.call_function(torch.ops.higher_order.wrap, (read, *operands))
         for place, node in enumerate(results):
-            taken = gm.graph.call_function(operator.getitem, (call, place))
-            taken.meta = dict(node.meta)
-            node.replace_all_uses_with(taken, delete_user_cb=lambda user: user not in inside)
+            item = gm.graph.call_function(operator.getitem, (call, place))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in inside)
     for node in reversed(stretch):
         gm.graph.erase_node(node)

@@ -14,7 +14,7 @@ from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
 
 INDEX = "model_index.json"
 # diffusers leaves keys of the index alone that begin so, and older versions of dmq_ao do not read this one.
-KEY = "_dmq_ao"
+INDEX_KEY = "_dmq_ao"
 _SEEDS = "calibration_seeds"
 
 
@@ -55,7 +55,7 @@ def trajectory_seeds(
 
 def note_seeds(pipeline: Any, seeds: Iterable[range]) -> None:
     """Keep the seeds of a calibration in a pipeline's config: ``save_pipeline`` writes them into its index."""
-    pipeline.register_to_config(**{KEY: {_SEEDS: [[one.start, one.stop] for one in seeds]}})
+    pipeline.register_to_config(**{INDEX_KEY: {_SEEDS: [[one.start, one.stop] for one in seeds]}})
 
 
 def calibration_seeds(folder: str | Path) -> tuple[range, ...] | None:
@@ -72,11 +72,12 @@ def calibration_seeds(folder: str | Path) -> tuple[range, ...] | None:
         return None
     try:
         index = as_json.read_json(file)
-        pairs = index.get(KEY, {}).get(_SEEDS) if isinstance(index, dict) else None
+        pairs = index.get(INDEX_KEY, {}).get(_SEEDS) if isinstance(index, dict) else None
         return None if pairs is None else tuple(_range(pair) for pair in pairs)
     except (AttributeError, TypeError, ValueError) as error:
         raise InvalidFile(
-            f"{file}: {KEY}.{_SEEDS} must be a list of pairs [first, last + 1] ({error}); it was edited, copy it again"
+            f"{file}: {INDEX_KEY}.{_SEEDS} must be a list of pairs [first, last + 1] ({error}); it was edited, copy it"
+            " again"
         ) from error
 
 

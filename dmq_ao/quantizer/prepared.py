@@ -10,7 +10,9 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.config import Recipe
+from dmq_ao.graph.geometry import geometry
 from dmq_ao.observers import ActivationObserver, AttentionObserver, WeightObserver
+from dmq_ao.observers.channel_scale import spread
 from dmq_ao.records import LayerPlan
 
 _KEY = "dmq_ao.prepared"
@@ -140,6 +142,16 @@ def float_weight(prepared: GraphModule, node: Node) -> Tensor:
     observer = graph.weight_of(node)
     assert isinstance(observer.args[0], Node)
     return graph.attribute(prepared, observer.args[0]).detach()
+
+
+def scaled_weight(prepared: GraphModule, node: Node, activation: ActivationObserver | None) -> Tensor:
+    """A layer's float weight [out, ...] in float32, its input's learned channel scale multiplied in."""
+    weight = float_weight(prepared, node).float()
+    scale = None if activation is None else activation.record().channel_scale
+    if scale is None:
+        return weight
+    factors = spread(scale.to(weight.device), len(weight), weight[0, 0].numel(), geometry(node, weight).groups)
+    return weight * factors.reshape(weight.shape)
 
 
 def float_bias(gm: GraphModule, node: Node) -> Tensor | None:

@@ -152,8 +152,8 @@ class CalibrationSet:
         numbers = torch.arange(len(self)) if self.trajectory is None else self.trajectory
         places = list(zip(numbers.tolist(), self.step.tolist(), strict=True))
         row_at = {place: row for row, place in enumerate(places)}
-        found = [[row_at.get((number, step - back), -1) for back in range(1, window)] for number, step in places]
-        rows = torch.tensor(found, dtype=torch.int64, device="cpu").reshape(len(self), window - 1)
+        rows_before = [[row_at.get((number, step - back), -1) for back in range(1, window)] for number, step in places]
+        rows = torch.tensor(rows_before, dtype=torch.int64, device="cpu").reshape(len(self), window - 1)
         incomplete = (rows < 0).any(1)
         if bool(incomplete.all()):
             raise ValueError(
@@ -192,14 +192,14 @@ class CalibrationSet:
         """Read what ``save`` wrote.
 
         Raises:
-            InvalidFile: for a file that is truncated, damaged, of another version, or no calibration set.
+            InvalidFile: a ValueError, for a file that is cut off, damaged, of another version, or no calibration set.
         """
         try:
             header, tensors = _read(path)
             shared = {name[len("shared.") :]: x for name, x in tensors.items() if name.startswith("shared.")}
-            known = {"timestep", "step", "visited", "trajectory"}
-            known |= {f"inputs.{name}" for name in header.inputs} | {f"shared.{name}" for name in shared}
-            if unknown := sorted(set(tensors) - known):
+            names = {"timestep", "step", "visited", "trajectory"}
+            names |= {f"inputs.{name}" for name in header.inputs} | {f"shared.{name}" for name in shared}
+            if unknown := sorted(set(tensors) - names):
                 raise ValueError(f"it holds tensors {unknown} that are of nothing")
             samples = cls(
                 inputs={name: tensors[f"inputs.{name}"] for name in header.inputs},

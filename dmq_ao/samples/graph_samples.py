@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from dmq_ao import graph
+from dmq_ao.graph import size_rules
 from dmq_ao.samples.calibration_set import CalibrationSet, take
 
 
@@ -42,6 +43,7 @@ class GraphSamples:
         shared: the others, which all samples share.
         timestep: name of the timestep among the arguments; None for a graph without.
         device: where the graph is.
+        rules: conditions on sizes that the graph relies on.
     """
 
     samples: CalibrationSet
@@ -50,13 +52,15 @@ class GraphSamples:
     shared: Mapping[str, Tensor]
     timestep: str | None
     device: torch.device
+    rules: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, gm: GraphModule, samples: CalibrationSet) -> GraphSamples:
         """The arguments of ``gm`` out of a calibration set.
 
         Raises:
-            ValueError: when the samples lack an argument that the graph takes, or hold None for one.
+            ValueError: when the samples lack an argument that the graph takes, or hold None for one; when they have
+                axes or sizes that the graph does not take.
         """
         signature = graph.signature_of(gm)
         rows = {**samples.inputs, samples.timestep_arg: samples.timestep}
@@ -67,14 +71,17 @@ class GraphSamples:
                 f" {sorted([*rows, *samples.shared])}"
             )
         shared = {name: torch.as_tensor(samples.shared[name]) for name in signature.names if name not in rows}
-        return cls(
+        whole = cls(
             samples,
             signature.names,
             {name: rows[name] for name in signature.names if name in rows},
             {name: value.to(graph.device_of(gm)) for name, value in shared.items()},
             signature.timestep,
             graph.device_of(gm),
+            signature.rules,
         )
+        _check_sizes(whole, signature)
+        return whole
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -88,6 +95,15 @@ class GraphSamples:
     def timesteps(self) -> Tensor:
         """[S], that list."""
         return self.samples.timesteps
+
+    def shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the arguments of a batch of ``count`` samples."""
+        shapes = {name: (count, *x.shape[1:]) for name, x in self.per_sample.items()}
+        return shapes | {name: tuple(x.shape) for name, x in self.shared.items()}
+
+    def broken_rule(self, count: int) -> str | None:
+        """The first of the rules that a batch of ``count`` samples breaks; None where all hold."""
+        return size_rules.broken(self.rules, self.shapes(count))
 
     def batch(self, rows: Tensor) -> Batch:
         """The samples with the numbers ``rows`` [b], in that order; a number may come twice."""
@@ -112,8 +128,8 @@ class GraphSamples:
             ValueError: for no rows, or one that is not there.
         """
         samples = self.samples.select(rows)
-        chosen = {name: take(value, rows) for name, value in self.per_sample.items()}
-        return GraphSamples(samples, self.names, chosen, self.shared, self.timestep, self.device)
+        per_sample = {name: take(value, rows) for name, value in self.per_sample.items()}
+        return GraphSamples(samples, self.names, per_sample, self.shared, self.timestep, self.device, self.rules)
 
     def spread(self, count: int) -> GraphSamples:
         """``count`` samples, or all, at steps spread over the schedule, from the first to the last."""
@@ -126,6 +142,34 @@ class GraphSamples:
             ValueError: for a ``window`` below 1, or where no sample has all of them.
         """
         return self.samples.earlier(window)
+
+
+def _check_sizes(samples: GraphSamples, signature: graph.Signature) -> None:
+    """Refuse samples of another model, of other sizes, or in a number that the graph does not take."""
+    if not signature.example:  # of a graph that torchao prepared alone, which has no rules either
+        return
+    example = {name: shape for name, (shape, _) in signature.example.items()}
+    rows = example[signature.batch][0]
+    shapes = samples.shapes(rows)
+    for name, shape in shapes.items():
+        if name != signature.timestep and len(shape) != len(example[name]):
+            raise ValueError(
+                f"the samples are of another model: {name} is {shape} there, {example[name]} in the prepared denoiser;"
+                " record from the model that was prepared"
+            )
+    if rule := samples.broken_rule(rows):
+        refusal = size_rules.refusal_text(rule, shapes, example)
+        raise ValueError(f"the samples' {refusal}, or record from the model that was prepared")
+    if rule := samples.broken_rule(2):
+        raise ValueError(fixed_rows_text(rule))
+
+
+def fixed_rows_text(rule: str) -> str:
+    """What to say where a graph takes some numbers of samples alone, by a rule that others break."""
+    return (
+        f"the denoiser was captured for some numbers of samples alone: {rule}. Prepare it with another number,"
+        " example_inputs=samples.example(4); where its code takes len(x) of a batch, let it take x.shape[0]"
+    )
 
 
 def _spread_over_steps(samples: CalibrationSet, count: int) -> Tensor:

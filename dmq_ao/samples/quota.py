@@ -82,11 +82,11 @@ class Features:
         sums = self._summed()
         if steps < 2:
             return torch.zeros(steps, dtype=torch.float64)
-        seen = len(sums[1]) if sums else 0
+        count = len(sums[1]) if sums else 0
         others = ~torch.eye(steps, dtype=torch.bool)
-        if seen != steps or not bool((sums[1][others] > 0).all()):
+        if count != steps or not bool((sums[1][others] > 0).all()):
             raise ValueError(
-                f"tap {self._tap} gave features of {seen} of {steps} timesteps, or never of all in one trajectory;"
+                f"tap {self._tap} gave features of {count} of {steps} timesteps, or never of all in one trajectory;"
                 " name a module that runs in every call with Selection(tap=...), or use select='uniform'"
             )
         squared, elements, angular, positions = sums
@@ -127,8 +127,8 @@ class Plan:
         self.selection, self.num_samples, self._generator = selection, num_samples, generator
         self.features = Features(denoiser, selection) if selection.method is SelectMethod.TDAC else None
         self.counts: list[int] | None = None
-        self._dealt: list[tuple[int, ...]] | None = None
-        self._given: list[tuple[int, ...]] | None = None
+        self._shares: list[tuple[int, ...]] | None = None
+        self._row_steps: list[tuple[int, ...]] | None = None
         self._visited: list[int] = []
         self._rows = self._pilot_rows = 0
 
@@ -147,65 +147,67 @@ class Plan:
             self._pilot_rows += self._rows
             if self.features is not None:
                 self.features.end()
-        self._visited, self._rows, self._given = [], 0, None
+        self._visited, self._rows, self._row_steps = [], 0, None
 
-    def begin(self, rows: int, share: float | None, held: list[int]) -> list[int] | None:
+    def begin(self, rows: int, share: float | None, row_counts: list[int]) -> list[int] | None:
         """A trajectory of ``rows`` rows begins; once the pilot is over, decide the counts.
 
         Args:
             rows: of its first call.
             share: its part of all trajectories still to run; None where that is not known.
-            held: rows held of each step.
+            row_counts: rows held of each step.
 
         Returns:
             How many rows to keep of those of the pilot, where that was decided now.
         """
         self._rows = rows
-        kept = None
+        pilot_counts = None
         left = None if share is None else max(rows, round(rows / share))
         if self.counts is None and self._pilot_rows >= self.selection.pilot:
-            kept = self._decide(held, left)
-        if self.counts is not None and self._dealt is not None:
-            self._given = self._take(rows)
-        return kept
+            pilot_counts = self._decide(row_counts, left)
+        if self.counts is not None and self._shares is not None:
+            self._row_steps = self._take(rows)
+        return pilot_counts
 
-    def _decide(self, held: list[int], left: int | None) -> list[int]:
-        maximum = None if left is None else [count + left for count in held]
-        self.counts = counts_of(self.weights(len(held)), self.num_samples, self.selection, maximum)
+    def _decide(self, row_counts: list[int], left: int | None) -> list[int]:
+        maximum = None if left is None else [count + left for count in row_counts]
+        self.counts = counts_of(self.weights(len(row_counts)), self.num_samples, self.selection, maximum)
         if self.features is not None:
             self.features.close()
         if left is None:
             return self.counts
         # Trajectories of the pilot give no more than the others, unless these are too few.
         part = self._pilot_rows / (self._pilot_rows + left)
-        kept = [max(min(n, round(count * part)), count - left) for n, count in zip(held, self.counts, strict=True)]
-        need = [max(0, count - n) for n, count in zip(kept, self.counts, strict=True)]
-        self._dealt = deal([min(count, left) for count in need], left)
-        return kept
+        pilot_counts = [
+            max(min(n, round(count * part)), count - left) for n, count in zip(row_counts, self.counts, strict=True)
+        ]
+        need = [max(0, count - n) for n, count in zip(pilot_counts, self.counts, strict=True)]
+        self._shares = deal([min(count, left) for count in need], left)
+        return pilot_counts
 
     def _take(self, rows: int) -> list[tuple[int, ...]]:
         """The share of ``rows`` trajectories that run together: neighbours on the list, from a place drawn."""
-        assert self._dealt is not None
-        start = int(torch.randint(max(1, len(self._dealt) - rows + 1), (), generator=self._generator))
-        given, self._dealt = self._dealt[start : start + rows], self._dealt[:start] + self._dealt[start + rows :]
+        assert self._shares is not None
+        start = int(torch.randint(max(1, len(self._shares) - rows + 1), (), generator=self._generator))
+        shares, self._shares = self._shares[start : start + rows], self._shares[:start] + self._shares[start + rows :]
         # In any order: the halves of a guided batch must not differ in how late their steps are.
-        given += [()] * (rows - len(given))
-        return [given[int(place)] for place in torch.randperm(rows, generator=self._generator)]
+        shares += [()] * (rows - len(shares))
+        return [shares[int(place)] for place in torch.randperm(rows, generator=self._generator)]
 
     def visit(self, step: int) -> list[int] | None:
         """A call at ``step``: the rows of the batch that are wanted of it; None for as many as fit."""
         again = step in self._visited
         self._visited.append(step)
-        if self._given is None:
+        if self._row_steps is None:
             return None
-        return [] if again else [row for row, steps in enumerate(self._given) if step in steps]
+        return [] if again else [row for row, steps in enumerate(self._row_steps) if step in steps]
 
     def enough(self) -> bool:
         """Whether the trajectory under way has given all it is to give."""
-        return self._given is not None and not {s for steps in self._given for s in steps} - set(self._visited)
+        return self._row_steps is not None and not {s for steps in self._row_steps for s in steps} - set(self._visited)
 
     def weights(self, steps: int) -> Tensor:
-        """Weight of each of ``steps`` steps, by what was seen so far."""
+        """Weight of each step, [steps], by what was seen so far."""
         if self.features is not None:
             return self.features.scores(steps)
         return normal_weights(steps, self.selection.mean, self.selection.deviation)

@@ -98,7 +98,7 @@ class Recorder:
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"
                 " as recorder:`, on that very module, before torch.compile"
             )
-        rows = sorted(self._chosen(), key=lambda row: (row.step, row.priority))
+        rows = sorted(self._final_rows(), key=lambda row: (row.step, row.priority))
         inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
         step = torch.tensor([row.step for row in rows], device="cpu")
         dtype = torch.float32 if any(isinstance(timestep, float) for timestep in self._steps) else torch.int64
@@ -176,22 +176,22 @@ class Recorder:
         if not self._inside and plan.begins(step):
             plan.end()
         if plan.starts:
-            kept = plan.begin(rows, self._part, self._held())
-            if kept is not None:
-                self._thin(kept.__getitem__, self._num_samples)
+            pilot_counts = plan.begin(rows, self._part, self._row_counts())
+            if pilot_counts is not None:
+                self._thin(pilot_counts.__getitem__, self._num_samples)
         if plan.enough():
             raise _Enough
-        wanted = plan.visit(step)
+        places = plan.visit(step)
         if plan.counts is None and plan.features is not None:
             plan.features.expect(step, timesteps[0], rows, args, kwargs)
-        self._offer(steps, range(rows) if wanted is None else wanted)
+        self._offer(steps, range(rows) if places is None else places)
 
     def _extend(self, windows: Windows, steps: list[int]) -> None:
         """Let the runs that end with a call compete for those held."""
         if not self._inside and windows.begins(self._only_step(steps)):
             windows.end()
-        windows.add(self._drawn(steps))
-        self._rows = windows.held()
+        windows.add(self._candidates(steps))
+        self._rows = windows.rows()
 
     def _only_step(self, steps: list[int]) -> int:
         if set(steps) != {steps[0]}:
@@ -202,18 +202,18 @@ class Recorder:
             )
         return steps[0]
 
-    def _held(self) -> list[int]:
-        held = [0] * len(self._steps)
+    def _row_counts(self) -> list[int]:
+        counts = [0] * len(self._steps)
         for row in self._rows:
-            held[row.step] += 1
-        return held
+            counts[row.step] += 1
+        return counts
 
-    def _chosen(self) -> list[Row]:
+    def _final_rows(self) -> list[Row]:
         """The rows held, or as many of them as were asked for where the pilot was all there was."""
-        plan, held = self._plan, self._held()
+        plan, row_counts = self._plan, self._row_counts()
         if plan is None or plan.counts is not None:
             return self._rows
-        counts = counts_of(plan.weights(len(held)), self._num_samples, plan.selection, held)
+        counts = counts_of(plan.weights(len(row_counts)), self._num_samples, plan.selection, row_counts)
         return self._lowest(self._rows, counts.__getitem__)
 
     def _check_like_before(self, inputs: Mapping[str, Tensor], shared: Mapping[str, Shared]) -> None:
@@ -243,14 +243,14 @@ class Recorder:
                     " record one value at a time"
                 )
 
-    def _offer(self, steps: list[int], wanted: Iterable[int]) -> None:
-        """Let the rows at ``wanted`` places of a batch compete for those held."""
-        rows = self._drawn(steps)
-        self._rows += [rows[i] for i in wanted]
+    def _offer(self, steps: list[int], places: Iterable[int]) -> None:
+        """Let the rows at ``places`` of a batch compete for those held."""
+        rows = self._candidates(steps)
+        self._rows += [rows[i] for i in places]
         pilot = self._plan is not None and self._plan.counts is None
         self._thin(self._quota, self._num_samples * (2 if pilot else 1))
 
-    def _drawn(self, steps: list[int]) -> list[Row]:
+    def _candidates(self, steps: list[int]) -> list[Row]:
         """The rows of a call, each with a priority."""
         priorities = torch.rand(len(steps), generator=self._generator, dtype=torch.float64, device="cpu").tolist()
         return [
@@ -284,8 +284,8 @@ class Recorder:
         new = [row for row in rows if not row.inputs]
         index = torch.tensor([row.position for row in new], dtype=torch.int64, device="cpu")
         for name, value in inputs.items():
-            for row, kept in zip(new, take(value.detach(), index).cpu(), strict=True):
-                row.inputs[name] = kept.clone()  # a row dropped later gives its memory back
+            for row, item in zip(new, take(value.detach(), index).cpu(), strict=True):
+                row.inputs[name] = item.clone()  # a row dropped later gives its memory back
 
 
 @contextmanager

@@ -191,4 +191,4 @@ def deal(need: Sequence[int], rows: int) -> list[tuple[int, ...]]:
     assert max(need, default=0) <= rows
     steps = [step for step, count in enumerate(need) for _ in range(count)]
     # Neighbours on the list are at most one step apart, and those ``rows`` apart never the same step.
-    return sorted((tuple(steps[row::rows]) for row in range(rows)), key=lambda given: given[-1] if given else -1)
+    return sorted((tuple(steps[row::rows]) for row in range(rows)), key=lambda share: share[-1] if share else -1)

@@ -32,9 +32,9 @@ def find_tap(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     Raises:
         ValueError: where no module gives such a tensor.
     """
-    found: list[tuple[str, torch.Size]] = []
+    shapes: list[tuple[str, torch.Size]] = []
     handles = [
-        module.register_forward_hook(_noting(found, name, batch))
+        module.register_forward_hook(_noting(shapes, name, batch))
         for name, module in denoiser.named_modules()
         if name and sum(p.dim() > 1 for p in module.parameters()) >= 2
     ]
@@ -44,21 +44,21 @@ def find_tap(denoiser: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     finally:
         for handle in handles:
             handle.remove()
-    return _deepest(found, type(denoiser).__name__)
+    return _deepest(shapes, type(denoiser).__name__)
 
 
-def _noting(found: list[tuple[str, torch.Size]], name: str, batch: int) -> Callable[..., None]:
+def _noting(shapes: list[tuple[str, torch.Size]], name: str, batch: int) -> Callable[..., None]:
     def note(module: nn.Module, args: Any, output: Any) -> None:
         tensor = main_tensor(output)
         if tensor is not None and tensor.dim() >= 3 and len(tensor) == batch:
-            found.append((name, tensor.shape))
+            shapes.append((name, tensor.shape))
 
     return note
 
 
-def _deepest(found: list[tuple[str, torch.Size]], of: str) -> str:
-    maps = [(name, shape[2:].numel()) for name, shape in found if len(shape) > 3]
-    tokens = [(name, shape[1]) for name, shape in found if len(shape) == 3]
+def _deepest(shapes: list[tuple[str, torch.Size]], of: str) -> str:
+    maps = [(name, shape[2:].numel()) for name, shape in shapes if len(shape) > 3]
+    tokens = [(name, shape[1]) for name, shape in shapes if len(shape) == 3]
     fewest = min((count for _, count in maps), default=0)
     if len({count for _, count in maps}) > 1 or not tokens:
         names = [name for name, count in maps if count == fewest]
@@ -74,7 +74,7 @@ def _deepest(found: list[tuple[str, torch.Size]], of: str) -> str:
 
 
 def main_tensor(output: Any) -> Tensor | None:
-    """The floating tensor that a module gives; of several, the last: text comes before the sample's own tokens."""
+    """The floating tensor [B, ...] that a module gives; of several the last: text comes before a sample's tokens."""
     outputs = output if isinstance(output, (tuple, list)) else [output]
     tensors = [x for x in outputs if isinstance(x, Tensor) and x.is_floating_point()]
     return tensors[-1] if tensors else None

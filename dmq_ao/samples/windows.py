@@ -23,7 +23,7 @@ class Row:
         priority: drawn; the lowest are kept.
         position: in the batch it came with.
         trajectory: its number, where trajectories are followed.
-        inputs: by argument name; empty until they are copied.
+        inputs: [...] without a batch axis, by argument name; empty until they are copied.
     """
 
     step: int
@@ -93,15 +93,15 @@ class Windows:
             for _, group in itertools.groupby(runs, key=lambda run: run[0].step)
             for rank, run in enumerate(group)
         ]
-        kept, rows = [], set[Row]()
+        selection, rows = [], set[Row]()
         for _, _, run in sorted(ranked, key=lambda one: one[:2]):
             if len(rows) + sum(row not in rows for row in run) > self._num_samples:
                 break
-            kept.append(run)
+            selection.append(run)
             rows.update(run)
-        return kept
+        return selection
 
-    def held(self) -> list[Row]:
+    def rows(self) -> list[Row]:
         """All rows of the runs."""
         return list(dict.fromkeys(row for run in self._runs for row in run))
 

@@ -56,7 +56,7 @@ def to_json(gm: GraphModule, float_names: Collection[str]) -> dict[str, Any]:
     """Describe a converted graph.
 
     Args:
-        gm: after ``values.describe``.
+        gm: after ``values.replace_fake_tensors``.
         float_names: original names of the tensors that are kept as they are.
 
     Raises:

@@ -31,7 +31,7 @@ def _again() -> Iterator[None]:
 
 def saturate(word: Word, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an operator miss sums of codes of which two products may be beyond ``most``."""
-    name = f"_{word}"
+    name = f"_{word}_sums"
     right = getattr(self_test, name)
 
     def wrong(shape: tuple[int, ...], limits: Limits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ def test_a_kernel_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: object) -> None:
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(self_test, "_linear", fail)
+    monkeypatch.setattr(self_test, "_linear_sums", fail)
     assert sums("linear") is Sums.WRONG
     texts = [one.text for one in findings() if one.level == BROKEN]
     assert any("an int8 linear fails: RuntimeError: could not create a primitive" in text for text in texts)

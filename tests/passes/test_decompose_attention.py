@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from plain import assert_same_records, record, relative, small
+from plain import assert_same_records, graph_arguments, record, relative, small
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -17,7 +17,6 @@ from dmq_ao import graph
 from dmq_ao.algorithms.blocks import find_blocks
 from dmq_ao.algorithms.blockwise import BlockStudent
 from dmq_ao.config import AttentionConfig, Recipe
-from dmq_ao.graph import graph_arguments
 from dmq_ao.numerics import ops
 from dmq_ao.observers import AttentionObserver
 from dmq_ao.passes import decompose_attention

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 import dmq_ao
 from dmq_ao import graph
 from dmq_ao.backends import products as integer_products
-from dmq_ao.graph.values import describe
+from dmq_ao.graph.values import replace_fake_tensors
 from dmq_ao.passes import join_projections
 from dmq_ao.recipes import minmax
 from tests.integer_sums import EXACT
@@ -95,7 +95,7 @@ class Timed(nn.Module):
 def test_projections_of_the_timestep_are_one_product() -> None:
     model = seeded(Timed)
     gm = graph.capture(model, {"x": torch.randn(4, 5, 4), "t": torch.arange(4)})
-    describe(gm, keep=())
+    replace_fake_tensors(gm, keep=())
     plan = GraphModule(gm, gm.graph)
     join_projections(plan)
     linears = [node for node in plan.graph.nodes if node.target == graph.LINEAR]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plain import flow, record, relative, without_graph
+from plain import flow, graph_arguments, record, relative, without_graph
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -69,7 +69,7 @@ def merged(model: nn.Module, given: dict[str, Tensor]) -> tuple[GraphModule, dic
     assert set(names(gm)) | set(gone) == set(names(plain))
     assert set(graph.layer_nodes(gm)) == set(names(gm))
     for batch in (1, 2, 3):
-        arguments = graph.graph_arguments(gm, inputs(batch))
+        arguments = graph_arguments(gm, inputs(batch))
         torch.testing.assert_close(gm(*arguments), plain(*arguments), rtol=0, atol=0)
     return gm, gone
 

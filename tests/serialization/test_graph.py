@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-from dmq_ao.graph.values import VAL, Value, describe, value_of
+from dmq_ao.graph.values import VAL, Value, replace_fake_tensors, value_of
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import operators
 from dmq_ao.serialization.graph import NotStorable
@@ -30,7 +30,7 @@ def built(*calls: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> GraphModule:
         last = made.call_function(target, tuple(last if arg is ... else arg for arg in args), kwargs)
     made.output(made.call_function(aten.add.Tensor, (last, made.get_attr("table"))))
     gm = GraphModule(root, made)
-    describe(gm, keep=())
+    replace_fake_tensors(gm, keep=())
     return gm
 
 
