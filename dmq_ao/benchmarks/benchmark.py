@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from dmq_ao import recipes
+from dmq_ao.api.arguments import denoiser_name
 from dmq_ao.api.calibrate import calibrate
 from dmq_ao.api.compile import Mode
-from dmq_ao.api.quantize import convert, denoiser_name, prepare
-from dmq_ao.benchmarks.measure import compiled_calls, held_out_states
+from dmq_ao.api.quantize import convert, prepare
+from dmq_ao.api.saving import load
+from dmq_ao.benchmarks.measure import compiled_calls, states_of_denoisers
 from dmq_ao.benchmarks.named import NAMED, SEED, STEPS, named_denoiser
 from dmq_ao.benchmarks.peer_benchmark import Case, Ours, side_by_side
 from dmq_ao.benchmarks.peers import COMPILED_FP32, check_installed
@@ -26,7 +28,8 @@ from dmq_ao.evaluation import latency, machine, speedup
 from dmq_ao.graph import Signature
 from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.graph.noise import noise_tensors
-from dmq_ao.pipelines.adapter import denoiser_folder, is_quantized, load_denoiser, load_pipeline, record_pipeline
+from dmq_ao.pipelines.adapter import load_pipeline, record_denoisers
+from dmq_ao.pipelines.denoisers import Part, denoiser_folders, is_quantized
 from dmq_ao.pipelines.prompts import Prompts
 from dmq_ao.samples import CalibrationSet
 
@@ -69,7 +72,7 @@ def run_benchmark(
 
     Args:
         model: a pipeline folder (float or quantized), a Hub id, ``"demo"`` or a name in ``NAMED``. A quantized folder
-            is timed as it is, against its architecture with random weights.
+            is timed as it is, against its architecture with random weights. Of two denoisers the first is timed.
         bits: as for ``recipes.minmax``; and so is the next.
         power_of_two: see there.
         batch_size: rows of a call; None for that of the named denoiser, and 4 for others.
@@ -118,9 +121,10 @@ def run_benchmark(
 
 def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, dict[str, Any]]:
     if _is_quantized_folder(model):
-        teacher, quantized, inputs = _stored_denoiser(model, settings.batch_size, settings.backend)
+        folder = _first(denoiser_folders(model), settings.say)[1]
+        teacher, quantized, inputs = _stored_denoiser(folder, settings.batch_size, settings.backend)
     else:
-        teacher, samples, _ = _float_denoiser(model, settings.prompt)
+        teacher, samples, _ = _float_denoiser(model, settings)
         quantized = _convert(model, teacher, samples, settings)
         inputs = first_rows(samples, settings.batch_size)
     settings.say("compile float32 and quantized")
@@ -136,10 +140,12 @@ def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, 
 def _against_peers(
     model: str, settings: _Settings, name: str, peers: Sequence[str]
 ) -> tuple[QuantizedDenoiser, dict[str, Any]]:
-    teacher, samples, pipeline = _float_denoiser(model, settings.prompt)
+    teacher, samples, pipeline = _float_denoiser(model, settings)
     states = samples  # of a named denoiser: noise is noise
     if pipeline is not None:
-        states = held_out_states(pipeline, steps=STEPS, seed=STATES_SEED, prompt=settings.prompt)
+        states = states_of_denoisers(pipeline, steps=STEPS, seed=STATES_SEED, prompt=settings.prompt)[
+            denoiser_name(pipeline)
+        ]
     start = time.perf_counter()
     quantized = _convert(model, teacher, samples, settings)
     ours = {name: Ours(quantized, settings.mode, time.perf_counter() - start)}
@@ -150,16 +156,25 @@ def _against_peers(
 
 
 def _is_quantized_folder(model: str) -> bool:
-    return Path(model).is_dir() and is_quantized(denoiser_folder(model))
+    return Path(model).is_dir() and any(map(is_quantized, denoiser_folders(model).values()))
 
 
-def _float_denoiser(model: str, prompt: Prompts) -> tuple[nn.Module, CalibrationSet, Any]:
+def _first(parts: Mapping[str, Part], say: Callable[[str], None]) -> tuple[str, Part]:
+    """The denoiser that is timed; of two, it is said which."""
+    name = next(iter(parts))
+    if len(parts) > 1:
+        say(f"{name} is timed, and not {' and '.join(other for other in parts if other != name)}")
+    return name, parts[name]
+
+
+def _float_denoiser(model: str, settings: _Settings) -> tuple[nn.Module, CalibrationSet, Any]:
     """A denoiser, samples to calibrate it on, and the pipeline that it stands in, if it does."""
     if model in NAMED:
         return *named_denoiser(model), None
     pipeline = load_pipeline(model)
-    samples = record_pipeline(pipeline, num_samples=SAMPLES, steps=STEPS, seed=SEED, prompt=prompt)
-    return getattr(pipeline, denoiser_name(pipeline)), samples, pipeline
+    recorded = record_denoisers(pipeline, num_samples=SAMPLES, steps=STEPS, seed=SEED, prompt=settings.prompt)
+    name, samples = _first(recorded, settings.say)
+    return getattr(pipeline, name), samples, pipeline
 
 
 def _convert(model: str, teacher: nn.Module, samples: CalibrationSet, settings: _Settings) -> QuantizedDenoiser:
@@ -178,9 +193,9 @@ def first_rows(samples: CalibrationSet, batch_size: int) -> Mapping[str, Any]:
     return next(call_rows.batches(batch_size))
 
 
-def _stored_denoiser(folder: str, batch_size: int, backend: str) -> BenchmarkCase:
+def _stored_denoiser(folder: str | Path, batch_size: int, backend: str) -> BenchmarkCase:
     """A saved denoiser, a float one of its architecture with random weights, and noise for a call."""
-    quantized = load_denoiser(folder, backend=backend)
+    quantized = load(folder, backend=backend)
     architecture = quantized.skeleton
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
