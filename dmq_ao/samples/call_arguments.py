@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Shared]:
 
 
 def by_batch(
-    flat: Mapping[str, Shared], earlier_shared: Mapping[str, Shared]
+    flat: Mapping[str, Shared], earlier_shared: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Shared]]:
     """Tensors [B, ...] with a row for each sample, and what all rows share, by dotted path.
 

@@ -22,13 +22,15 @@ class Row:
         step: its place on the list of timesteps.
         priority: drawn; the lowest are kept.
         position: in the batch it came with.
+        bucket: number of the shape that it came in.
         trajectory: its number, where trajectories are followed.
-        inputs: by argument name; empty until they are copied.
+        inputs: [...] by argument name, without the batch axis; empty until they are copied.
     """
 
     step: int
     priority: float
     position: int
+    bucket: int = 0
     trajectory: int | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
 
