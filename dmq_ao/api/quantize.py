@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -17,6 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from dmq_ao import graph
 from dmq_ao.api import arguments
 from dmq_ao.api.calibrate import CalibrationReport, calibrate
+from dmq_ao.api.optional import check_neutral, optional_names
 from dmq_ao.backends.backend import Backend
 from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import Ranges, Recipe
@@ -43,6 +44,7 @@ def prepare(
     *,
     timestep_arg: str | None = None,
     backend: str = "auto",
+    optional: Sequence[str] = (),
 ) -> GraphModule:
     """Export a denoiser and put an observer on every tensor that the recipe quantizes. The denoiser is not changed.
 
@@ -52,6 +54,9 @@ def prepare(
         example_inputs: keyword arguments (or a tuple of positionals) of one call; ``samples.example()`` gives them.
         timestep_arg: name of the timestep argument, when it is not ``timestep``, ``timesteps`` or ``t``.
         backend: where the result is going to run: checked now, not after an hour of calibration.
+        optional: arguments among the example inputs that a call may leave out, all together, as a ControlNet's
+            ``["down_block_additional_residuals", "mid_block_additional_residual"]``. The denoiser is called to see
+            that zeros in their place are as if they were left out.
 
     Returns:
         A graph that computes what the denoiser computes and observes.
@@ -60,7 +65,8 @@ def prepare(
         TypeError: for a pipeline, a quantized or compiled model, a recipe's name, or inputs of no call.
         ValueError: for patterns that match nothing, unknown names, training mode, hooks, inputs that the denoiser
             fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep; for a denoiser
-            that cannot be exported, or of which nothing would be quantized.
+            that cannot be exported, or of which nothing would be quantized; for ``optional`` arguments that it
+            cannot do without.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     arguments.check_prepare(denoiser, recipe, example_inputs, timestep_arg)
@@ -70,6 +76,9 @@ def prepare(
     arguments.check_group_sizes(captured, plan)
     choose_backend(backend, graph.device_of(denoiser), plan)
     signature = graph.signature_of(captured)
+    if optional:
+        signature = replace(signature, optional=optional_names(captured, optional))
+        check_neutral(denoiser, example_inputs, signature.optional)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     graph.set_signature(prepared, signature)
     state_of(prepared).skeleton = graph.skeleton(denoiser)

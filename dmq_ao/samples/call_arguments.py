@@ -12,6 +12,18 @@ from torch import Tensor
 from dmq_ao.graph.arguments import TIMESTEP_NAMES, find_timestep, flatten_inputs
 from dmq_ao.samples.calibration_set import SHARED_TYPES, Shared, describe
 
+# What diffusers' denoisers add where a ControlNet or adapter gives it.
+RESIDUALS = frozenset(
+    (
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "block_controlnet_hidden_states",
+    )
+)
+
 
 def arguments_of_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, without ``return_dict`` and those left at None.
@@ -112,3 +124,14 @@ def is_same(value: Shared, earlier: Shared) -> bool:
     if isinstance(value, Tensor) and isinstance(earlier, Tensor):
         return torch.equal(value.detach().cpu(), earlier)
     return value == earlier
+
+
+def residuals_note(names: Iterable[str]) -> str | None:
+    """What to say of recorded arguments, by dotted path, that other calls may lack; None where there are none."""
+    residuals = [name for name in dict.fromkeys(name.partition(".")[0] for name in names) if name in RESIDUALS]
+    if not residuals:
+        return None
+    return (
+        f"recorded with {', '.join(residuals)}: a quantized denoiser takes the arguments it was recorded with; for"
+        f" calls without these too, prepare(..., optional={residuals})"
+    )

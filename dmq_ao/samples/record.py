@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from dmq_ao.samples.call_arguments import (
     arguments_of_call,
     by_batch,
     flat_arguments,
+    residuals_note,
     timestep_name,
     timestep_of_rows,
 )
@@ -94,6 +96,9 @@ class Recorder:
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"
                 " as recorder:`, on that very module, before torch.compile"
             )
+        note = residuals_note(name for bucket in self._shapes.buckets.values() for name in bucket.layouts)
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         rows = sorted(self._chosen(), key=lambda row: (row.step, row.priority))
         dtype = torch.float32 if any(isinstance(timestep, float) for timestep in self._steps) else torch.int64
         visited = torch.tensor(list(self._steps), dtype=dtype, device="cpu")
