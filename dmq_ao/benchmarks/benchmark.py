@@ -49,6 +49,7 @@ class _Settings:
     backend: str
     mode: Mode
     prompt: Prompts
+    lora: str | Path | None
     progress: bool
     say: Callable[[str], None]
 
@@ -60,10 +61,10 @@ def run_benchmark(
     power_of_two: bool = False,
     batch_size: int | None = None,
     repeats: int = 15,
-    threads: int | None = None,
     backend: str = "auto",
     mode: Mode = "default",
     prompt: Prompts = None,
+    lora: str | Path | None = None,
     peers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print,
@@ -77,10 +78,11 @@ def run_benchmark(
         power_of_two: see there.
         batch_size: rows of a call; None for that of the named denoiser, and 4 for others.
         repeats: timed calls of each.
-        threads: of torch and the peers, while this runs; None leaves them as they are.
         backend: as for ``dmq_ao.convert``.
         mode: as for ``dmq_ao.compile``.
-        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn; or ``Conditions``, of
+            pictures, sizes and guidance, with which states are recorded and calls are made.
+        lora: weights to fuse into the float pipeline.
         peers: names of ``dmq_ao.benchmarks.peers.PEERS``, timed in the same rounds as ours and compiled float32.
         progress: show progress bars.
         say: told what is going on.
@@ -91,32 +93,37 @@ def run_benchmark(
         ``quantized``, and ``speedup``, the ratio of medians. With peers what ``side_by_side`` returns.
 
     Raises:
-        ValueError: for peers of a quantized folder, which has no float weights to give them.
+        ValueError: for peers of a quantized folder, which has no float weights to give them; for a prompt or LoRA of
+            what is called with noise, a quantized folder or a named denoiser.
         MissingPackage: when the packages of no peer are installed; one that lacks its own has a row that says so.
     """
     recipe = recipes.minmax(bits, power_of_two=power_of_two)
     check_installed(peers)
     if peers and _is_quantized_folder(model):
         raise ValueError(f"{model} has no float weights, which the peers start from; give the float model instead")
+    if (model in NAMED or _is_quantized_folder(model)) and not (prompt is None and lora is None):
+        raise ValueError(
+            f"{model} is called with noise, of its own sizes; leave out prompt, pictures, sizes, guidance and LoRA,"
+            " which are for float pipelines"
+        )
     rows = batch_size or (NAMED[model].batch_size if model in NAMED else BATCH_SIZE)
-    settings = _Settings(recipe, rows, repeats, backend, mode, prompt, progress, say)
-    with _threads(threads):
-        if peers:
-            name = f"dmq_ao {bits.upper()}{'+PTS' if power_of_two else ''}{', max' if mode == 'max' else ''}"
-            quantized, figures = _against_peers(model, settings, name, peers)
-        else:
-            quantized, figures = _against_float(model, settings)
-        return {
-            "model": model,
-            "recipe": quantized.recipe.to_dict(),
-            "backend": quantized.backend,
-            "mode": mode,
-            "batch_size": rows,
-            **figures,
-            "kernels": quantized.kernel_counts,
-            "machine": machine(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
+    settings = _Settings(recipe, rows, repeats, backend, mode, prompt, lora, progress, say)
+    if peers:
+        name = f"dmq_ao {bits.upper()}{'+PTS' if power_of_two else ''}{', max' if mode == 'max' else ''}"
+        quantized, figures = _against_peers(model, settings, name, peers)
+    else:
+        quantized, figures = _against_float(model, settings)
+    return {
+        "model": model,
+        "recipe": quantized.recipe.to_dict(),
+        "backend": quantized.backend,
+        "mode": mode,
+        "batch_size": rows,
+        **figures,
+        "kernels": quantized.kernel_counts,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, dict[str, Any]]:
@@ -171,7 +178,7 @@ def _float_denoiser(model: str, settings: _Settings) -> tuple[nn.Module, Calibra
     """A denoiser, samples to calibrate it on, and the pipeline that it stands in, if it does."""
     if model in NAMED:
         return *named_denoiser(model), None
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, lora=settings.lora)
     recorded = record_denoisers(pipeline, num_samples=SAMPLES, steps=STEPS, seed=SEED, prompt=settings.prompt)
     name, samples = _first(recorded, settings.say)
     return getattr(pipeline, name), samples, pipeline
@@ -209,8 +216,8 @@ def noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch on ``count`` threads, and then on as many as before."""
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Torch, and the peers, on ``count`` threads, and then on as many as before; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
