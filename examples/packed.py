@@ -21,7 +21,7 @@ from dmq_ao.benchmarks.benchmark import first_rows, named_denoiser, noise
 from dmq_ao.benchmarks.measure import compiled_latency
 from dmq_ao.benchmarks.provenance import commit
 from dmq_ao.evaluation import Latency, machine
-from dmq_ao.pipelines.adapter import load_denoiser
+from dmq_ao.pipelines.denoisers import load_denoiser
 
 SCHEMES = ("w4a8", "w4a16")
 Variants = dict[str, dmq_ao.QuantizedDenoiser]

@@ -84,9 +84,7 @@ def _has_other_views(whole: Node, parts: list[Node], change: Node) -> bool:
 
 def _is_read_after(view: Node, change: Node) -> bool:
     """Whether a view, or a view of it, has a reader after ``change``."""
-    return any(
-        change < reader or (not _makes_new(reader) and _is_read_after(reader, change)) for reader in view.users
-    )
+    return any(change < reader or (not _makes_new(reader) and _is_read_after(reader, change)) for reader in view.users)
 
 
 def mutates(node: Node) -> bool:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 pytest.importorskip("typer")
 
-from command_line import run
+from command_line import failure, run
 
+from dmq_ao.benchmarks import benchmark
 from dmq_ao.cli import gallery
 from dmq_ao.cli.options import call_conditions
 from dmq_ao.config import InvalidFile
@@ -221,3 +222,69 @@ def test_lora_weights_are_fused_or_refused(build: Build) -> None:
     pipeline.load_lora_weights = missing
     with pytest.raises(ValueError, match="does not take these LoRA weights .* install with: pip install peft"):
         checkpoints.fuse_lora(pipeline, "x")
+
+
+class LDMSuperResolutionFake(Base):
+    """Takes a tensor of pictures, or a single one, as the pipeline that it is called after."""
+
+    def __call__(self, image: Any = None, batch_size: int = 1, generator: Any = None,
+                 num_inference_steps: int = 5, output_type: str = "np") -> Any:  # fmt: skip
+        if not isinstance(image, Tensor):
+            raise TypeError("no tensor")
+        self.calls.append({"pictures": image, "batch_size": batch_size})
+        return SimpleNamespace(images=self.draw(generator, num_inference_steps, output_type))
+
+
+def test_a_pipeline_that_takes_tensors_alone_gets_one(build: Build, folder: Path) -> None:
+    pipeline = build(LDMSuperResolutionFake)
+    conditions = Conditions(image=str(folder), height=40, width=64)
+    sample(pipeline, [0, 1, 2], steps=2, prompt=conditions)
+    pictures = pipeline.calls[0]["pictures"]
+    assert pictures.shape == (3, 3, 32, 64)
+    assert pictures[:, :, 0, 0].tolist() == [[1, -1, -1], [-1, -1, 1], [1, -1, -1]]  # red, blue, red
+    assert "height" not in call_arguments(pipeline, [0], conditions)
+    noise = Conditions(image="noise", height=32, width=32)
+    assert len(record_pipeline(pipeline, num_samples=4, steps=2, prompt=noise)) == 4
+    with pytest.raises(ValueError, match=r"become \[\(0, 0\)\] pixels, .* of 32 or more: give height and width"):
+        call_arguments(pipeline, [0], Conditions(image=str(folder)))
+    Image.new("RGB", (64, 32)).save(folder / "2.png")
+    Image.new("RGB", (32, 32)).save(folder / "3.png")
+    with pytest.raises(ValueError, match=r"become \[\(32, 32\), \(64, 32\)\] pixels, and the pipeline takes one size"):
+        call_arguments(pipeline, [2, 3], Conditions(image=str(folder)))
+    with pytest.raises(ValueError, match="LDMSuperResolutionFake needs image: .*--image"):
+        call_arguments(pipeline, [0], None)
+
+
+def test_benchmark_records_with_the_same_options(
+    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pipeline, loaded = build(FakeImg2Img), []
+
+    def load(source: str, **options: Any) -> Any:
+        loaded.append(options)
+        return pipeline
+
+    monkeypatch.setattr(benchmark, "load_pipeline", load)
+    monkeypatch.setattr(benchmark, "_convert", lambda *rest: 1 / 0)
+    size = Conditions(image="noise", height=24, width=8)
+    with pytest.raises(ZeroDivisionError):
+        benchmark.run_benchmark("x", "w8a8", prompt=size, lora=tmp_path, say=lambda _: None)
+    assert {picture.size for picture in pipeline.calls[0]["image"]} == {(8, 24)}
+    assert loaded == [{"lora": tmp_path}]
+
+
+@pytest.mark.parametrize("options", [("--prompt", "a"), ("--image", "noise"), ("--height", 8), ("--lora", "x")])
+def test_benchmark_refuses_what_would_have_no_effect(options: tuple[Any, ...]) -> None:
+    words = failure(1, "benchmark", "cifar-unet", *options)
+    assert "cifar-unet is called with noise, of its own sizes; leave out prompt, pictures" in words
+
+
+def test_benchmark_hands_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda model, bits, **rest: asked.append(rest) or {})
+    monkeypatch.setattr("dmq_ao.cli.output.benchmark_text", lambda report: "")
+    pictures = ("--image", "noise", "--mask", "noise", "--control-image", "noise", "--height", 8, "--width", 16)
+    words = ("--prompt", "a", "--negative-prompt", "b", "--guidance-scale", 2, "--num-frames", 3, "--lora", "x")
+    assert run("benchmark", "m", *pictures, *words).exit_code == 0
+    all_of_them = Conditions(["a"], "b", 2.0, "noise", "noise", "noise", 8, 16, 3)
+    assert (asked[0]["prompt"], asked[0]["lora"]) == (all_of_them, Path("x"))

@@ -135,7 +135,7 @@ def test_no_first_step_of_calibration_is_the_noise_of_an_image(folder: Path, mon
 def test_an_overlapping_seed_is_refused_before_anything_is_drawn(
     seed: int, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "load_denoiser", lambda *args, **kwargs: pytest.fail("something was loaded"))
+    monkeypatch.setattr(compare, "load_denoisers", lambda *args, **kwargs: pytest.fail("something was loaded"))
     words = failure(1, "compare", "demo", folder, "--images", 4, "--seed", seed)
     assert f"images are drawn from seeds {seed} to {seed + 3}, and w8a8 was calibrated on" in words
     assert "take one from 7 on" in words

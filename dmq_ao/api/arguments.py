@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -21,12 +22,36 @@ from dmq_ao.quantizer.prepared import Prepared, is_prepared
 from dmq_ao.records import LayerPlan
 from dmq_ao.samples import CalibrationSet
 
-DENOISER_NAMES = ("unet", "transformer")
+DENOISER_NAMES = ("unet", "transformer", "transformer_2")
 _QUANTIZERS = ("torchao", "bitsandbytes", "optimum.quanto", "quanto", "torch.ao.nn.quantized", "diffusers.quantizers")
 _HOOKS = {
     "layerwise_casting": "load it again without enable_layerwise_casting()",
     "group_offloading": "load it again without enable_group_offload()",
 }
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """Attribute under which a pipeline keeps its denoiser; the first of several.
+
+    Raises:
+        TypeError: when it has none.
+    """
+    return denoiser_names(pipeline)[0]
+
+
+def denoiser_names(pipeline: Any) -> tuple[str, ...]:
+    """Attributes under which a pipeline keeps its denoisers: most have one, Wan 2.2 has two.
+
+    Raises:
+        TypeError: when it has none.
+    """
+    present = tuple(name for name in DENOISER_NAMES if isinstance(getattr(pipeline, name, None), nn.Module))
+    if not present:
+        raise TypeError(
+            f"{type(pipeline).__name__} has no denoiser under {' or '.join(DENOISER_NAMES)}; give a pipeline, or use"
+            " prepare, calibrate and convert on the module itself"
+        )
+    return present
 
 
 def check_prepare(denoiser: Any, recipe: Any, example_inputs: Any, timestep_arg: str | None) -> None:
@@ -56,11 +81,22 @@ def check_quantize(target: Any, recipe: Any, samples: Any) -> None:
 
     Raises:
         TypeError: naming the argument.
+        ValueError: for samples of a denoiser that ``target`` does not have.
     """
     check_recipe(recipe, "quantize")
-    check_samples(samples, "quantize")
+    by_name = isinstance(samples, Mapping) and all(isinstance(one, CalibrationSet) for one in samples.values())
+    if not by_name:
+        check_samples(samples, "quantize")
     if isinstance(target, QuantizedDenoiser):
         check_float(target, "quantize")
+    names, kind = denoiser_names(target), type(target).__name__
+    if not by_name and len(names) > 1:
+        raise TypeError(
+            f"{kind} has the denoisers {' and '.join(names)}, and quantize got samples of one; give those of each by"
+            f" its name, {{{names[0]!r}: ..., {names[1]!r}: ...}}, or of one alone, {{{names[0]!r}: samples}}"
+        )
+    if by_name and not (samples and samples.keys() <= set(names)):
+        raise ValueError(f"samples must be of the denoisers of {kind}, {list(names)}; got {list(samples)}")
 
 
 def check_float(denoiser: Any, verb: str) -> None:
@@ -246,6 +282,25 @@ def check_group_sizes(captured: GraphModule, plan: Mapping[str, LayerPlan]) -> N
                 f"group_size {size} does not divide the {inputs} inputs of {layer.name}; {nearest} would do, or keep"
                 " the layer in float: keep_float, or an override with per_channel weights"
             )
+
+
+def check_not_all_float(name: str, captured: GraphModule, plan: Mapping[str, LayerPlan], recipe: Recipe) -> None:
+    """Refuse a denoiser that would stay as it is: it has been misread, or the recipe has.
+
+    Raises:
+        ValueError: with what the graph calls, and why each layer stays in float.
+    """
+    products = recipe.config.attention is not None and "scaled_dot_product_attention" in graph.operators_of(captured)
+    if products or any(item.weight is not None for item in plan.values()):
+        return
+    reasons = Counter(item.why for item in plan.values())
+    causes = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
+    calls = ", ".join(f"{count} {word}" for word, count in list(graph.operators_of(captured).items())[:12])
+    raise ValueError(
+        f"nothing of {name} would be quantized. Convolutions, linear layers and embedding tables that read a stored"
+        f" weight were looked for: {causes or 'there are none'}. The exported graph calls {calls or 'no operator'}."
+        " Change keep_float or the overrides of the recipe, or write the products as nn.Linear or convolutions"
+    )
 
 
 def check_calibrated(state: Prepared) -> None:

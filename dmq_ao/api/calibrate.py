@@ -20,6 +20,7 @@ from dmq_ao.algorithms.layer_noise import layer_noise
 from dmq_ao.api import arguments
 from dmq_ao.api.report import CalibrationReport as CalibrationReport
 from dmq_ao.api.stages import Run, run_stages
+from dmq_ao.config import Recipe
 from dmq_ao.evaluation import peak_rss_bytes
 from dmq_ao.mixed_precision.bit_plan import BitPlan
 from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, reset, state_of
@@ -46,7 +47,8 @@ def calibrate(
 
     Args:
         prepared: from ``dmq_ao.prepare``.
-        samples: from ``dmq_ao.record``.
+        samples: from ``dmq_ao.record``. Where they hold several sizes, ranges and votes are taken from all of them;
+            sensitivity, bits and noise are measured on those of most rows.
         state_dir: folder to save progress in, so that an interrupted call resumes.
         seed: of all that is drawn: batches and positions to learn from, samples held out and measured.
         progress: show a progress bar.
@@ -59,7 +61,8 @@ def calibrate(
     Raises:
         TypeError: when ``prepared`` is not prepared, ``samples`` are no calibration set, or ``bits`` no plan.
         ValueError: for non-finite activations, naming the layer; for samples that lack an argument, are of other
-            sizes, or lack windows that the recipe's distillation relates; for a ``state_dir`` of another run.
+            sizes, or lack windows that the recipe's distillation relates; for a ``state_dir`` of another run; for
+            samples of several sizes and a recipe that learns.
         InvalidFile: for a damaged file in ``state_dir``.
     """
     state = require_prepared(prepared, "calibrate")
@@ -68,7 +71,8 @@ def calibrate(
         raise TypeError(f"bits must be a BitPlan, got {type(bits).__name__}; dmq_ao.search_bits makes one")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    graph_samples = GraphSamples.of(prepared, samples)
+    graph_samples, *others = [GraphSamples.of(prepared, bucket) for bucket in samples.buckets]
+    _check_one_size(state.recipe, samples)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:
@@ -86,13 +90,33 @@ def calibrate(
         batch_size,
         MAX_MEMORY if max_memory is None else max_memory,
         bits,
+        tuple(others),
     )
-    report = run_stages(run, CalibrationReport(len(samples), 0.0, resumed=False), progress)
+    report = run_stages(
+        run, CalibrationReport(len(graph_samples) + sum(map(len, others)), 0.0, resumed=False), progress
+    )
     _decide(prepared)
     sqnr_db = _measure(prepared, graph_samples, seed)
     state.sqnr_db, state.incomplete = sqnr_db, False
     seconds = time.monotonic() - started
     return replace(report, seconds=seconds, sqnr_db=sqnr_db, peak_bytes=peak_rss_bytes())
+
+
+def _check_one_size(recipe: Recipe, samples: CalibrationSet) -> None:
+    """Refuse samples of several sizes where a recipe learns: it fits all rows of an input at once."""
+    if recipe.learns and samples.others:
+        sizes = "; ".join(f"{len(one)} rows of {_sizes_of_rows(one)}" for one in samples.buckets)
+        stages = ", ".join(name for name in recipe.stages if recipe.asks_for(name))
+        raise ValueError(
+            f"recipe {recipe.name!r} learns ({stages}) from samples of one size, and these are of"
+            f" {len(samples.buckets)}: {sizes}. Calibrate on the largest bucket, calibrate(prepared,"
+            " samples.buckets[0]), which fits the other sizes less well; record one size; or take a recipe that does"
+            " not learn, such as recipes.minmax, for which all buckets are watched"
+        )
+
+
+def _sizes_of_rows(samples: CalibrationSet) -> str:
+    return ", ".join(f"{name} {list(value.shape[1:])}" for name, value in samples.inputs.items() if value.dim() > 1)
 
 
 def _decide(prepared: GraphModule) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from dmq_ao import graph
 from dmq_ao.api import arguments
 from dmq_ao.api.calibrate import CalibrationReport, calibrate
+from dmq_ao.api.optional import check_neutral, optional_names
 from dmq_ao.backends.backend import Backend
 from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import Ranges, Recipe
@@ -30,7 +30,7 @@ from dmq_ao.passes import out_of_place, own_tensors
 from dmq_ao.quantizer.plan import make_plan
 from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared, state_of, tables
 from dmq_ao.quantizer.quantizer import DiffusionQuantizer
-from dmq_ao.records import LayerPlan, LayerRecord, PackedRecords, on_device, packed_record
+from dmq_ao.records import LayerRecord, PackedRecords, on_device, packed_record
 from dmq_ao.samples import CalibrationSet
 from dmq_ao.serialization import graph as stored_graph
 from dmq_ao.serialization import trial
@@ -44,6 +44,7 @@ def prepare(
     *,
     timestep_arg: str | None = None,
     backend: str = "auto",
+    optional: Sequence[str] = (),
 ) -> GraphModule:
     """Export a denoiser and put an observer on every tensor that the recipe quantizes. The denoiser is not changed.
 
@@ -53,6 +54,9 @@ def prepare(
         example_inputs: keyword arguments (or a tuple of positionals) of one call; ``samples.example()`` gives them.
         timestep_arg: name of the timestep argument, when it is not ``timestep``, ``timesteps`` or ``t``.
         backend: where the result is going to run: checked now, not after an hour of calibration.
+        optional: arguments among the example inputs that a call may leave out, all together, as a ControlNet's
+            ``["down_block_additional_residuals", "mid_block_additional_residual"]``. The denoiser is called to see
+            that zeros in their place are as if they were left out.
 
     Returns:
         A graph that computes what the denoiser computes and observes.
@@ -61,36 +65,25 @@ def prepare(
         TypeError: for a pipeline, a quantized or compiled model, a recipe's name, or inputs of no call.
         ValueError: for patterns that match nothing, unknown names, training mode, hooks, inputs that the denoiser
             fails on, groups that do not divide a layer's inputs, per-step ranges without a timestep; for a denoiser
-            that cannot be exported, or of which nothing would be quantized.
+            that cannot be exported, or of which nothing would be quantized; for ``optional`` arguments that it
+            cannot do without.
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     arguments.check_prepare(denoiser, recipe, example_inputs, timestep_arg)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
     plan = make_plan(captured, recipe.config)
-    _refuse_float(type(denoiser).__name__, captured, plan, recipe)
+    arguments.check_not_all_float(type(denoiser).__name__, captured, plan, recipe)
     arguments.check_group_sizes(captured, plan)
     choose_backend(backend, graph.device_of(denoiser), plan)
     signature = graph.signature_of(captured)
+    if optional:
+        signature = replace(signature, optional=optional_names(captured, optional))
+        check_neutral(denoiser, example_inputs, signature.optional)
     prepared = prepare_pt2e(captured, DiffusionQuantizer(recipe))
     graph.set_signature(prepared, signature)
     state_of(prepared).skeleton = graph.skeleton(denoiser)
     _pass_timestep(prepared)
     return graph.allow_train_eval(prepared)
-
-
-def _refuse_float(name: str, captured: GraphModule, plan: Mapping[str, LayerPlan], recipe: Recipe) -> None:
-    """A denoiser that would stay as it is has been misread, or the recipe has."""
-    products = recipe.config.attention is not None and "scaled_dot_product_attention" in graph.operators_of(captured)
-    if products or any(item.weight is not None for item in plan.values()):
-        return
-    reasons = Counter(item.why for item in plan.values())
-    causes = "; ".join(f"{count} kept in float: {why}" for why, count in reasons.most_common())
-    calls = ", ".join(f"{count} {word}" for word, count in list(graph.operators_of(captured).items())[:12])
-    raise ValueError(
-        f"nothing of {name} would be quantized. Convolutions, linear layers and embedding tables that read a stored"
-        f" weight were looked for: {causes or 'there are none'}. The exported graph calls {calls or 'no operator'}."
-        " Change keep_float or the overrides of the recipe, or write the products as nn.Linear or convolutions"
-    )
 
 
 def _pass_timestep(prepared: GraphModule) -> None:
@@ -258,10 +251,44 @@ def _float_tensors(gm: GraphModule, skeleton: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@overload
 def quantize(
     target: Any,
     recipe: Recipe,
     samples: CalibrationSet,
+    *,
+    backend: str = ...,
+    packed: bool = ...,
+    latency_aware: bool = ...,
+    state_dir: str | Path | None = ...,
+    seed: int = ...,
+    progress: bool = ...,
+    batch_size: int = ...,
+    max_memory: int | None = ...,
+) -> CalibrationReport: ...
+
+
+@overload
+def quantize(
+    target: Any,
+    recipe: Recipe,
+    samples: Mapping[str, CalibrationSet],
+    *,
+    backend: str = ...,
+    packed: bool = ...,
+    latency_aware: bool = ...,
+    state_dir: str | Path | None = ...,
+    seed: int = ...,
+    progress: bool = ...,
+    batch_size: int = ...,
+    max_memory: int | None = ...,
+) -> dict[str, CalibrationReport]: ...
+
+
+def quantize(
+    target: Any,
+    recipe: Recipe,
+    samples: CalibrationSet | Mapping[str, CalibrationSet],
     *,
     backend: str = "auto",
     packed: bool = False,
@@ -271,52 +298,50 @@ def quantize(
     progress: bool = True,
     batch_size: int = 8,
     max_memory: int | None = None,
-) -> CalibrationReport:
-    """Quantize a pipeline's denoiser in place: prepare, calibrate, convert.
+) -> CalibrationReport | dict[str, CalibrationReport]:
+    """Quantize a pipeline's denoiser, or its denoisers, in place: prepare, calibrate, convert.
 
     Args:
-        target: a diffusers pipeline, or anything with a denoiser as ``unet`` or ``transformer``.
+        target: a diffusers pipeline, or anything with a denoiser as ``unet`` or ``transformer``, and a second one as
+            ``transformer_2`` (Wan 2.2).
         recipe: what to quantize and how.
-        samples: recorded from the same denoiser.
+        samples: recorded from the same denoiser. Of two denoisers those of each, by its name in the pipeline, as
+            ``dmq_ao.pipelines.adapter.record_denoisers`` gives them; one that is left out stays in float.
         backend: as for ``convert``.
         packed: as for ``convert``.
         latency_aware: as for ``convert``.
-        state_dir: as for ``calibrate``, and so are the rest.
+        state_dir: as for ``calibrate``, and so are the rest; of samples by name, each has a folder of that name in it.
         seed: chooses the samples on which the layers' noise is measured.
         progress: show a progress bar.
         batch_size: rows per forward pass.
         max_memory: as for ``calibrate``.
 
+    Returns:
+        What calibration found; of samples by name, by name.
+
     Raises:
-        TypeError: when ``target`` has no denoiser, or a quantized one, and for what is no recipe or calibration set.
+        TypeError: when ``target`` has no denoiser, or a quantized one, and for what is no recipe or calibration set;
+            for the samples of one denoiser where ``target`` has two.
+        ValueError: for samples of a denoiser that ``target`` does not have.
     """
     arguments.check_quantize(target, recipe, samples)
-    name = denoiser_name(target)
-    timestep_arg = samples.timestep_arg
-    prepared = prepare(getattr(target, name), recipe, samples.example(), timestep_arg=timestep_arg, backend=backend)
-    report = calibrate(
-        prepared,
-        samples,
-        state_dir=state_dir,
-        seed=seed,
-        progress=progress,
-        batch_size=batch_size,
-        max_memory=max_memory,
-    )
-    setattr(target, name, convert(prepared, backend, packed=packed, latency_aware=latency_aware))
-    return report
-
-
-def denoiser_name(pipeline: Any) -> str:
-    """Attribute under which a pipeline keeps its denoiser.
-
-    Raises:
-        TypeError: when it has none.
-    """
-    for name in arguments.DENOISER_NAMES:
-        if isinstance(getattr(pipeline, name, None), nn.Module):
-            return name
-    raise TypeError(
-        f"{type(pipeline).__name__} has no denoiser under {' or '.join(arguments.DENOISER_NAMES)}; give a pipeline, or"
-        " use prepare, calibrate and convert on the module itself"
-    )
+    by_name = samples if isinstance(samples, Mapping) else {arguments.denoiser_name(target): samples}
+    reports, quantized = {}, {}
+    for name, own in by_name.items():
+        prepared = prepare(
+            getattr(target, name), recipe, own.example(), timestep_arg=own.timestep_arg, backend=backend
+        )
+        folder = state_dir if state_dir is None or by_name is not samples else Path(state_dir) / name
+        reports[name] = calibrate(
+            prepared,
+            own,
+            state_dir=folder,
+            seed=seed,
+            progress=progress,
+            batch_size=batch_size,
+            max_memory=max_memory,
+        )
+        quantized[name] = convert(prepared, backend, packed=packed, latency_aware=latency_aware)
+    for name, denoiser in quantized.items():  # all, or none where one fails
+        setattr(target, name, denoiser)
+    return reports if by_name is samples else next(iter(reports.values()))

@@ -41,7 +41,8 @@ class Run:
     Attributes:
         prepared: the graph; its observers and state are changed in place.
         samples: to calibrate on.
-        graph_samples: the same as the graph takes them.
+        graph_samples: the same as the graph takes them; where there are several sizes, those of the largest bucket.
+        others: the samples of other sizes, a bucket each.
         recipe: as asked for.
         checkpoint: where stages save their progress.
         seed: of all that is drawn.
@@ -60,11 +61,13 @@ class Run:
     batch_size: int
     max_memory: int
     bits: BitPlan | None
+    others: tuple[GraphSamples, ...] = ()
     learning: Reconstruction | None = None
 
     def batches(self) -> Iterator[list[Tensor]]:
-        """The graph's arguments [B, ...], a list a batch, made as they are asked for."""
-        return (batch.arguments for batch in self.graph_samples.batches(self.batch_size))
+        """The graph's arguments [B, ...], a list a batch, of all buckets, made as they are asked for."""
+        buckets = (self.graph_samples, *self.others)
+        return (batch.arguments for bucket in buckets for batch in bucket.batches(self.batch_size))
 
     @cached_property
     def watched(self) -> Watched | None:
@@ -156,7 +159,7 @@ def _observe(run: Run, report: CalibrationReport, bar: tqdm[Any]) -> Calibration
 
 
 def _batch_count(run: Run) -> int:
-    return math.ceil(len(run.samples) / run.batch_size)
+    return sum(math.ceil(len(bucket) / run.batch_size) for bucket in (run.graph_samples, *run.others))
 
 
 def _votes(prepared: GraphModule) -> dict[str, VoteReport]:

@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from dmq_ao import recipes
+from dmq_ao.api.arguments import denoiser_name
 from dmq_ao.api.calibrate import calibrate
 from dmq_ao.api.compile import Mode
-from dmq_ao.api.quantize import convert, denoiser_name, prepare
-from dmq_ao.benchmarks.measure import compiled_calls, held_out_states
+from dmq_ao.api.quantize import convert, prepare
+from dmq_ao.api.saving import load
+from dmq_ao.benchmarks.measure import compiled_calls, states_of_denoisers
 from dmq_ao.benchmarks.named import NAMED, SEED, STEPS, named_denoiser
 from dmq_ao.benchmarks.peer_benchmark import Case, Ours, side_by_side
 from dmq_ao.benchmarks.peers import COMPILED_FP32, check_installed
@@ -26,7 +28,8 @@ from dmq_ao.evaluation import latency, machine, speedup
 from dmq_ao.graph import Signature
 from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.graph.noise import noise_tensors
-from dmq_ao.pipelines.adapter import denoiser_folder, is_quantized, load_denoiser, load_pipeline, record_pipeline
+from dmq_ao.pipelines.adapter import load_pipeline, record_denoisers
+from dmq_ao.pipelines.denoisers import Part, denoiser_folders, is_quantized
 from dmq_ao.pipelines.prompts import Prompts
 from dmq_ao.samples import CalibrationSet
 
@@ -46,6 +49,7 @@ class _Settings:
     backend: str
     mode: Mode
     prompt: Prompts
+    lora: str | Path | None
     progress: bool
     say: Callable[[str], None]
 
@@ -57,10 +61,10 @@ def run_benchmark(
     power_of_two: bool = False,
     batch_size: int | None = None,
     repeats: int = 15,
-    threads: int | None = None,
     backend: str = "auto",
     mode: Mode = "default",
     prompt: Prompts = None,
+    lora: str | Path | None = None,
     peers: Sequence[str] = (),
     progress: bool = False,
     say: Callable[[str], None] = print,
@@ -69,15 +73,16 @@ def run_benchmark(
 
     Args:
         model: a pipeline folder (float or quantized), a Hub id, ``"demo"`` or a name in ``NAMED``. A quantized folder
-            is timed as it is, against its architecture with random weights.
+            is timed as it is, against its architecture with random weights. Of two denoisers the first is timed.
         bits: as for ``recipes.minmax``; and so is the next.
         power_of_two: see there.
         batch_size: rows of a call; None for that of the named denoiser, and 4 for others.
         repeats: timed calls of each.
-        threads: of torch and the peers, while this runs; None leaves them as they are.
         backend: as for ``dmq_ao.convert``.
         mode: as for ``dmq_ao.compile``.
-        prompt: for pipelines that want one: a text, or several that the seeds take in turn.
+        prompt: for pipelines that want one: a text, or several that the seeds take in turn; or ``Conditions``, of
+            pictures, sizes and guidance, with which states are recorded and calls are made.
+        lora: weights to fuse into the float pipeline.
         peers: names of ``dmq_ao.benchmarks.peers.PEERS``, timed in the same rounds as ours and compiled float32.
         progress: show progress bars.
         say: told what is going on.
@@ -88,39 +93,45 @@ def run_benchmark(
         ``quantized``, and ``speedup``, the ratio of medians. With peers what ``side_by_side`` returns.
 
     Raises:
-        ValueError: for peers of a quantized folder, which has no float weights to give them.
+        ValueError: for peers of a quantized folder, which has no float weights to give them; for a prompt or LoRA of
+            what is called with noise, a quantized folder or a named denoiser.
         MissingPackage: when the packages of no peer are installed; one that lacks its own has a row that says so.
     """
     recipe = recipes.minmax(bits, power_of_two=power_of_two)
     check_installed(peers)
     if peers and _is_quantized_folder(model):
         raise ValueError(f"{model} has no float weights, which the peers start from; give the float model instead")
+    if (model in NAMED or _is_quantized_folder(model)) and not (prompt is None and lora is None):
+        raise ValueError(
+            f"{model} is called with noise, of its own sizes; leave out prompt, pictures, sizes, guidance and LoRA,"
+            " which are for float pipelines"
+        )
     rows = batch_size or (NAMED[model].batch_size if model in NAMED else BATCH_SIZE)
-    settings = _Settings(recipe, rows, repeats, backend, mode, prompt, progress, say)
-    with _threads(threads):
-        if peers:
-            name = f"dmq_ao {bits.upper()}{'+PTS' if power_of_two else ''}{', max' if mode == 'max' else ''}"
-            quantized, figures = _against_peers(model, settings, name, peers)
-        else:
-            quantized, figures = _against_float(model, settings)
-        return {
-            "model": model,
-            "recipe": quantized.recipe.to_dict(),
-            "backend": quantized.backend,
-            "mode": mode,
-            "batch_size": rows,
-            **figures,
-            "kernels": quantized.kernel_counts,
-            "machine": machine(),
-            "date": time.strftime("%Y-%m-%d"),
-        }
+    settings = _Settings(recipe, rows, repeats, backend, mode, prompt, lora, progress, say)
+    if peers:
+        name = f"dmq_ao {bits.upper()}{'+PTS' if power_of_two else ''}{', max' if mode == 'max' else ''}"
+        quantized, figures = _against_peers(model, settings, name, peers)
+    else:
+        quantized, figures = _against_float(model, settings)
+    return {
+        "model": model,
+        "recipe": quantized.recipe.to_dict(),
+        "backend": quantized.backend,
+        "mode": mode,
+        "batch_size": rows,
+        **figures,
+        "kernels": quantized.kernel_counts,
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, dict[str, Any]]:
     if _is_quantized_folder(model):
-        teacher, quantized, inputs = _stored_denoiser(model, settings.batch_size, settings.backend)
+        folder = _first(denoiser_folders(model), settings.say)[1]
+        teacher, quantized, inputs = _stored_denoiser(folder, settings.batch_size, settings.backend)
     else:
-        teacher, samples, _ = _float_denoiser(model, settings.prompt)
+        teacher, samples, _ = _float_denoiser(model, settings)
         quantized = _convert(model, teacher, samples, settings)
         inputs = first_rows(samples, settings.batch_size)
     settings.say("compile float32 and quantized")
@@ -136,10 +147,12 @@ def _against_float(model: str, settings: _Settings) -> tuple[QuantizedDenoiser, 
 def _against_peers(
     model: str, settings: _Settings, name: str, peers: Sequence[str]
 ) -> tuple[QuantizedDenoiser, dict[str, Any]]:
-    teacher, samples, pipeline = _float_denoiser(model, settings.prompt)
+    teacher, samples, pipeline = _float_denoiser(model, settings)
     states = samples  # of a named denoiser: noise is noise
     if pipeline is not None:
-        states = held_out_states(pipeline, steps=STEPS, seed=STATES_SEED, prompt=settings.prompt)
+        states = states_of_denoisers(pipeline, steps=STEPS, seed=STATES_SEED, prompt=settings.prompt)[
+            denoiser_name(pipeline)
+        ]
     start = time.perf_counter()
     quantized = _convert(model, teacher, samples, settings)
     ours = {name: Ours(quantized, settings.mode, time.perf_counter() - start)}
@@ -150,16 +163,25 @@ def _against_peers(
 
 
 def _is_quantized_folder(model: str) -> bool:
-    return Path(model).is_dir() and is_quantized(denoiser_folder(model))
+    return Path(model).is_dir() and any(map(is_quantized, denoiser_folders(model).values()))
 
 
-def _float_denoiser(model: str, prompt: Prompts) -> tuple[nn.Module, CalibrationSet, Any]:
+def _first(parts: Mapping[str, Part], say: Callable[[str], None]) -> tuple[str, Part]:
+    """The denoiser that is timed; of two, it is said which."""
+    name = next(iter(parts))
+    if len(parts) > 1:
+        say(f"{name} is timed, and not {' and '.join(other for other in parts if other != name)}")
+    return name, parts[name]
+
+
+def _float_denoiser(model: str, settings: _Settings) -> tuple[nn.Module, CalibrationSet, Any]:
     """A denoiser, samples to calibrate it on, and the pipeline that it stands in, if it does."""
     if model in NAMED:
         return *named_denoiser(model), None
-    pipeline = load_pipeline(model)
-    samples = record_pipeline(pipeline, num_samples=SAMPLES, steps=STEPS, seed=SEED, prompt=prompt)
-    return getattr(pipeline, denoiser_name(pipeline)), samples, pipeline
+    pipeline = load_pipeline(model, lora=settings.lora)
+    recorded = record_denoisers(pipeline, num_samples=SAMPLES, steps=STEPS, seed=SEED, prompt=settings.prompt)
+    name, samples = _first(recorded, settings.say)
+    return getattr(pipeline, name), samples, pipeline
 
 
 def _convert(model: str, teacher: nn.Module, samples: CalibrationSet, settings: _Settings) -> QuantizedDenoiser:
@@ -178,9 +200,9 @@ def first_rows(samples: CalibrationSet, batch_size: int) -> Mapping[str, Any]:
     return next(call_rows.batches(batch_size))
 
 
-def _stored_denoiser(folder: str, batch_size: int, backend: str) -> BenchmarkCase:
+def _stored_denoiser(folder: str | Path, batch_size: int, backend: str) -> BenchmarkCase:
     """A saved denoiser, a float one of its architecture with random weights, and noise for a call."""
-    quantized = load_denoiser(folder, backend=backend)
+    quantized = load(folder, backend=backend)
     architecture = quantized.skeleton
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -194,8 +216,8 @@ def noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Torch on ``count`` threads, and then on as many as before."""
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Torch, and the peers, on ``count`` threads, and then on as many as before; None leaves them."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -9,19 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmq_ao.api.quantize import denoiser_name
+from dmq_ao.api.arguments import denoiser_names
 from dmq_ao.benchmarks.measure import (
     GRID_IMAGES,
     STATES_PER_TIMESTEP,
-    held_out_states,
     images_of,
+    states_of_denoisers,
     variant_report,
 )
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.evaluation import machine
+from dmq_ao.evaluation import folder_bytes, machine
 from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.evaluation.table import FLOAT_ROW
-from dmq_ao.pipelines.adapter import denoiser_folder, load_denoiser, load_pipeline
+from dmq_ao.pipelines.adapter import load_pipeline
+from dmq_ao.pipelines.denoisers import denoiser_folders, load_denoisers
 from dmq_ao.pipelines.prompts import Prompts
 from dmq_ao.pipelines.seeds import calibration_seeds, check_seeds, fresh_seeds, span
 
@@ -64,37 +65,40 @@ def compare(
     Raises:
         InvalidFile: for a folder that is not there or not quantized; before anything is sampled.
         OverlappingSeeds: for a ``seed`` whose images start from noise that one of the folders was calibrated on.
-        ValueError: when there is no such device; for denoisers of different dtypes.
+        ValueError: when there is no such device; for denoisers of different dtypes, or of another pipeline.
         TypeError: when ``model`` is quantized itself.
     """
     names = _names(folders)
     seeds, state_seeds, calibrations = _seeds(names, images, seed, allow_calibration_seeds)
-    quantized = {name: load_denoiser(folder, backend=backend, device=device) for name, folder in names.items()}
+    quantized = {name: load_denoisers(folder, backend=backend, device=device) for name, folder in names.items()}
     pipeline = load_pipeline(model, device=device, dtype=_common_dtype(quantized), lora=lora)
-    teacher = getattr(pipeline, denoiser_name(pipeline))
+    quantized = {name: _as_in(pipeline, parts, names[name]) for name, parts in quantized.items()}
+    teachers = {name: getattr(pipeline, name) for name in denoiser_names(pipeline)}
+    float_size = sum(map(float_bytes, teachers.values()))
     say(f"float: {steps}-step trajectories for one-step errors, and {images} images")
-    states = held_out_states(pipeline, steps=steps, seed=state_seeds.start, prompt=prompt)
-    expected = images_of(pipeline, teacher, seeds, steps=steps, prompt=prompt)
+    states = states_of_denoisers(pipeline, steps=steps, seed=state_seeds.start, prompt=prompt)
+    expected = images_of(pipeline, teachers, seeds, steps=steps, prompt=prompt)
     pictures, variants = {FLOAT_ROW: expected[:GRID_IMAGES]}, []
-    for name, denoiser in quantized.items():
+    for name, parts in quantized.items():
         say(f"{name}: one-step errors and {images} images")
-        student_images = images_of(pipeline, denoiser, seeds, steps=steps, prompt=prompt)
-        folder = denoiser_folder(names[name])
-        row = variant_report(name, denoiser, teacher, states, student_images, expected, folder, float_bytes(teacher))
+        student_images = images_of(pipeline, parts, seeds, steps=steps, prompt=prompt)
+        size = sum(map(folder_bytes, denoiser_folders(names[name]).values()))
+        size += sum(float_bytes(teacher) for part, teacher in teachers.items() if part not in parts)
         pictures[name] = student_images[:GRID_IMAGES]
-        variants.append(row)
+        variants.append(variant_report(name, parts, teachers, states, student_images, expected, size, float_size))
+    rows = sum(map(len, states.values()))
     report = {
         "title": f"{model}: float against quantized",
         "model": str(model),
         "machine": machine(),
         "protocol": {
             "scheduler": f"{type(pipeline.scheduler).__name__}, {steps} steps",
-            "one-step error": f"{len(states)} states of float trajectories, seeds {span(state_seeds)}",
+            "one-step error": f"{rows} states of float trajectories, seeds {span(state_seeds)}",
             "images": f"{images}, seeds {span(seeds)}",
             "calibration seeds": calibrations,
             "backend": backend,
         },
-        "float": {"file_bytes": float_bytes(teacher), "latency_ms": None},
+        "float": {"file_bytes": float_size, "latency_ms": None},
         "variants": variants,
     }
     return report, pictures
@@ -115,9 +119,28 @@ def _seeds(names: Mapping[str, str | Path], images: int, seed: int | None, allow
     return image_seeds, state_seeds, "; ".join(lines)
 
 
-def _common_dtype(quantized: Mapping[str, QuantizedDenoiser]) -> torch.dtype:
-    dtypes = {name: denoiser.dtype for name, denoiser in quantized.items()}
-    if len(set(dtypes.values())) > 1:
+def _as_in(
+    pipeline: Any, quantized: Mapping[str, QuantizedDenoiser], folder: str | Path
+) -> dict[str, QuantizedDenoiser]:
+    """Denoisers of a folder by their names in a pipeline; one that stands alone takes the place of the only one.
+
+    Raises:
+        ValueError: where it is not clear which is which.
+    """
+    names = denoiser_names(pipeline)
+    if quantized.keys() <= set(names):
+        return dict(quantized)
+    if len(quantized) == len(names) == 1:
+        return {names[0]: next(iter(quantized.values()))}
+    raise ValueError(
+        f"{folder} holds {' and '.join(quantized)}, and {type(pipeline).__name__} has {' and '.join(names)}; give the"
+        " whole quantized pipeline, or a folder called as the denoiser that it holds"
+    )
+
+
+def _common_dtype(quantized: Mapping[str, Mapping[str, QuantizedDenoiser]]) -> torch.dtype:
+    dtypes = {name: next(iter(parts.values())).dtype for name, parts in quantized.items()}
+    if len({denoiser.dtype for parts in quantized.values() for denoiser in parts.values()}) > 1:
         raise ValueError(
             f"the denoisers must have the same dtype, got {dtypes}; compare those of each dtype separately"
         )

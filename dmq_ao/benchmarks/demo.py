@@ -23,7 +23,7 @@ from dmq_ao.benchmarks.measure import (
     images_of,
     variant_report,
 )
-from dmq_ao.evaluation import machine, write_report
+from dmq_ao.evaluation import folder_bytes, machine, write_report
 from dmq_ao.evaluation.cost import float_bytes
 from dmq_ao.evaluation.table import FLOAT_ROW
 from dmq_ao.pipelines.adapter import DEMO, load_pipeline, record_pipeline
@@ -83,9 +83,9 @@ def run_demo(
         with tempfile.TemporaryDirectory() as temporary:
             save(quantized, temporary)
             size = float_bytes(teacher)
-            row = variant_report(
-                name, quantized, teacher, states, image_rows[name], image_rows[FLOAT_ROW], temporary, size
-            )
+            parts = {"unet": quantized}, {"unet": teacher}, {"unet": states}
+            pair = image_rows[name], image_rows[FLOAT_ROW]
+            row = variant_report(name, *parts, *pair, folder_bytes(temporary), size)
             variants.append({**row, "calibration_seconds": calibration.seconds})
     float_ms = None
     if with_latency:

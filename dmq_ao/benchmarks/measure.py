@@ -9,19 +9,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.api.arguments import denoiser_name
 from dmq_ao.api.compile import Mode, compile
-from dmq_ao.api.quantize import denoiser_name
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.evaluation import Latency, folder_bytes, image_fidelity, latency, one_step_error
+from dmq_ao.evaluation import Latency, OneStep, image_fidelity, latency, one_step_error
 from dmq_ao.graph.arguments import moved_inputs
-from dmq_ao.pipelines.adapter import record_pipeline, sample
+from dmq_ao.pipelines.adapter import record_denoisers, sample
+from dmq_ao.pipelines.denoisers import the_only
 from dmq_ao.pipelines.prompts import Prompts
+from dmq_ao.pipelines.report import describe_denoiser, in_one
 from dmq_ao.samples import CalibrationSet
 
 STATES_PER_TIMESTEP = 8
@@ -31,8 +32,24 @@ GRID_IMAGES = 8  # of a row of pictures
 def held_out_states(
     pipeline: Any, *, steps: int, seed: int, prompt: Prompts = None, timesteps: int = 20
 ) -> CalibrationSet:
-    """States of float trajectories with seeds of their own, for one-step errors: up to ``timesteps`` spread steps."""
-    states = record_pipeline(
+    """``states_of_denoisers`` for a pipeline of one denoiser.
+
+    Raises:
+        ValueError: for a pipeline of several.
+    """
+    states = states_of_denoisers(pipeline, steps=steps, seed=seed, prompt=prompt, timesteps=timesteps)
+    return the_only(states, type(pipeline).__name__)
+
+
+def states_of_denoisers(
+    pipeline: Any, *, steps: int, seed: int, prompt: Prompts = None, timesteps: int = 20
+) -> dict[str, CalibrationSet]:
+    """States of float trajectories with seeds of their own, for one-step errors: up to ``timesteps`` spread steps.
+
+    Returns:
+        Those of each denoiser, by its name in the pipeline.
+    """
+    recorded = record_denoisers(
         pipeline,
         num_samples=steps * STATES_PER_TIMESTEP,
         steps=steps,
@@ -40,9 +57,14 @@ def held_out_states(
         prompt=prompt,
         trajectories=STATES_PER_TIMESTEP,
     )
+    return {name: _spread(states, timesteps) for name, states in recorded.items()}
+
+
+def _spread(states: CalibrationSet, timesteps: int) -> CalibrationSet:
+    """All rows of up to ``timesteps`` steps, from the first to the last."""
     count = min(timesteps, len(states.timesteps))
-    spread = torch.linspace(0, len(states.timesteps) - 1, count).round().long().unique()
-    return states.select(torch.nonzero(torch.isin(states.step, spread))[:, 0])
+    steps = torch.linspace(0, len(states.timesteps) - 1, count).round().long().unique()
+    return states.select(torch.nonzero(torch.isin(states.step, steps))[:, 0])
 
 
 def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, Any]]]:
@@ -53,62 +75,88 @@ def by_timestep(states: CalibrationSet) -> Iterator[tuple[float, Mapping[str, An
 
 
 def images_of(
-    pipeline: Any, denoiser: nn.Module, seeds: Sequence[int], *, steps: int, prompt: Prompts = None
+    pipeline: Any,
+    denoisers: nn.Module | Mapping[str, nn.Module],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    prompt: Prompts = None,
 ) -> Tensor:
-    """Images [N, C, H, W] in 0..1 with ``denoiser`` in the pipeline's place, one a seed, of videos one a frame."""
-    name = denoiser_name(pipeline)
-    before = getattr(pipeline, name)
-    setattr(pipeline, name, denoiser)
+    """Images [N, C, H, W] in 0..1 with other denoisers in the pipeline, one a seed, of videos one a frame.
+
+    Args:
+        pipeline: as it was afterwards.
+        denoisers: by name in the pipeline, or one, which takes the place of the first.
+        seeds: one an image.
+        steps: of the sampler.
+        prompt: as for ``sample``.
+    """
+    parts = {denoiser_name(pipeline): denoisers} if isinstance(denoisers, nn.Module) else denoisers
+    before = {name: getattr(pipeline, name) for name in parts}
     try:
+        for name, denoiser in parts.items():
+            setattr(pipeline, name, denoiser)
         images = sample(pipeline, seeds, steps=steps, prompt=prompt)
         return images.flatten(0, -4)
     finally:
-        setattr(pipeline, name, before)
+        for name, denoiser in before.items():
+            setattr(pipeline, name, denoiser)
 
 
 def variant_report(
     name: str,
-    quantized: QuantizedDenoiser,
-    teacher: nn.Module,
-    states: CalibrationSet,
+    quantized: Mapping[str, QuantizedDenoiser],
+    teachers: Mapping[str, nn.Module],
+    states: Mapping[str, CalibrationSet],
     images: Tensor,
     expected: Tensor,
-    folder: str | Path | None = None,
+    file_bytes: int | None = None,
     float_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """What one quantized denoiser costs and keeps, as a row of ``dmq_ao.evaluation``'s report.
+    """What the quantized denoisers of a pipeline cost and keep, as a row of ``dmq_ao.evaluation``'s report.
 
     Args:
         name: of the row.
-        quantized: the denoiser.
-        teacher: the float one that it was made from.
+        quantized: the denoisers, by name in the pipeline, as the next two.
+        teachers: the float ones that they were made from.
         states: inputs for one-step errors.
         images: [N, C, H, W] in 0..1, drawn with ``quantized``.
-        expected: [N, C, H, W], drawn with ``teacher`` from the same seeds.
-        folder: where ``quantized`` is stored; None where it is not.
-        float_bytes: what ``teacher`` takes; None where that is not compared.
+        expected: [N, C, H, W], drawn with ``teachers`` from the same seeds.
+        file_bytes: where ``quantized`` is stored; None where it is not.
+        float_bytes: what ``teachers`` take; None where that is not compared.
 
     Raises:
         ValueError: for images of different shapes, or outputs that are not finite.
     """
-    batches = ((timestep, moved_inputs(inputs, quantized.device)) for timestep, inputs in by_timestep(states))
-    errors = one_step_error(teacher, quantized, batches)
-    rows = quantized.layer_reports()
-    size = None if folder is None else folder_bytes(folder)
+    errors = [step_errors(teachers[part], denoiser, states[part]) for part, denoiser in quantized.items()]
+    steps = OneStep([t for one in errors for t in one.timesteps], [e for one in errors for e in one.errors])
+    report = in_one({part: describe_denoiser(denoiser) for part, denoiser in quantized.items()}, quantized)
     return {
         "name": name,
-        "file_bytes": size,
-        "size_ratio": None if size is None or float_bytes is None else float_bytes / size,
-        "mean_bits": quantized.mean_bits,
-        "one_step_error": errors.mean,
-        "errors_by_timestep": errors.to_dict(),
+        "file_bytes": file_bytes,
+        "size_ratio": None if file_bytes is None or float_bytes is None else float_bytes / file_bytes,
+        "mean_bits": report["mean_bits"],
+        "one_step_error": steps.mean,
+        "errors_by_timestep": steps.to_dict(),
         **image_fidelity(images, expected, data_range=1.0),
         "latency_ms": None,
         "speedup": None,
-        "kernels": quantized.kernel_counts,
-        "layers": rows,
-        "kept_float": [{"name": row["name"], "why": row["why"]} for row in rows if row["status"] == "float"],
+        "kernels": report["kernels"],
+        "layers": report["layers"],
+        "kept_float": [
+            {"name": row["name"], "why": row["why"]} for row in report["layers"] if row["status"] == "float"
+        ],
     }
+
+
+def step_errors(teacher: nn.Module, quantized: QuantizedDenoiser, states: CalibrationSet) -> OneStep:
+    """One-step errors of a quantized denoiser at each timestep of its states.
+
+    Raises:
+        ValueError: for answers that are not finite.
+    """
+    batches = ((timestep, moved_inputs(inputs, quantized.device)) for timestep, inputs in by_timestep(states))
+    return one_step_error(teacher, quantized, batches)
 
 
 def compiled_calls(

@@ -44,6 +44,7 @@ BENCHMARK_EXAMPLES = examples(
     "dmq-ao benchmark cifar-unet --mode max",
     "dmq-ao benchmark demo --bits w8a8 --batch-size 16 --threads 1",
     "dmq-ao benchmark out/",
+    "dmq-ao benchmark ./my-img2img --image photos/ --prompt 'a cat' --height 512 --width 512",
     "dmq-ao benchmark dit-s-2 --bits w8a8 --mode max --peers",
     "dmq-ao benchmark cifar-unet --peer 'openvino*' --peer 'torch bf16*' --format json",
 )
@@ -146,6 +147,15 @@ def benchmark_command(
         typer.Option(metavar="PATTERN", help="Only the peers of such a name ('openvino*'); repeatable."),
     ] = None,
     prompt: Prompt = None,
+    image: Picture = None,
+    mask: Mask = None,
+    control_image: ControlPicture = None,
+    height: Height = None,
+    width: Width = None,
+    negative_prompt: NegativePrompt = None,
+    guidance_scale: GuidanceScale = None,
+    num_frames: NumFrames = None,
+    lora: Lora = None,
     backend: BackendOption = AUTO_BACKEND,
     mode: ModeOption = CompileMode.DEFAULT,
     form: FormatOption = Format.HUMAN,
@@ -162,27 +172,39 @@ def benchmark_command(
     """
     with option_values("--bits"):
         recipes.minmax(bits)
-    from dmq_ao.benchmarks.benchmark import run_benchmark
+    from dmq_ao.benchmarks.benchmark import run_benchmark, torch_threads
     from dmq_ao.benchmarks.peers import chosen_peers
     from dmq_ao.cli import output
 
     with option_values("--peer"):
         names = chosen_peers(peer or ["*"]) if peers or peer else []
     hide_loading_bars()
-    report = run_benchmark(
-        model,
-        bits,
-        power_of_two=power_of_two,
-        batch_size=batch_size,
-        repeats=repeats,
-        threads=threads,
-        backend=backend.value,
-        mode=mode.value,
-        prompt=prompt,
-        peers=names,
-        progress=True,
-        say=say,
+    conditions = call_conditions(
+        prompt,
+        image=image,
+        mask=mask,
+        control_image=control_image,
+        height=height,
+        width=width,
+        negative_prompt=negative_prompt,
+        guidance_scale=guidance_scale,
+        num_frames=num_frames,
     )
+    with torch_threads(threads):
+        report = run_benchmark(
+            model,
+            bits,
+            power_of_two=power_of_two,
+            batch_size=batch_size,
+            repeats=repeats,
+            backend=backend.value,
+            mode=mode.value,
+            prompt=conditions,
+            lora=lora,
+            peers=names,
+            progress=True,
+            say=say,
+        )
     emit(report, lambda: output.benchmark_text(report), form)
 
 

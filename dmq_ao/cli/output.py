@@ -72,7 +72,7 @@ def _scheme(report: Mapping[str, Any]) -> str:
 
 def quantize_text(report: Mapping[str, Any]) -> str:
     """The summary at the end of a run."""
-    sqnr_db = report["calibration"]["sqnr_db"]
+    sqnr_db = {row["name"]: row["sqnr_db"] for row in report["layers"] if row["sqnr_db"] is not None}
     folder = report["folder"]
     lines = [totals_text(report)]
     if sqnr_db:

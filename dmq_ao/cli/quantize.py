@@ -76,6 +76,10 @@ def quantize_command(
         float | None,
         typer.Option(help="Mean bits of weights below 8 bits; each output channel gets what saves most error."),
     ] = None,
+    denoisers: Annotated[
+        list[str] | None,
+        typer.Option("--denoiser", metavar="NAME", help="Of two denoisers only this one (transformer_2); repeatable."),
+    ] = None,
     bit_plan: Annotated[
         Path | None, typer.Option(help="Bits of each output channel: a bit_plan.json of an earlier run, or edited.")
     ] = None,
@@ -131,7 +135,7 @@ def quantize_command(
             method = replace(method, allocation=replace(method.allocation or BitAllocation(), mean_bits=mean_bits))
     if out is None and not dry_run:
         raise typer.BadParameter("required, unless --dry-run is given", param_hint="--output")
-    from dmq_ao.api.quantize import denoiser_name
+    from dmq_ao.api.arguments import denoiser_names
     from dmq_ao.cli import output
     from dmq_ao.mixed_precision.bit_plan import BitPlan
     from dmq_ao.pipelines import ptq
@@ -153,11 +157,23 @@ def quantize_command(
         num_frames=num_frames,
     )
     pipeline = open_pipeline(model, conditions, device=device, dtype=dtype, lora=lora)
+    names = denoisers or list(denoiser_names(pipeline))
+    with option_values("--denoiser"):
+        ptq.check_denoisers(pipeline, names)
     with option_values("--keep-float"):
-        check_layer_patterns(getattr(pipeline, denoiser_name(pipeline)), keep_float or [])
-    say(f"{model}: export the denoiser")
+        for name in names:
+            check_layer_patterns(getattr(pipeline, name), keep_float or [])
+    say(f"{model}: export {'the denoiser' if len(names) == 1 else ' and '.join(names)}")
     with option_values():
-        prepared = ptq.prepare_pipeline(pipeline, method, prompt=conditions, seed=seed, backend=backend.value)
+        prepared = ptq.prepare_pipeline(
+            pipeline,
+            method,
+            prompt=conditions,
+            seed=seed,
+            backend=backend.value,
+            steps=steps,
+            denoisers=names,
+        )
     if dry_run or out is None:
         report = ptq.forecast(pipeline, prepared, method, steps)
         return emit(report, lambda: output.forecast_text(report), form)

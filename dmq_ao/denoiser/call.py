@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from dmq_ao.graph import Signature, size_rules
 from dmq_ao.graph.arguments import flatten_inputs
 
 RETURN_DICT = "return_dict"
+_MOST_GROWTH = 16  # of an optional argument beside the sample, against the example: halves are rounded up
 
 
 def named_arguments(
@@ -52,7 +54,11 @@ def _takes_any(skeleton: nn.Module) -> bool:
 
 
 def graph_inputs(
-    signature: Signature, arguments: Mapping[str, Any], device: torch.device, fractions: bool
+    signature: Signature,
+    arguments: Mapping[str, Any],
+    device: torch.device,
+    fractions: bool,
+    formulas: Mapping[str, Sequence[size_rules.Formula]] | None = None,
 ) -> list[Tensor]:
     """The graph's tensors [B, ...] in its order, in the dtypes that it was made for, from arguments by name.
 
@@ -61,6 +67,7 @@ def graph_inputs(
         arguments: of a call; None is as if left out.
         device: of the graph.
         fractions: whether a graph that was made with whole timesteps also takes fractions.
+        formulas: sizes of optional arguments, from ``formulas_of``.
 
     Raises:
         TypeError: for a missing or unknown argument, one of another kind of dtype, or one that was constant in the
@@ -70,18 +77,63 @@ def graph_inputs(
     flat = {name: value for name, value in flatten_inputs(arguments).items() if value is not None}
     flat.pop(RETURN_DICT, None)
     missing = [name for name in signature.names if name not in flat]
-    if missing:
-        raise TypeError(f"missing argument {missing[0]!r}; this quantized denoiser takes {list(signature.names)}")
-    values = {name: flat.pop(name) for name in signature.names}
+    if missing and (set(missing) != set(signature.optional) or signature.batch in missing):
+        raise TypeError(_missing_text(signature, missing))
+    values = {name: flat.pop(name) for name in signature.names if name in flat}
     _check_constants(signature, flat)
     sample = _checked(signature, signature.batch, values[signature.batch], device)
     tensors = []
-    for name, value in values.items():
+    for name in signature.names:
+        if name not in values:  # after all others are known to be tensors
+            continue
+        value = values[name]
         if name == signature.timestep:
             tensors.append(_timestep_rows(signature, value, sample, fractions))
         else:
             tensors.append(sample if name == signature.batch else _checked(signature, name, value, device))
-    return tensors
+    return _with_zeros(signature, dict(zip(values, tensors, strict=True)), formulas or {}) if missing else tensors
+
+
+def _with_zeros(
+    signature: Signature, tensors: Mapping[str, Tensor], formulas: Mapping[str, Sequence[size_rules.Formula]]
+) -> list[Tensor]:
+    """The graph's tensors [B, ...] in its order, zeros for those that were left out, as large as the others want."""
+    shapes = {name: x.shape for name, x in tensors.items()}
+    sample, filled = tensors[signature.batch], []
+    for name in signature.names:
+        if name in tensors:
+            filled.append(tensors[name])
+            continue
+        shape = [formula(shapes) for formula in formulas[name]]
+        if not torch.compiler.is_compiling():
+            _check_growth(signature, name, shape, sample)
+        filled.append(sample.new_zeros(shape, dtype=signature.example[name][1]))
+    return filled
+
+
+def _check_growth(signature: Signature, name: str, shape: Sequence[int], sample: Tensor) -> None:
+    """Refuse zeros far larger than the sample wants: the rules may be a file's."""
+    own, batch = (math.prod(signature.example[one][0]) for one in (name, signature.batch))
+    if min(shape) < 0 or math.prod(shape) * batch > _MOST_GROWTH * max(1, own) * max(1, sample.numel()):
+        raise ValueError(
+            f"argument {name!r} cannot be left out at these sizes: the exported graph wants it to be {shape} beside"
+            f" {signature.batch} {list(sample.shape)}; pass it"
+        )
+
+
+def formulas_of(signature: Signature) -> dict[str, tuple[size_rules.Formula, ...]]:
+    """How the sizes of optional arguments follow from those of the others, by name, for every axis."""
+    axes = {name: len(signature.example[name][0]) for name in signature.optional}
+    return size_rules.formulas(signature.rules, axes)
+
+
+def _missing_text(signature: Signature, missing: Sequence[str]) -> str:
+    if signature.optional and set(missing) <= set(signature.optional):
+        return f"missing argument {missing[0]!r}: of the optional {list(signature.optional)} give all, or none"
+    return (
+        f"missing argument {missing[0]!r}; this quantized denoiser takes {list(signature.names)}. Where the model"
+        " can do without it (residuals of a ControlNet), record again without it, or prepare(..., optional=[...])"
+    )
 
 
 def _check_constants(signature: Signature, rest: Mapping[str, Any]) -> None:
@@ -89,7 +141,7 @@ def _check_constants(signature: Signature, rest: Mapping[str, Any]) -> None:
         if name not in signature.constants:
             raise TypeError(
                 f"argument {name!r} was not among the example inputs, so the exported graph has no place for it;"
-                f" prepare again with it, or call with {list(signature.names)}"
+                f" record and prepare again with it, or call with {list(signature.names)}"
             )
         if isinstance(value, Tensor) or value != signature.constants[name]:
             raise TypeError(

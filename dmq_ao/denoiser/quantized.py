@@ -46,6 +46,7 @@ class QuantizedDenoiser(nn.Module):
         self.float_tensors = dict(parts.float_tensors)
         self._guard: tuple[Program, str] | None = None
         self._casts: set[torch.dtype] = set()
+        self._formulas = call.formulas_of(parts.signature)
         super().requires_grad_(False)
         # Not a submodule: it has no bytes, only names, shapes and config to answer for the original model.
         self.__dict__["skeleton"] = parts.skeleton
@@ -247,7 +248,7 @@ class QuantizedDenoiser(nn.Module):
         signature = self.signature
         arguments = call.named_arguments(signature, self.skeleton, args, kwargs)
         as_class = signature.return_type is not None and arguments.pop(call.RETURN_DICT, True)
-        tensors = call.graph_inputs(signature, arguments, self.device, self._fractions)
+        tensors = call.graph_inputs(signature, arguments, self.device, self._fractions, self._formulas)
         dtype = call.dtype_of(arguments, signature.batch)
         if dtype != self.dtype:
             self._tell_cast(dtype)

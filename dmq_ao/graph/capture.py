@@ -51,6 +51,7 @@ class Signature:
         rules: conditions on sizes that the graph relies on, see ``size_rules``.
         answer: how the graph's tensors stand in what the denoiser answers; None for a tensor, a tuple of tensors, or
             a dataclass of them.
+        optional: of ``names``, those that a call may leave out, all together: the graph then gets zeros.
     """
 
     parameters: tuple[str, ...]
@@ -64,6 +65,7 @@ class Signature:
     example: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(repr=False)
     rules: tuple[str, ...] = field(default=(), repr=False)
     answer: Structure | None = field(default=None, repr=False)
+    optional: tuple[str, ...] = ()
 
 
 def capture(

@@ -141,3 +141,67 @@ def _value(node: ast.AST, shapes: Shapes) -> int:
         ):
             return shapes[name][axis]
     raise ValueError(f"not a condition on sizes: {ast.unparse(node)!r}")
+
+
+Formula = Callable[[Shapes], int]
+
+
+def formulas(rules: Sequence[str], unknown: Mapping[str, int]) -> dict[str, tuple[Formula, ...]]:
+    """How sizes of some tensors follow from those of the others, where equations among the rules say it.
+
+    Args:
+        rules: conditions on sizes.
+        unknown: number of axes of each tensor that is not there.
+
+    Returns:
+        For each of these whose sizes all follow, a function of the others' shapes for every axis. They are closures of
+        arithmetic, which a compiler follows.
+    """
+    sizes: dict[tuple[str, int], Formula] = {}
+    pairs = [pair for rule in rules for pair in _assignments(_parsed(rule)) if pair[0][0] in unknown]
+    for _ in range(1 + len(pairs)):
+        for place, expression in pairs:
+            formula = None if place in sizes else _formula(expression, unknown, sizes)
+            if formula is not None:
+                sizes[place] = formula
+    places = {name: [(name, axis) for axis in range(axes)] for name, axes in unknown.items()}
+    return {name: tuple(sizes[one] for one in own) for name, own in places.items() if all(one in sizes for one in own)}
+
+
+def _assignments(rule: ast.expr) -> list[tuple[tuple[str, int], ast.expr]]:
+    """Sides of an equation that are a size, each with the other side."""
+    match rule:
+        case ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]):
+            sides = [(left, right), (right, left)]
+            return [(place, other) for one, other in sides for place in [_size_place(one)] if place is not None]
+    return []
+
+
+def _size_place(node: ast.expr) -> tuple[str, int] | None:
+    match node:
+        case ast.Subscript(
+            value=ast.Subscript(value=ast.Name(id="shape"), slice=ast.Constant(value=str(name))),
+            slice=ast.Constant(value=int(axis)),
+        ):
+            return name, axis
+    return None
+
+
+def _formula(node: ast.expr, unknown: Mapping[str, int], sizes: Mapping[tuple[str, int], Formula]) -> Formula | None:
+    """An expression as a function of the shapes that are there; None where it needs others."""
+    place = _size_place(node)
+    if place is not None:
+        return sizes.get(place) if place[0] in unknown else lambda shapes: shapes[place[0]][place[1]]
+    match node:
+        case ast.Constant(value=int(value)):
+            return lambda shapes: value
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            inner = _formula(operand, unknown, sizes)
+            return None if inner is None else lambda shapes: -inner(shapes)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _ARITHMETIC:
+            first, second = _formula(left, unknown, sizes), _formula(right, unknown, sizes)
+            if first is None or second is None:
+                return None
+            compute = _ARITHMETIC[type(op)]
+            return lambda shapes: compute(first(shapes), second(shapes))
+    return None

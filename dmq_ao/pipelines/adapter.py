@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dmq_ao.api.arguments import DENOISER_NAMES
+from dmq_ao.api.arguments import DENOISER_NAMES, denoiser_names
 from dmq_ao.api.compile import compile
-from dmq_ao.api.quantize import denoiser_name
 from dmq_ao.api.saving import load, save, usable_device
-from dmq_ao.config import InvalidFile, Selection, SelectMethod, as_json
+from dmq_ao.config import InvalidFile, MissingStatistics, Selection, SelectMethod, as_json
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation.report import json_ready
+from dmq_ao.graph import private
 from dmq_ao.pipelines.checkpoints import fuse_lora, pipeline_of_file
+from dmq_ao.pipelines.denoisers import is_quantized, the_only
 from dmq_ao.pipelines.prompts import Prompts, call_arguments
 from dmq_ao.pipelines.seeds import INDEX, calibration_seeds, note_seeds, trajectory_seeds
 from dmq_ao.samples import CalibrationSet, record
-from dmq_ao.serialization.folder import CONFIG, KEY
 
 DEMO = "demo"
 REPORT = "report.json"
@@ -53,7 +54,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     lora: str | Path | None = None,
 ) -> Any:
-    """Load a pipeline; a denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
+    """Load a pipeline; every denoiser that dmq_ao saved becomes a ``QuantizedDenoiser``.
 
     Args:
         source: a diffusers pipeline folder, a single ``.safetensors`` checkpoint, a Hub id, or ``"demo"``.
@@ -87,7 +88,7 @@ def load_pipeline(
         raise InvalidFile(
             f"{folder} has no {INDEX}; give a diffusers pipeline folder (for a denoiser alone: dmq_ao.load)"
         )
-    _check_parts(folder / INDEX)
+    index = _check_parts(folder / INDEX)
     seeds = calibration_seeds(folder)
     names = [name for name in DENOISER_NAMES if is_quantized(folder / name)]
     if names and lora is not None:
@@ -96,8 +97,10 @@ def load_pipeline(
     dtype = dtype or next((denoiser.dtype for denoiser in quantized.values()), torch.float32)
     # diffusers wants components of its own classes: it is given the weightless originals, and then the real ones.
     components = {name: denoiser.skeleton for name, denoiser in quantized.items()}
+    components |= {name: None for name, part in index.items() if part == [None, None]}  # it was saved without
     try:
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, **components)
+        # The class itself: of optional parts (Wan's denoisers) the base class takes none that are passed.
+        pipeline = _class_in_index(index).from_pretrained(str(folder), dtype=dtype, **components)
     except Exception as error:  # diffusers' own, of any type: they are about the folder's files
         raise InvalidFile(
             f"{folder}: diffusers {diffusers.__version__} does not load this pipeline ({error!r}); it is incomplete,"
@@ -110,8 +113,20 @@ def load_pipeline(
     return _placed(pipeline, device, lora)
 
 
-def _check_parts(index: Path) -> None:
+def _class_in_index(parts: Mapping[str, Any]) -> Any:
+    """The class that an index names, one of diffusers' pipelines, or else their base, which says what is wrong."""
+    import diffusers
+
+    named = getattr(diffusers, str(parts.get("_class_name")), None)
+    base = diffusers.DiffusionPipeline
+    return named if isinstance(named, type) and issubclass(named, base) else base
+
+
+def _check_parts(index: Path) -> dict[str, Any]:
     """Refuse parts of other libraries: some versions of diffusers import whatever the index of a pipeline names.
+
+    Returns:
+        What the index holds, by name.
 
     Raises:
         InvalidFile: naming the part.
@@ -131,54 +146,7 @@ def _check_parts(index: Path) -> None:
                     f"{index}: {name} is from {library!r}; only parts of {_LIBRARIES} and of diffusers' pipelines are"
                     " loaded"
                 )
-
-
-def load_denoiser(
-    folder: str | Path, *, backend: str = "auto", packed: bool = False, device: torch.device | str = "cpu"
-) -> QuantizedDenoiser:
-    """Load only the quantized denoiser of a pipeline folder, or of a folder that ``dmq_ao.save`` wrote.
-
-    ``backend``, ``packed`` and ``device`` are as in ``dmq_ao.load``.
-
-    Raises:
-        InvalidFile: when there is none.
-    """
-    return load(denoiser_folder(folder), backend=backend, packed=packed, device=device)
-
-
-def denoiser_folder(folder: str | Path) -> Path:
-    """Where a pipeline folder keeps its denoiser; a folder that is no pipeline's is itself the denoiser's.
-
-    Raises:
-        InvalidFile: when ``folder`` is not there, or is a pipeline without a denoiser.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InvalidFile(f"{folder}: no such folder; give a quantized pipeline folder, or one that dmq_ao.save wrote")
-    if not (folder / INDEX).exists():
-        return folder
-    for name in DENOISER_NAMES:
-        if (folder / name).is_dir():
-            return folder / name
-    raise InvalidFile(f"{folder} is a pipeline without a {' or '.join(DENOISER_NAMES)}; give one that has a denoiser")
-
-
-def is_quantized(folder: Path) -> bool:
-    """Whether a denoiser's folder holds one that was quantized, by dmq_ao or another tool.
-
-    Raises:
-        InvalidFile: when its config is not JSON.
-    """
-    config = folder / CONFIG
-    if not config.exists():
-        return False
-    try:
-        data = as_json.read_json(config)
-    except ValueError as error:
-        raise InvalidFile(
-            f"{config}: not JSON ({error}); it is truncated or foreign, copy or save it again"
-        ) from error
-    return isinstance(data, dict) and KEY in data
+    return parts
 
 
 def _placed(pipeline: Any, device: torch.device, lora: str | Path | None) -> Any:
@@ -189,39 +157,43 @@ def _placed(pipeline: Any, device: torch.device, lora: str | Path | None) -> Any
 
 
 def compile_denoiser(pipeline: Any) -> None:
-    """Compile a pipeline's denoiser in place: ``torch.compile``, or ``dmq_ao.compile`` where it is quantized."""
-    name = denoiser_name(pipeline)
-    denoiser = getattr(pipeline, name)
-    quantized = isinstance(denoiser, QuantizedDenoiser)
-    setattr(pipeline, name, compile(denoiser) if quantized else torch.compile(denoiser))
+    """Compile a pipeline's denoisers in place: ``torch.compile``, or ``dmq_ao.compile`` where they are quantized."""
+    for name in denoiser_names(pipeline):
+        denoiser = getattr(pipeline, name)
+        quantized = isinstance(denoiser, QuantizedDenoiser)
+        setattr(pipeline, name, compile(denoiser) if quantized else torch.compile(denoiser))
 
 
 def save_pipeline(pipeline: Any, folder: str | Path, report: Mapping[str, Any] | None = None) -> None:
-    """Write a pipeline whose denoiser is quantized; nothing is left behind when it fails.
+    """Write a pipeline whose denoiser is quantized, or whose denoisers are; nothing is left behind when it fails.
 
     Args:
-        pipeline: with a quantized denoiser.
+        pipeline: with a quantized denoiser; of two, the other may be float.
         folder: where to.
         report: kept beside the pipeline as ``report.json``.
 
     Raises:
         ValueError: when ``folder`` exists and is not empty.
-        TypeError: when the denoiser is not quantized.
+        TypeError: when no denoiser is quantized.
     """
     folder = Path(folder)
     check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    name = denoiser_name(pipeline)
+    denoisers = {name: getattr(pipeline, name) for name in denoiser_names(pipeline)}
+    quantized = {
+        name: part for name, part in denoisers.items() if isinstance(private.uncompiled(part), QuantizedDenoiser)
+    }
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-partial-") as temporary:
         partial = Path(temporary) / folder.name
         partial.mkdir()
-        denoiser = getattr(pipeline, name)
-        save(denoiser, partial / name)
-        for other, component in pipeline.components.items():
-            if other != name and hasattr(component, "save_pretrained"):
-                component.save_pretrained(partial / other)
+        for name, denoiser in (quantized or denoisers).items():
+            save(denoiser, partial / name)
+        for name, component in pipeline.components.items():
+            if name not in quantized and hasattr(component, "save_pretrained"):
+                component.save_pretrained(partial / name)
         index = {key: value for key, value in pipeline.config.items() if key != "_name_or_path"}
-        index |= {"_class_name": type(pipeline).__name__, name: ["diffusers", type(denoiser.skeleton).__name__]}
+        index |= {name: ["diffusers", type(part.skeleton).__name__] for name, part in quantized.items()}
+        index["_class_name"] = type(pipeline).__name__
         (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         if report is not None:
             (partial / REPORT).write_text(json.dumps(json_ready(report), indent=2, allow_nan=False) + "\n")
@@ -289,35 +261,87 @@ def record_pipeline(
     select: str | Selection = SelectMethod.UNIFORM,
     progress: bool = False,
 ) -> CalibrationSet:
-    """Record calibration samples from a pipeline's own sampling loop.
+    """Record calibration samples of a pipeline's one denoiser; arguments as for ``record_denoisers``.
+
+    Raises:
+        TypeError: when the denoiser is already quantized.
+        ValueError: as ``record_denoisers``; for a pipeline of two denoisers.
+    """
+    the_only(dict.fromkeys(denoiser_names(pipeline)), type(pipeline).__name__)
+    [samples] = record_denoisers(
+        pipeline,
+        num_samples=num_samples,
+        steps=steps,
+        seed=seed,
+        prompt=prompt,
+        batch_size=batch_size,
+        trajectories=trajectories,
+        select=select,
+        progress=progress,
+    ).values()
+    return samples
+
+
+def record_denoisers(
+    pipeline: Any,
+    *,
+    num_samples: int,
+    steps: int = 20,
+    seed: int = 0,
+    prompt: Prompts = None,
+    batch_size: int = 8,
+    trajectories: int | None = None,
+    select: str | Selection = SelectMethod.UNIFORM,
+    progress: bool = False,
+) -> dict[str, CalibrationSet]:
+    """Record calibration samples of each of a pipeline's denoisers from its own sampling loop, all in one run.
 
     Args:
-        pipeline: with a float denoiser.
-        num_samples: rows to keep.
+        pipeline: with float denoisers.
+        num_samples: rows to keep of each.
         steps: of the sampler.
         seed: first seed of the trajectories; one a trajectory.
         prompt: for pipelines that want one: a text, or several that the seeds take in turn.
         batch_size: trajectories at a time.
-        trajectories: how many to run; as for ``seeds.trajectory_seeds``.
+        trajectories: how many to run; as for ``seeds.trajectory_seeds``. Twice as many by default where there are two
+            denoisers, each of which has a part of the steps.
         select: how the rows are spread over the timesteps, as for ``dmq_ao.record``.
         progress: show a progress bar.
 
+    Returns:
+        Samples by the denoiser's name in the pipeline.
+
     Raises:
-        TypeError: when the denoiser is already quantized.
+        TypeError: when a denoiser is already quantized.
         ValueError: when the pipeline wants a prompt and there is none, and the like, as ``prompts.call_arguments``.
+        MissingStatistics: when the pipeline did not call one of them.
     """
-    denoiser = getattr(pipeline, denoiser_name(pipeline))
-    if isinstance(denoiser, QuantizedDenoiser):
+    denoisers = {name: getattr(pipeline, name) for name in denoiser_names(pipeline)}
+    if any(isinstance(denoiser, QuantizedDenoiser) for denoiser in denoisers.values()):
         raise TypeError("the denoiser is already quantized; record from the float pipeline it came from")
     call_arguments(pipeline, [seed], prompt)  # before anything is wrapped
-    seeds = trajectory_seeds(num_samples, steps=steps, seed=seed, trajectories=trajectories, select=select)
-    with (
-        record(denoiser, num_samples=num_samples, seed=seed, select=select) as recorder,
-        tqdm(total=len(seeds), disable=not progress, unit="trajectory", desc="record") as bar,
-    ):
+    seeds = trajectory_seeds(
+        num_samples, steps=steps, seed=seed, trajectories=trajectories, select=select, denoisers=len(denoisers)
+    )
+    with ExitStack() as stack:
+        recorders = {
+            name: stack.enter_context(record(denoiser, num_samples=num_samples, seed=seed, select=select))
+            for name, denoiser in denoisers.items()
+        }
+        bar = stack.enter_context(tqdm(total=len(seeds), disable=not progress, unit="trajectory", desc="record"))
         for start in range(0, len(seeds), batch_size):
             chunk = seeds[start : start + batch_size]
-            with recorder.trajectory(part=len(chunk) / (len(seeds) - start)):
+            # A trajectory is left early where one denoiser has given enough; another might still be wanted.
+            part = len(chunk) / (len(seeds) - start) if len(recorders) == 1 else None
+            with ExitStack() as trajectories_of_all:
+                for recorder in recorders.values():
+                    trajectories_of_all.enter_context(recorder.trajectory(part=part))
                 _run(pipeline, chunk, steps, prompt, "latent")  # nothing is decoded where the pipeline can leave it
             bar.update(len(chunk))
-    return recorder.calibration_set()
+    for name, recorder in recorders.items():
+        if len(recorders) > 1 and not recorder.num_calls:
+            raise MissingStatistics(
+                f"{type(pipeline).__name__} did not call its {name} in {steps} steps; take more steps, or set the"
+                f" pipeline's {name} to None where it does without"
+            )
+    return {name: recorder.calibration_set() for name, recorder in recorders.items()}

@@ -7,11 +7,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 NOISE = "noise"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _DEFAULT_SIDE = 64
+# Pipelines that take no list of pictures.
+_TENSORS_ALONE = ("LDMSuperResolution",)
+_MULTIPLE = 32  # of their sides
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Conditions:
         image: to start from: a file, a folder whose pictures the seeds take in turn, or ``"noise"``.
         mask: where to paint, white; as ``image``.
         control_image: of a ControlNet; as ``image``.
-        height: of the result, in pixels; that of noise, too.
+        height: of the result, in pixels, of the pictures, and of noise; pipelines that take the size of their pictures
+            are given these alone.
         width: see there.
         num_frames: of a video.
     """
@@ -66,6 +71,10 @@ class Conditions:
         for name, (source, mode) in sources.items():
             if source is not None:
                 arguments[name] = [_picture(source, seed, mode, size, self._resized) for seed in seeds]
+        if "image" in arguments and type(pipeline).__name__.startswith(_TENSORS_ALONE):
+            arguments["image"] = _as_tensor_batch(arguments["image"])
+        resized = () if self.image is None and self.control_image is None else ("height", "width")
+        arguments = {name: x for name, x in arguments.items() if name in parameters or name not in resized}
         unknown = [name for name in arguments if name not in parameters]
         if unknown:
             raise ValueError(
@@ -101,6 +110,21 @@ def _picture(source: str, seed: int, mode: str, size: tuple[int, int], resized: 
     except OSError as error:
         raise ValueError(f"{files[seed % len(files)]} is no picture that can be read ({error})") from error
     return picture.resize(size) if resized else picture
+
+
+def _as_tensor_batch(pictures: Sequence[Any]) -> torch.Tensor:
+    """Pictures as [B, 3, H, W] in -1..1, cut to multiples of 32 as these pipelines do with a single one."""
+    from PIL import Image
+
+    sizes = {tuple(side - side % _MULTIPLE for side in picture.size) for picture in pictures}
+    if len(sizes) > 1 or not all(next(iter(sizes))):
+        raise ValueError(
+            f"the pictures become {sorted(sizes)} pixels, and the pipeline takes one size, of {_MULTIPLE} or more:"
+            " give height and width (--height, --width)"
+        )
+    resized = [picture.resize(next(iter(sizes)), resample=Image.Resampling.LANCZOS) for picture in pictures]
+    pixels = torch.stack([torch.from_numpy(np.array(picture)) for picture in resized])
+    return 2 * pixels.permute(0, 3, 1, 2).float() / 255 - 1
 
 
 def _files(source: Path) -> list[Path]:

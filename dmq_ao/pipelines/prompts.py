@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dmq_ao.api.quantize import denoiser_name
+from dmq_ao.api.arguments import denoiser_name
 from dmq_ao.pipelines.conditions import Conditions
 
 Prompts = str | Sequence[str] | Conditions | None

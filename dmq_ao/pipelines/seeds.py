@@ -36,7 +36,13 @@ def span(seeds: range) -> str:
 
 
 def trajectory_seeds(
-    num_samples: int, *, steps: int, seed: int, trajectories: int | None, select: str | Selection
+    num_samples: int,
+    *,
+    steps: int,
+    seed: int,
+    trajectories: int | None,
+    select: str | Selection,
+    denoisers: int = 1,
 ) -> range:
     """Seeds of the trajectories that a recording runs, counting up from ``seed``; one a trajectory.
 
@@ -47,9 +53,10 @@ def trajectory_seeds(
         trajectories: how many; None for enough to give every kept row a trajectory of its own at each timestep, and
             twice that where the timesteps' shares are uneven.
         select: how the rows are spread over the timesteps.
+        denoisers: that share the steps among them; each wants as many rows.
     """
     method = select.method if isinstance(select, Selection) else select
-    even = max(2, -(-num_samples // steps))
+    even = denoisers * max(2, -(-num_samples // steps))
     return range(seed, seed + (trajectories or (even if method == SelectMethod.UNIFORM else 2 * even)))
 
 

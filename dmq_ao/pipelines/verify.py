@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dmq_ao.api.saving import check
 from dmq_ao.config import InvalidFile
-from dmq_ao.pipelines.adapter import denoiser_folder
+from dmq_ao.pipelines.denoisers import denoiser_folders
 
 SIGNATURE = "model.sig"
+COUNTS = ("tensors", "layers", "operators", "bytes")
 
 
 def verify(
@@ -34,7 +36,7 @@ def verify(
         issuer: of that identity (OpenID Connect).
 
     Returns:
-        JSON-ready: what was checked, counted; ``signed_by`` is None without a signature.
+        JSON-ready: what was checked, counted over all denoisers; ``signed_by`` is None without a signature.
 
     Raises:
         InvalidFile: for anything damaged, or signed by another, or not at all.
@@ -45,9 +47,14 @@ def verify(
         raise ValueError("signature needs a signer to compare with; give public_key=, or identity= and issuer=")
     if signer is not None:  # before anything else of it is read
         _check_signature(Path(folder), Path(signature or Path(folder) / SIGNATURE), signer)
-    denoiser = denoiser_folder(folder)
-    counts = check(denoiser)
-    return {"folder": str(folder), "denoiser": str(denoiser), **counts, "signed_by": signer and signer["name"]}
+    denoisers = [str(part) for part in denoiser_folders(folder).values()]
+    counts = sum((Counter(check(part)) for part in denoisers), Counter[str]())
+    return {
+        "folder": str(folder),
+        "denoiser": " and ".join(denoisers),
+        **{name: counts[name] for name in COUNTS},
+        "signed_by": signer and signer["name"],
+    }
 
 
 def _signer(public_key: str | Path | None, identity: str | None, issuer: str | None) -> dict[str, Any] | None:

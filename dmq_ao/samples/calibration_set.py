@@ -1,6 +1,6 @@
 """What a denoiser is given while its sampler runs, kept as rows and saved as one safetensors file.
 
-A row is one sample at one timestep; a guided batch of 2B is 2B rows.
+A row is one sample at one timestep; a guided batch of 2B is 2B rows. Rows of other sizes are sets of their own in it.
 """
 
 from __future__ import annotations
@@ -10,27 +10,22 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
-from dmq_ao.config import InvalidFile, as_json
+from dmq_ao.config import InvalidFile
 from dmq_ao.graph.arguments import unflatten_inputs
 from dmq_ao.graph.capture import SAMPLE_NAMES
+from dmq_ao.samples import set_file
 from dmq_ao.samples.windows import too_few_steps
 
-FORMAT_VERSION = 2
-# Of sets without trajectories, which older readers know; both are read.
-_FIRST_VERSION = 1
 Shared: TypeAlias = Tensor | int | float | bool | str | None
 SHARED_TYPES = (Tensor, int, float, bool, str, type(None))
-# One metadata entry: safetensors writes several in an order of its own, and two runs must give the same bytes.
-_HEADER = "dmq_ao.calibration_set"
 # What tensors and names that are no calibration set may end in.
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
 
@@ -48,6 +43,8 @@ class CalibrationSet:
         visited: [S], all of ``timesteps`` where some have no row in this set; None reads them off the rows.
         trajectory: [N] int64, the same number for rows that one run of the sampler gave at one place of its batch;
             None where that was not recorded.
+        others: sets of other sizes (resolution, frames, tokens) that belong to it. All above, and every method but
+            ``digest`` and ``save``, is of this set's own rows; ``calibrate`` goes through all ``buckets``.
 
     Raises:
         TypeError: for inputs that are no tensors or plain values, or a timestep, step or trajectory of another dtype.
@@ -61,12 +58,14 @@ class CalibrationSet:
     timestep_arg: str = "timestep"
     visited: Tensor | None = None
     trajectory: Tensor | None = None
+    others: tuple[CalibrationSet, ...] = ()
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_rows(self)
         _check_finite(self)
         _check_steps(self)
+        _check_others(self)
 
     def __len__(self) -> int:
         return len(self.step)
@@ -74,7 +73,13 @@ class CalibrationSet:
     def __repr__(self) -> str:
         rows = ", ".join(f"{name} {layout(value, per_row=True)}" for name, value in self.inputs.items())
         shared = ", ".join(f"{name} {describe(value)}" for name, value in self.shared.items()) or "nothing"
-        return f"CalibrationSet({len(self)} rows at {len(self.timesteps)} timesteps: {rows}; shared: {shared})"
+        more = "".join(f"; and {one!r}" for one in self.others)
+        return f"CalibrationSet({len(self)} rows at {len(self.timesteps)} timesteps: {rows}; shared: {shared}{more})"
+
+    @property
+    def buckets(self) -> tuple[CalibrationSet, ...]:
+        """This set's own rows, and the sets of other sizes."""
+        return (replace(self, others=()), *self.others) if self.others else (self,)
 
     @property
     def timesteps(self) -> Tensor:
@@ -164,28 +169,26 @@ class CalibrationSet:
 
     def digest(self) -> str:
         """Sha256, in hex, of every name, shape, dtype and byte; the same before ``save`` and after ``load``."""
-        sha = hashlib.sha256(json.dumps([self.timestep_arg, sorted(self._plain().items())]).encode())
-        for name, tensor in sorted(self._tensors().items()):
+        plain = [(name, value) for one in self.buckets for name, value in sorted(one._plain().items())]
+        sha = hashlib.sha256(json.dumps([self.timestep_arg, plain]).encode())
+        for name, tensor in sorted(self._tensors_of_all().items()):
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha.update(tensor.flatten().view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.safetensors`` file, whole or not at all: a failed write leaves what was there before."""
-        path = Path(path)
+        version = set_file.FIRST_VERSION if self.trajectory is None else set_file.WITH_TRAJECTORIES
         header = {
-            "format_version": _FIRST_VERSION if self.trajectory is None else FORMAT_VERSION,
+            "format_version": set_file.WITH_BUCKETS if self.others else version,
             "inputs": list(self.inputs),
             "shared": self._plain(),
             "timestep_arg": self.timestep_arg,
             "digest": self.digest(),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            save_file(self._tensors(), temporary, metadata={_HEADER: json.dumps(header)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        set_file.write_set(
+            Path(path), header | ({"buckets": len(self.buckets)} if self.others else {}), self._tensors_of_all()
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationSet:
@@ -195,36 +198,48 @@ class CalibrationSet:
             InvalidFile: a ValueError, for a file that is cut off, damaged, of another version, or no calibration set.
         """
         try:
-            header, tensors = _read(path)
-            shared = {name[len("shared.") :]: x for name, x in tensors.items() if name.startswith("shared.")}
-            names = {"timestep", "step", "visited", "trajectory"}
-            names |= {f"inputs.{name}" for name in header.inputs} | {f"shared.{name}" for name in shared}
-            if unknown := sorted(set(tensors) - names):
-                raise ValueError(f"it holds tensors {unknown} that are of nothing")
-            samples = cls(
-                inputs={name: tensors[f"inputs.{name}"] for name in header.inputs},
-                shared=header.shared | shared,
-                timestep=tensors["timestep"],
-                step=tensors["step"],
-                timestep_arg=header.timestep_arg,
-                visited=tensors["visited"],
-                trajectory=tensors.get("trajectory"),
-            )
+            header, tensors = set_file.read_set(path)
+            sets = [cls._of_file(header, tensors, number) for number in range(header.buckets)]
+            if tensors.keys() != {"visited"}:
+                raise ValueError(f"it holds tensors {sorted(tensors)} that are of nothing")
+            samples = replace(sets[0], others=tuple(sets[1:])) if sets[1:] else sets[0]
             if samples.digest() != header.digest:
                 raise ValueError("the contents do not match their checksum")
         except (SafetensorError, RecursionError, *_DAMAGE) as error:
             raise InvalidFile(
                 f"{os.fspath(path)}: {type(error).__name__}: {error}. Expected a calibration set of format version"
-                f" {_FIRST_VERSION} or {FORMAT_VERSION}, as CalibrationSet.save writes it; copy the file anew, or"
-                " record and save again"
+                f" {' or '.join(map(str, set_file.VERSIONS))}; copy the file anew, or record and save again"
             ) from error
         return samples
 
+    @classmethod
+    def _of_file(cls, header: set_file.SetHeader, tensors: dict[str, Tensor], number: int) -> CalibrationSet:
+        """One bucket of a file; its own tensors are taken out of ``tensors``."""
+        prefix = set_file.of_bucket(number)
+        names = [name for name in tensors if name.startswith(f"{prefix}shared.")]
+        shared = {name.removeprefix(f"{prefix}shared."): tensors.pop(name) for name in names}
+        return cls(
+            inputs={name: tensors.pop(f"{prefix}inputs.{name}") for name in header.inputs},
+            shared=header.shared | shared,
+            timestep=tensors.pop(f"{prefix}timestep"),
+            step=tensors.pop(f"{prefix}step"),
+            timestep_arg=header.timestep_arg,
+            visited=tensors["visited"],
+            trajectory=tensors.pop(f"{prefix}trajectory", None),
+        )
+
+    def _tensors_of_all(self) -> dict[str, Tensor]:
+        return {
+            set_file.of_bucket(number) + name: tensor
+            for number, one in enumerate(self.buckets)
+            for name, tensor in one._tensors().items()
+            if not number or name != "visited"  # it is the same in all buckets
+        }
+
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Shared] = {f"inputs.{name}": value for name, value in self.inputs.items()}
-        tensors |= {f"shared.{name}": value for name, value in self.shared.items()}
+        tensors |= {f"shared.{name}": value for name, value in self.shared.items()} | {"trajectory": self.trajectory}
         tensors |= {"timestep": self.timestep, "step": self.step, "visited": self.timesteps}
-        tensors["trajectory"] = self.trajectory
         return {
             name: value.detach().cpu().contiguous() for name, value in tensors.items() if isinstance(value, Tensor)
         }
@@ -313,28 +328,14 @@ def _check_steps(samples: CalibrationSet) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Header:
-    """What of a set is no tensor."""
-
-    format_version: int
-    inputs: tuple[str, ...]
-    shared: dict[str, Any]
-    timestep_arg: str
-    digest: str
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is a folder" if os.path.isdir(path) else "it is no regular file")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        header = as_json.parse((file.metadata() or {}).get(_HEADER, "null"))
-        if not isinstance(header, dict):
-            raise ValueError("its metadata names no calibration set")
-        if header.get("format_version") not in (_FIRST_VERSION, FORMAT_VERSION):
-            raise ValueError(f"it has format version {header.get('format_version')}")
-        names = list(file.keys())
-        return as_json.typed(_Header, header, "header"), {name: file.get_tensor(name) for name in names}
+def _check_others(samples: CalibrationSet) -> None:
+    """Buckets differ by sizes alone, and none holds others."""
+    for one in samples.others:
+        pairs = [(each.inputs.keys(), each._plain(), each.shared.keys(), each.timestep_arg) for each in (samples, one)]
+        if one.others or pairs[0] != pairs[1]:
+            raise ValueError(f"others must be sets of the same arguments, got {one!r} beside {list(samples.inputs)}")
+        if not torch.equal(samples.timesteps, one.timesteps):
+            raise ValueError("others must be of the same sampler: give all of its timesteps to each set as visited")
 
 
 def take(value: Tensor, rows: Tensor) -> Tensor:

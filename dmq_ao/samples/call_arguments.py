@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,18 @@ from torch import Tensor
 
 from dmq_ao.graph.arguments import TIMESTEP_NAMES, find_timestep, flatten_inputs
 from dmq_ao.samples.calibration_set import SHARED_TYPES, Shared, describe
+
+# What diffusers' denoisers add where a ControlNet or adapter gives it.
+RESIDUALS = frozenset(
+    (
+        "down_block_additional_residuals",
+        "mid_block_additional_residual",
+        "down_intrablock_additional_residuals",
+        "controlnet_block_samples",
+        "controlnet_single_block_samples",
+        "block_controlnet_hidden_states",
+    )
+)
 
 
 def arguments_of_call(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +79,7 @@ def flat_arguments(arguments: Mapping[str, Any]) -> dict[str, Shared]:
 
 
 def by_batch(
-    flat: Mapping[str, Shared], earlier_shared: Mapping[str, Shared]
+    flat: Mapping[str, Shared], earlier_shared: Collection[str]
 ) -> tuple[dict[str, Tensor], dict[str, Shared]]:
     """Tensors [B, ...] with a row for each sample, and what all rows share, by dotted path.
 
@@ -112,3 +124,14 @@ def is_same(value: Shared, earlier: Shared) -> bool:
     if isinstance(value, Tensor) and isinstance(earlier, Tensor):
         return torch.equal(value.detach().cpu(), earlier)
     return value == earlier
+
+
+def residuals_note(names: Iterable[str]) -> str | None:
+    """What to say of recorded arguments, by dotted path, that other calls may lack; None where there are none."""
+    residuals = [name for name in dict.fromkeys(name.partition(".")[0] for name in names) if name in RESIDUALS]
+    if not residuals:
+        return None
+    return (
+        f"recorded with {', '.join(residuals)}: a quantized denoiser takes the arguments it was recorded with; for"
+        f" calls without these too, prepare(..., optional={residuals})"
+    )

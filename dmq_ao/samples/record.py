@@ -7,24 +7,25 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
-from dmq_ao.samples.calibration_set import CalibrationSet, Shared, describe, layout, take
+from dmq_ao.samples.calibration_set import CalibrationSet, take
 from dmq_ao.samples.call_arguments import (
     arguments_of_call,
     by_batch,
     flat_arguments,
-    is_same,
-    own_copy,
+    residuals_note,
     timestep_name,
     timestep_of_rows,
 )
 from dmq_ao.samples.quota import Plan
 from dmq_ao.samples.select import counts_of
+from dmq_ao.samples.shapes import Bucket, CallShapes
 from dmq_ao.samples.windows import Row, Windows, too_few_steps
 
 
@@ -69,8 +70,7 @@ class Recorder:
             self._timestep_arg = timestep_name(parameters, timestep_arg)
         self._steps: dict[int | float, int] = {}
         self._rows: list[Row] = []
-        self._shared: dict[str, Shared] = {}
-        self._layouts: dict[str, str] = {}
+        self._shapes, self._bucket = CallShapes(), 0  # that of the call under way
         selection = _selection(select)
         uneven = selection.method is not SelectMethod.UNIFORM
         self._plan = Plan(denoiser, selection, num_samples, self._generator) if uneven else None
@@ -83,7 +83,7 @@ class Recorder:
 
     @torch.inference_mode(False)
     def calibration_set(self) -> CalibrationSet:
-        """The rows held, ordered by step and then by priority.
+        """The rows held, ordered by step and then by priority; calls of several sizes in buckets, the largest first.
 
         Raises:
             MissingStatistics: when the denoiser was not called.
@@ -98,15 +98,31 @@ class Recorder:
                 "the recorder saw no call of the denoiser: run the sampling loop inside `with dmq_ao.record(denoiser)"
                 " as recorder:`, on that very module, before torch.compile"
             )
+        note = residuals_note(name for bucket in self._shapes.buckets.values() for name in bucket.layouts)
+        if note is not None:
+            warnings.warn(note, stacklevel=2)
         rows = sorted(self._final_rows(), key=lambda row: (row.step, row.priority))
-        inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
-        step = torch.tensor([row.step for row in rows], device="cpu")
         dtype = torch.float32 if any(isinstance(timestep, float) for timestep in self._steps) else torch.int64
         visited = torch.tensor(list(self._steps), dtype=dtype, device="cpu")
+        by_bucket = [(one, [row for row in rows if row.bucket == one.number]) for one in self._shapes.buckets.values()]
+        sets = [
+            self._set_of(one, own, visited)
+            for one, own in sorted(by_bucket, key=lambda pair: -len(pair[1]))  # of equally many the first seen
+            if own
+        ]
+        return sets[0] if len(sets) == 1 else replace(sets[0], others=tuple(sets[1:]))
+
+    def _set_of(self, bucket: Bucket, rows: list[Row], visited: Tensor) -> CalibrationSet:
+        """The rows of one bucket."""
+        assert self._timestep_arg is not None
+        inputs = {name: torch.stack([row.inputs[name] for row in rows]) for name in rows[0].inputs}
+        step = torch.tensor([row.step for row in rows], device="cpu")
         trajectory = None
         if self._windows is not None:
             trajectory = torch.tensor([row.trajectory for row in rows], device="cpu")
-        return CalibrationSet(inputs, dict(self._shared), visited[step], step, self._timestep_arg, visited, trajectory)
+        return CalibrationSet(
+            inputs, dict(bucket.shared), visited[step], step, self._timestep_arg, visited, trajectory
+        )
 
     @contextmanager
     def trajectory(self, part: float | None = None) -> Iterator[None]:
@@ -150,9 +166,9 @@ class Recorder:
         arguments = arguments_of_call(self._signature, args, kwargs)
         self._timestep_arg = timestep_name(arguments, self._timestep_arg)
         timestep = arguments.pop(self._timestep_arg)
-        inputs, shared = by_batch(flat_arguments(arguments), earlier_shared=self._shared)
+        inputs, shared = by_batch(flat_arguments(arguments), earlier_shared=self._shapes.shared_names)
         timesteps = timestep_of_rows(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))
-        self._check_like_before(inputs, shared)
+        self._bucket = self._shapes.place(inputs, shared, f"call {self.num_calls + 1} of the denoiser")
         steps = [self._steps.setdefault(timestep, len(self._steps)) for timestep in timesteps]
         if self._plan is not None:
             self._follow(self._plan, steps, timesteps, args, kwargs)
@@ -216,33 +232,6 @@ class Recorder:
         counts = counts_of(plan.weights(len(row_counts)), self._num_samples, plan.selection, row_counts)
         return self._lowest(self._rows, counts.__getitem__)
 
-    def _check_like_before(self, inputs: Mapping[str, Tensor], shared: Mapping[str, Shared]) -> None:
-        layouts = {name: layout(value, per_row=name in inputs) for name, value in {**inputs, **shared}.items()}
-        if not self._layouts:
-            self._layouts = layouts
-            self._shared = {name: own_copy(value) for name, value in shared.items()}
-        call = f"call {self.num_calls + 1} of the denoiser"
-        if layouts.keys() != self._layouts.keys():
-            more, less = (sorted(a.keys() - b.keys()) for a, b in ((layouts, self._layouts), (self._layouts, layouts)))
-            raise ValueError(
-                f"{call} has the arguments {sorted(layouts)}, earlier ones {sorted(self._layouts)}: {more or 'none'}"
-                f" came and {less or 'none'} went; a quantized denoiser takes the arguments it was recorded with, so"
-                " record loops that pass different arguments separately"
-            )
-        for name, now in layouts.items():
-            if now != self._layouts[name]:
-                raise ValueError(
-                    f"{name} is {now} in {call}, and was {self._layouts[name]} in earlier ones; record one"
-                    " resolution, one prompt length and one dtype at a time"
-                )
-        for name, value in shared.items():
-            if not is_same(value, self._shared[name]):
-                raise ValueError(
-                    f"{name} has no batch axis, so it must stay the same, but {call} changed it from"
-                    f" {describe(self._shared[name])} to {describe(value)}; pass it as a tensor [batch, ...], or"
-                    " record one value at a time"
-                )
-
     def _offer(self, steps: list[int], places: Iterable[int]) -> None:
         """Let the rows at ``places`` of a batch compete for those held."""
         rows = self._candidates(steps)
@@ -254,7 +243,8 @@ class Recorder:
         """The rows of a call, each with a priority."""
         priorities = torch.rand(len(steps), generator=self._generator, dtype=torch.float64, device="cpu").tolist()
         return [
-            Row(step, priority, place) for place, (step, priority) in enumerate(zip(steps, priorities, strict=True))
+            Row(step, priority, place, self._bucket)
+            for place, (step, priority) in enumerate(zip(steps, priorities, strict=True))
         ]
 
     def _quota(self, step: int) -> int:
@@ -297,6 +287,9 @@ def record(
     select: str | Selection = SelectMethod.UNIFORM,
 ) -> Iterator[Recorder]:
     """Record what ``denoiser`` is given by whatever sampling loop runs inside the ``with``.
+
+    Calls of other sizes (resolution, frames, tokens of the prompt) may follow each other: rows are chosen from all of
+    them alike, and the set has a bucket of each size.
 
     Args:
         denoiser: any module with a timestep among its arguments, called by position or keyword.

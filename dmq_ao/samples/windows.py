@@ -22,6 +22,7 @@ class Row:
         step: its place on the list of timesteps.
         priority: drawn; the lowest are kept.
         position: in the batch it came with.
+        bucket: number of the shape that it came in.
         trajectory: its number, where trajectories are followed.
         inputs: [...] without a batch axis, by argument name; empty until they are copied.
     """
@@ -29,6 +30,7 @@ class Row:
     step: int
     priority: float
     position: int
+    bucket: int = 0
     trajectory: int | None = None
     inputs: dict[str, Tensor] = field(default_factory=dict)
 

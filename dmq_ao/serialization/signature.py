@@ -37,6 +37,7 @@ class _StoredSignature:
     returns_tuple: bool
     rules: tuple[str, ...]
     answer: dict[str, Any] | None = None
+    optional: tuple[str, ...] = ()
 
 
 def signature_to_json(signature: Signature) -> dict[str, Any]:
@@ -51,6 +52,7 @@ def signature_to_json(signature: Signature) -> dict[str, Any]:
         "returns_tuple": signature.returns_tuple,
         "rules": list(signature.rules),
         **({} if signature.answer is None else {"answer": _structure_to_json(signature.answer)}),
+        **({"optional": list(signature.optional)} if signature.optional else {}),
     }
 
 
@@ -120,6 +122,7 @@ def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> S
     if not all(name.isidentifier() for name in parts.parameters):
         raise ValueError(f"signature.parameters: expected names of Python, got {list(parts.parameters)}")
     _check_rules(parts.rules, shapes)
+    _check_optional(parts, shapes, stored.timestep_arg)
     return Signature(
         parameters=parts.parameters,
         names=parts.names,
@@ -132,6 +135,7 @@ def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> S
         example=stored.example,
         rules=parts.rules,
         answer=None if parts.answer is None else _structure_from_json(parts.answer, model),
+        optional=parts.optional,
     )
 
 
@@ -162,6 +166,17 @@ def _check_rules(rules: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) 
     rule = size_rules.broken(rules, shapes)
     if rule is not None:
         raise ValueError(f"signature.rules: {rule!r} does not hold for the example inputs themselves, {dict(shapes)}")
+
+
+def _check_optional(parts: _StoredSignature, shapes: Mapping[str, tuple[int, ...]], timestep: str | None) -> None:
+    """What may be left out must be inputs whose sizes follow from those of the others."""
+    if not set(parts.optional) <= set(parts.names) - {parts.batch, timestep}:
+        raise ValueError(f"signature.optional: expected names out of {list(parts.names)}, got {list(parts.optional)}")
+    formulas = size_rules.formulas(parts.rules, {name: len(shapes[name]) for name in parts.optional})
+    if formulas.keys() != set(parts.optional):
+        raise ValueError(
+            "signature.optional: the sizes of an input that may be left out do not follow from the others"
+        )
 
 
 def _answer_class(

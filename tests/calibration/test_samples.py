@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dmq_ao.config import InvalidFile, MissingStatistics
-from dmq_ao.samples import CalibrationSet, Recorder, record
-from dmq_ao.samples import calibration_set as samples
+from dmq_ao.samples import CalibrationSet, Recorder, record, set_file
 from dmq_ao.samples.record import _even_share
 
 
@@ -389,7 +388,7 @@ def test_a_failed_write_leaves_what_was_there(
 
     path = tmp_path / "set.safetensors"
     make().save(path)
-    monkeypatch.setattr(samples, "save_file", half)
+    monkeypatch.setattr(set_file, "save_file", half)
     for target in (path, tmp_path / "new.safetensors"):
         with pytest.raises(type(error)):
             make(timestep_arg="t").save(target)
@@ -661,11 +660,15 @@ def unnamed() -> None:
             r"call 2 .* arguments \['option', 'sample'\], earlier ones \['sample'\]",
         ),
         (
-            calls({}, {"sample": torch.zeros(2, 4)}),
+            calls({}, {"sample": torch.zeros(2, 3, 4)}),
             ValueError,
-            r"sample is \[batch, 4\] torch.float32 in call 2 .* was \[batch, 3\] .*; record one resolution",
+            r"sample is \[batch, 3, 4\] torch.float32 in call 2 .* was \[batch, 3\] .*; sizes may differ, the",
         ),
-        (calls({}, {"sample": torch.zeros(2, 3).half()}), ValueError, "float16 in call 2 .* one dtype at a time"),
+        (
+            calls({}, {"sample": torch.zeros(2, 3).half()}),
+            ValueError,
+            "float16 in call 2 .* and the dtype may not: record these",
+        ),
         (calls({"option": 1.5}, {"option": 2.5}), ValueError, "option has no batch axis, .* from 1.5 to 2.5; pass it"),
         (
             calls({"img_ids": torch.zeros(4, 3)}, {"img_ids": torch.ones(4, 3)}),
@@ -673,9 +676,14 @@ def unnamed() -> None:
             "img_ids has no batch axis, so it must stay the same, but call 2",
         ),
         (
-            calls({"img_ids": torch.zeros(4, 3)}, {"img_ids": torch.zeros(9, 3)}),
+            calls({"img_ids": torch.zeros(4, 3)}, {"img_ids": torch.zeros(9, 3, dtype=torch.int64)}),
             ValueError,
-            r"img_ids is \[9, 3\] torch.float32 without batch axis in call 2",
+            r"img_ids is \[9, 3\] torch.int64 without batch axis in call 2",
+        ),
+        (
+            calls({"option": 1}, {"option": 2, "sample": torch.zeros(2, 4)}),
+            ValueError,
+            "option has no batch axis, .* call 2 of the denoiser changed it from 1 to 2",
         ),
         (
             calls({"option": torch.zeros(2)}, {"option": 0.5}),
