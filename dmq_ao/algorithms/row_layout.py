@@ -155,8 +155,8 @@ def _half(prepared: GraphModule, samples: GraphSamples) -> int:
             return count
     raise ValueError(
         f"the denoiser was captured for some numbers of samples alone: {broken(2) or broken(4)}. Prepare it with"
-        " another number, example_inputs=samples.example(4); where its code takes len(x) of a batch, let it take"
-        " x.shape[0]"
+        " another number, example_inputs=samples.example(4); where its code makes a Python number of a batch's size,"
+        " as int(x.shape[0]) or range(len(x)) do, let it do without"
     )
 
 

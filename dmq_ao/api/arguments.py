@@ -14,7 +14,8 @@ from dmq_ao import graph
 from dmq_ao.config import MissingStatistics, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import private, size_rules
-from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
+from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
+from dmq_ao.graph.containers import with_tuples
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.quantizer.patterns import no_match, patterns
 from dmq_ao.quantizer.prepared import Prepared, is_prepared
@@ -185,7 +186,7 @@ def check_example(denoiser: nn.Module, arguments: Mapping[str, Any], timestep_ar
     if error is None:
         return
     flat, kind = flatten_inputs(arguments), type(denoiser).__name__
-    if _error_of_call(denoiser, unflatten_inputs(flat, tuple)) is None:  # samples hold lists where a call had tuples
+    if _error_of_call(denoiser, with_tuples(dict(arguments))) is None:  # samples hold lists where a call had tuples
         return
     timestep = arguments.get(find_timestep(list(arguments), timestep_arg) or "")
     if isinstance(timestep, Tensor) and timestep.dim() == 1:
@@ -247,11 +248,11 @@ def check_group_sizes(captured: GraphModule, plan: Mapping[str, LayerPlan]) -> N
             )
 
 
-def check_fit(prepared: GraphModule, samples: CalibrationSet) -> None:
+def check_fit(prepared: GraphModule, samples: CalibrationSet, batch_size: int) -> None:
     """Refuse samples of another model than the prepared one; ``GraphSamples.of`` has found all its arguments in them.
 
     Raises:
-        ValueError: naming what does not fit.
+        ValueError: naming what does not fit, samples in batches of ``batch_size`` among it.
     """
     call, flat = graph.signature_of(prepared), flatten_inputs(samples.example())
     shapes = {name: tuple(torch.as_tensor(flat[name]).shape) for name in call.names}
@@ -261,12 +262,27 @@ def check_fit(prepared: GraphModule, samples: CalibrationSet) -> None:
                 f"the samples are of another model: {name} is {shape} there, {call.example[name][0]} in the prepared"
                 " denoiser; record from the model that was prepared"
             )
-    rule = size_rules.broken(call.rules, shapes)
+    rows = {*samples.inputs, samples.timestep_arg}
+
+    def broken(count: int) -> str | None:
+        sizes = {name: (count, *shape[1:]) if name in rows else shape for name, shape in shapes.items()}
+        return size_rules.broken(call.rules, sizes)
+
+    rule = broken(call.example[call.batch][0][0] if call.batch in call.example else 2)
     if rule is not None:
         raise ValueError(
             f"the samples are of another model: shapes {shapes}, and the prepared denoiser needs {rule}; record from"
             " the model that was prepared"
         )
+    for count in dict.fromkeys([min(batch_size, len(samples)), len(samples) % batch_size or batch_size]):
+        if broken(min(count, len(samples))) is not None:
+            raise ValueError(
+                f"the denoiser was captured for some numbers of samples alone, {broken(count)}, and {len(samples)}"
+                f" samples in batches of {batch_size} make one of {count}. Prepare it with another number,"
+                " example_inputs=samples.example(4), or give batch_size and a number of samples that fit; where its"
+                " code makes a Python number of a batch's size, as int(x.shape[0]) or range(len(x)) do, let it do"
+                " without"
+            )
 
 
 def check_calibrated(state: Prepared) -> None:

@@ -69,7 +69,7 @@ def calibrate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     graph_samples = GraphSamples.of(prepared, samples)
-    arguments.check_fit(prepared, samples)
+    arguments.check_fit(prepared, samples, batch_size)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)
     if folder is not None:

@@ -24,7 +24,7 @@ from dmq_ao.config import Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation import latency, machine, speedup
 from dmq_ao.graph import Signature
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.arguments import nested
 from dmq_ao.graph.noise import noise_tensors
 from dmq_ao.pipelines.adapter import denoiser_folder, is_quantized, load_denoiser, load_pipeline, record_pipeline
 from dmq_ao.pipelines.prompts import Prompts
@@ -190,7 +190,7 @@ def _stored_denoiser(folder: str, batch_size: int, backend: str) -> BenchmarkCas
 
 def noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
     """Keyword arguments of a call of ``batch_size`` rows, noise where they are tensors."""
-    return unflatten_inputs({**signature.constants, **noise_tensors(signature, batch_size, SEED)})
+    return nested(signature.nesting, {**signature.constants, **noise_tensors(signature, batch_size, SEED)})
 
 
 @contextmanager

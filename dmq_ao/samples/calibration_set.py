@@ -14,22 +14,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dmq_ao.config import InvalidFile, as_json
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.config import InvalidFile
+from dmq_ao.graph.arguments import flatten_inputs, nested, unflatten_inputs
 from dmq_ao.graph.capture import SAMPLE_NAMES
+from dmq_ao.graph.containers import nesting_from_json, nesting_to_json
+from dmq_ao.samples.set_file import FIRST_VERSION, FORMAT_VERSION, HEADER, read_set
 from dmq_ao.samples.windows import too_few_steps
 
-FORMAT_VERSION = 2
-# Of sets without trajectories, which older readers know; both are read.
-_FIRST_VERSION = 1
 Shared: TypeAlias = Tensor | int | float | bool | str | None
 SHARED_TYPES = (Tensor, int, float, bool, str, type(None))
-# One metadata entry: safetensors writes several in an order of its own, and two runs must give the same bytes.
-_HEADER = "dmq_ao.calibration_set"
 # What tensors and names that are no calibration set may end in.
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
 
@@ -47,6 +44,8 @@ class CalibrationSet:
         visited: [S], all of ``timesteps`` where some have no row in this set; None reads them off the rows.
         trajectory: [N] int64, the same number for rows that one run of the sampler gave at one place of its batch;
             None where that was not recorded.
+        nesting: the arguments with dotted paths for values, where these alone do not tell how arguments nest: tuples,
+            named tuples, keys that are numbers or have dots. None for lists, and dicts by plain names.
 
     Raises:
         TypeError: for inputs that are no tensors or plain values, or a timestep, step or trajectory of another dtype.
@@ -60,6 +59,7 @@ class CalibrationSet:
     timestep_arg: str = "timestep"
     visited: Tensor | None = None
     trajectory: Tensor | None = None
+    nesting: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -115,7 +115,8 @@ class CalibrationSet:
         inputs = {name: take(value, rows) for name, value in self.inputs.items()}
         timestep, step = take(self.timestep, rows), take(self.step, rows)
         trajectory = None if self.trajectory is None else take(self.trajectory, rows)
-        return CalibrationSet(inputs, self.shared, timestep, step, self.timestep_arg, self.timesteps, trajectory)
+        chosen = (inputs, self.shared, timestep, step, self.timestep_arg, self.timesteps, trajectory)
+        return CalibrationSet(*chosen, self.nesting)
 
     def split(self, num_held_out: int, seed: int = 0) -> tuple[CalibrationSet, CalibrationSet]:
         """Two sets: the rest, and ``num_held_out`` rows drawn at random. Both keep the order of rows.
@@ -159,7 +160,8 @@ class CalibrationSet:
 
     def digest(self) -> str:
         """Sha256, in hex, of every name, shape, dtype and byte; the same before ``save`` and after ``load``."""
-        sha = hashlib.sha256(json.dumps([self.timestep_arg, sorted(self._plain().items())]).encode())
+        nesting = [] if self.nesting is None else [nesting_to_json(self.nesting)]
+        sha = hashlib.sha256(json.dumps([self.timestep_arg, sorted(self._plain().items()), *nesting]).encode())
         for name, tensor in sorted(self._tensors().items()):
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha.update(tensor.flatten().view(torch.uint8).numpy().data)
@@ -169,15 +171,17 @@ class CalibrationSet:
         """Write one ``.safetensors`` file, whole or not at all: a failed write leaves what was there before."""
         path = Path(path)
         header = {
-            "format_version": _FIRST_VERSION if self.trajectory is None else FORMAT_VERSION,
+            "format_version": FIRST_VERSION if self.trajectory is None else FORMAT_VERSION,
             "inputs": list(self.inputs),
             "shared": self._plain(),
             "timestep_arg": self.timestep_arg,
             "digest": self.digest(),
         }
+        if self.nesting is not None:
+            header["nesting"] = nesting_to_json(self.nesting)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(self._tensors(), temporary, metadata={_HEADER: json.dumps(header)})
+            save_file(self._tensors(), temporary, metadata={HEADER: json.dumps(header)})
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -190,7 +194,7 @@ class CalibrationSet:
             InvalidFile: for a file that is truncated, damaged, of another version, or no calibration set.
         """
         try:
-            header, tensors = _read(path)
+            header, tensors = read_set(path)
             shared = {name[len("shared.") :]: x for name, x in tensors.items() if name.startswith("shared.")}
             known = {"timestep", "step", "visited", "trajectory"}
             known |= {f"inputs.{name}" for name in header.inputs} | {f"shared.{name}" for name in shared}
@@ -204,13 +208,14 @@ class CalibrationSet:
                 timestep_arg=header.timestep_arg,
                 visited=tensors["visited"],
                 trajectory=tensors.get("trajectory"),
+                nesting=None if header.nesting is None else nesting_from_json(header.nesting),
             )
             if samples.digest() != header.digest:
                 raise ValueError("the contents do not match their checksum")
         except (SafetensorError, RecursionError, *_DAMAGE) as error:
             raise InvalidFile(
                 f"{os.fspath(path)}: {type(error).__name__}: {error}. Expected a calibration set of format version"
-                f" {_FIRST_VERSION} or {FORMAT_VERSION}, as CalibrationSet.save writes it; copy the file anew, or"
+                f" {FIRST_VERSION} or {FORMAT_VERSION}, as CalibrationSet.save writes it; copy the file anew, or"
                 " record and save again"
             ) from error
         return samples
@@ -229,7 +234,7 @@ class CalibrationSet:
 
     def _arguments(self, rows: Tensor) -> dict[str, Any]:
         inputs = {name: take(value, rows) for name, value in self.inputs.items()}
-        return unflatten_inputs({**inputs, **self.shared, self.timestep_arg: take(self.timestep, rows)})
+        return nested(self.nesting, {**inputs, **self.shared, self.timestep_arg: take(self.timestep, rows)})
 
 
 def _check_types(samples: CalibrationSet) -> None:
@@ -257,6 +262,8 @@ def _check_rows(samples: CalibrationSet) -> None:
     names = [*samples.inputs, *samples.shared, samples.timestep_arg]
     if len(set(names)) < len(names):
         raise ValueError(f"each argument is either an input, shared or the timestep, got a name twice in {names}")
+    if samples.nesting is not None and sorted(flatten_inputs(samples.nesting).values()) != sorted(names):
+        raise ValueError(f"nesting holds the arguments {samples.nesting}, and the set has {names}")
     try:
         unflatten_inputs(dict.fromkeys(names))
     except (KeyError, TypeError, AttributeError) as error:
@@ -306,30 +313,6 @@ def _check_steps(samples: CalibrationSet) -> None:
             f"row {row} is of step {int(step[row])}, timestep {timesteps[step[row]].item()}, but has timestep"
             f" {samples.timestep[row].item()}; give each timestep one step, in visiting order"
         )
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What of a set is no tensor."""
-
-    format_version: int
-    inputs: tuple[str, ...]
-    shared: dict[str, Any]
-    timestep_arg: str
-    digest: str
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[_Header, dict[str, Tensor]]:
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError("it is a folder" if os.path.isdir(path) else "it is no regular file")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        header = as_json.parse((file.metadata() or {}).get(_HEADER, "null"))
-        if not isinstance(header, dict):
-            raise ValueError("its metadata names no calibration set")
-        if header.get("format_version") not in (_FIRST_VERSION, FORMAT_VERSION):
-            raise ValueError(f"it has format version {header.get('format_version')}")
-        names = list(file.keys())
-        return as_json.typed(_Header, header, "header"), {name: file.get_tensor(name) for name in names}
 
 
 def take(value: Tensor, rows: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def timestep_name(names: Iterable[str], timestep_arg: str | None) -> str:
     if name is None:
         raise ValueError(
             f"none of the denoiser's arguments {list(names)} is a timestep ({', '.join(TIMESTEP_NAMES)}); say which"
-            " it is with timestep_arg="
+            " it is with timestep_arg=, or give a denoiser without one to a module whose forward also takes timestep,"
+            " and record and prepare that module"
         )
     return name
 
@@ -95,7 +96,8 @@ def timestep_of_rows(name: str, timestep: Any, batch: int) -> list[int | float]:
     if list(value.shape) not in ([], [1], [batch]):
         raise ValueError(
             f"{name} must be a number or a tensor [], [1] or [{batch}], one value for each of the {batch} rows; got"
-            f" {describe(value)}"
+            f" {describe(value)}. Record and prepare a module that takes one value a row, and gives the denoiser what"
+            f" it makes of it, as {name}.reshape(-1, 1, 1, 1)"
         )
     value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
     values: list[int | float] = value.expand(batch).tolist()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
+from dmq_ao.graph.containers import is_told_by_paths, paths_of
 from dmq_ao.samples.calibration_set import CalibrationSet, Shared, describe, layout, take
 from dmq_ao.samples.call_arguments import (
     arguments_of_call,
@@ -70,6 +71,7 @@ class Recorder:
         self._rows: list[Row] = []
         self._shared: dict[str, Shared] = {}
         self._layouts: dict[str, str] = {}
+        self._nesting: dict[str, Any] | None = None
         selection = _selection(select)
         uneven = selection.method is not SelectMethod.UNIFORM
         self._plan = Plan(denoiser, selection, num_samples, self._generator) if uneven else None
@@ -103,7 +105,9 @@ class Recorder:
         trajectory = None
         if self._windows is not None:
             trajectory = torch.tensor([row.trajectory for row in rows], device="cpu")
-        return CalibrationSet(inputs, dict(self._shared), visited[step], step, self._timestep_arg, visited, trajectory)
+        nesting = None if is_told_by_paths(self._nesting) else self._nesting
+        columns = (inputs, dict(self._shared), visited[step], step, self._timestep_arg, visited, trajectory)
+        return CalibrationSet(*columns, nesting)
 
     @contextmanager
     def trajectory(self, part: float | None = None) -> Iterator[None]:
@@ -146,6 +150,8 @@ class Recorder:
     def _observe(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of_call(self._signature, args, kwargs)
         self._timestep_arg = timestep_name(arguments, self._timestep_arg)
+        if self._nesting is None:
+            self._nesting = paths_of(arguments)
         timestep = arguments.pop(self._timestep_arg)
         inputs, shared = by_batch(flat_arguments(arguments), earlier_shared=self._shared)
         timesteps = timestep_of_rows(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))

@@ -132,6 +132,7 @@ def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> S
         example=stored.example,
         rules=parts.rules,
         answer=None if parts.answer is None else _structure_from_json(parts.answer, model),
+        nesting=stored.nesting,
     )
 
 
