@@ -1,7 +1,8 @@
 """Hundreds of drawn denoisers, and what becomes of each: python tests/zoo_run.py --cases 0:500
 
-Each case is the one of its number. Printed are how many agree, how many are refused and with what words, and every
-fault with its number; ``--json`` keeps all of it. Exits with 1 where there is a fault.
+Each case is the one of its number, as long as the sources of the zoo stay as they are. Printed are how many agree, how
+many are refused and with what words, and every fault with its number; ``--json`` keeps all of it. Exits with 1 where
+there is a fault.
 """
 
 from __future__ import annotations
@@ -14,35 +15,24 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from zoo import PAGE, Spec, drawn
 
 EVERY = 10  # one case in so many is compiled
 
 
-def outcomes(numbers: list[int], compile_every: int) -> Iterator[dict[str, Any]]:
-    """What becomes of the cases of these numbers, in this process."""
+def outcomes(cases: list[tuple[int, Spec, bool]]) -> list[dict[str, Any]]:
+    """What becomes of cases, by number, drawn as they are, and compiled or not; in a process of its own."""
     import torch
-    from zoo import PAGE, drawn
     from zoo_checks import examine
 
     torch.set_num_threads(1)
-    pages: dict[int, list[Any]] = {}
-    for number in numbers:
-        page = (
-            pages.setdefault(number // PAGE, drawn(number // PAGE))
-            if number // PAGE not in pages
-            else pages[number // PAGE]
-        )
-        if number % PAGE < len(page):
-            spec = page[number % PAGE]
-            compiled = compile_every > 0 and number % compile_every == compile_every - 1
-            yield {"number": number, "spec": dataclasses.asdict(spec), **dataclasses.asdict(examine(spec, compiled))}
-
-
-def _worker(job: tuple[list[int], int]) -> list[dict[str, Any]]:
-    return list(outcomes(*job))
+    return [
+        {"number": number, "spec": dataclasses.asdict(spec), **dataclasses.asdict(examine(spec, compiled))}
+        for number, spec, compiled in cases
+    ]
 
 
 def kind(text: str) -> str:
@@ -81,11 +71,18 @@ def main() -> int:
     first, last = (int(number) for number in args.cases.split(":"))
     rows: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
     known = {row["number"] for row in rows}
-    numbers = [number for number in range(first, last) if number not in known]
-    jobs = [(numbers[start : start + 10], args.compile_every) for start in range(0, len(numbers), 10)]
+    # Drawn here, for Hypothesis takes numbers to try from what is imported, and workers import more.
+    pages = {page: drawn(page) for page in range(first // PAGE, -(-last // PAGE))}
+    every = args.compile_every
+    cases = [
+        (number, pages[number // PAGE][number % PAGE], every > 0 and number % every == every - 1)
+        for number in range(first, last)
+        if number not in known
+    ]
+    jobs = [cases[start : start + 10] for start in range(0, len(cases), 10)]
     started = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=10) as pool:
-        for some in pool.imap_unordered(_worker, jobs):
+        for some in pool.imap_unordered(outcomes, jobs):
             rows += some
             if args.json:
                 args.json.write_text(json.dumps(sorted(rows, key=lambda row: row["number"]), indent=1))

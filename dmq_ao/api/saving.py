@@ -344,7 +344,7 @@ def _tie(denoiser: nn.Module, merged: Mapping[str, str]) -> None:
 
 def _set_float_tensors(denoiser: nn.Module, stored: Stored) -> None:
     """Give a float model the stored tensors, each in its own dtype: some models keep a part of them in float32."""
-    denoiser.to(next(d for _, d in stored.example.values() if d.is_floating_point))
+    denoiser.to(stored.dtype)
     own = denoiser.state_dict(keep_vars=True)
     for name, tensor in stored.float_tensors.items():
         own[name].data = tensor.to(own[name].device)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dmq_ao.config import InvalidFile, Recipe, as_json
 from dmq_ao.graph.arguments import nested
+from dmq_ao.graph.capture import SAMPLE_NAMES
 from dmq_ao.graph.containers import nesting_from_json, nesting_to_json
 from dmq_ao.records import LayerRecord
 from dmq_ao.serialization import manifest, meaning
@@ -75,6 +76,13 @@ class Stored:
     graph: str | None = None
     graph_constants: Mapping[str, Tensor] = field(default_factory=dict)
     nesting: Mapping[str, Any] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model: of its sample; the timestep may well be float32 where all else is narrower."""
+        names = sorted(self.example, key=lambda name: name not in SAMPLE_NAMES)
+        floats = [name for name in names if name != self.timestep_arg and self.example[name][1].is_floating_point]
+        return self.example[max(floats, key=lambda name: len(self.example[name][0]) >= 2)][1]
 
 
 @dataclass(frozen=True)
