@@ -55,3 +55,12 @@ def test_a_case_is_the_one_of_its_numbers(form: str) -> None:
     assert torch.equal(one(*args, **kwargs), other(*args, **kwargs))
     assert torch.equal(call(spec, 3)[0][0], args[0])
     assert not torch.equal(call(spec, 2)[0][0], args[0])
+
+
+def test_what_is_refused_in_other_words_is_a_fault() -> None:
+    words = "ValueError: parts.0: its input holds NaN or infinity; check the samples and the float denoiser"
+    assert zoo_checks.may_refuse(words, {"float": "not finite"})
+    assert not zoo_checks.may_refuse(words, {})
+    assert not zoo_checks.may_refuse("ValueError: it cannot be done", {})
+    refused = examine(dataclasses.replace(PLAIN, time="per token"))
+    assert (refused.result, refused.stage) == ("refused", "record")
