@@ -38,10 +38,8 @@ def outcomes(cases: list[tuple[int, Spec, bool]]) -> list[dict[str, Any]]:
 def kind(text: str) -> str:
     """An error's words without names and numbers."""
     text = re.sub(r"\[[^\]]*\]|\{[^}]*\}|\([^)]*\)", "(_)", text.splitlines()[0])
-    text = re.sub(r"(?<!\w)'[^']*'", "'_'", text)
-    return re.sub(r"\b(parts|context|first|time)(\.\w+)*\b|\d+", "_", re.sub(r": t(imestep)? must", ": _ must", text))[
-        :150
-    ]
+    text = re.sub(r": \w+ must", ": _ must", re.sub(r"(?<!\w)'[^']*'", "'_'", text))
+    return re.sub(r"\b(parts|context|first|time)(\.\w+)*\b|\d+", "_", text)[:150]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
