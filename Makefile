@@ -8,7 +8,7 @@ TORCH  := $(shell sed -n '/^torch==/p' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo results test test-isa test-pipelines test-fuzz coverage lint spelling typecheck dist clean
+.PHONY: help demo results test test-isa test-pipelines test-fuzz test-zoo coverage lint spelling typecheck dist clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -31,6 +31,9 @@ test-pipelines: $(STAMP)  ## published recipes on eight tiny pipelines, three dt
 
 test-fuzz: $(STAMP)  ## ten thousand edited files, and what becomes of them; ten minutes
 	$(PY) tests/fuzz_files.py --cases 10000
+
+test-zoo: $(STAMP)  ## five hundred drawn denoisers, and what becomes of each; half an hour
+	$(PY) tests/zoo_run.py --cases 0:500 --jobs 2
 
 coverage: $(STAMP)  ## the fast tests, and how many lines of the package they run; fails below nine in ten
 	rm -f .coverage .coverage.*

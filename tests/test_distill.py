@@ -182,6 +182,32 @@ def test_what_stays_in_float_learns() -> None:
         assert parameter.dtype is torch.float32, name
 
 
+class Choosing(Normed):
+    """A layer whose output only chooses rows of a table, so that no gradient comes to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        words = self.choose(self.first(x).mean((2, 3))).argmax(-1)
+        return super().forward(x, t) + self.last(self.table(words)[:, :, None, None])
+
+
+def test_a_layer_without_a_gradient_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = seeded(Choosing)
+    samples = plain_samples(model)
+    whole, before = calibrated(model, samples), calibrated(model, samples, BEFORE)
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "advance", _interrupted(11))
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(model, samples, state_dir=tmp_path)
+    assert_same_outcome(calibrated(model, samples, state_dir=tmp_path), whole)
+    own, theirs = (one.denoiser.records["choose"].weight for one in (whole, before))
+    assert torch.equal(own.codes, theirs.codes)
+    assert torch.equal(own.scale, theirs.scale)
+
+
 def test_a_layer_without_any_bias_gets_none() -> None:
     model = seeded(Normed)
     recipe = dataclasses.replace(RECIPE, bias_correction=False)

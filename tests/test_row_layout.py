@@ -322,7 +322,7 @@ class Fixed(Tokens):
 
     def between(self, x: Tensor) -> Tensor:
         rows = Conv.between(self, x.flatten(2).transpose(1, 2).flatten(0, 1))
-        return rows.reshape(len(x), -1, 16).transpose(1, 2).reshape(x.shape)
+        return rows.reshape(int(x.shape[0]), -1, 16).transpose(1, 2).reshape(x.shape)
 
 
 def test_a_graph_of_one_number_of_samples_is_an_error_that_says_so() -> None:

@@ -123,9 +123,44 @@ class Root(Net):
         return super().body(x) * x.shape[-1] ** -0.5
 
 
+class Bags(Net):
+    """A bag of words from every row: where the bags begin is counted up to two rows or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.EmbeddingBag(7, 3)
+
+    def body(self, x: Tensor) -> Tensor:
+        words = x[:, :, 0].flatten(1).argsort(-1) % 7
+        return super().body(x + self.table(words)[:, :, None, None])
+
+
+class InferenceBags(Bags):
+    """The same with operators that inference mode leaves whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(3, 3)
+
+    def body(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            x = self.mix(x.movedim(1, -1)).movedim(-1, 1)
+        return super().body(x)
+
+
+class GradBags(InferenceBags):
+    def body(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = self.mix(x.movedim(1, -1)).movedim(-1, 1)
+        return Bags.body(self, x)
+
+
 @pytest.mark.parametrize(
     ("kind", "example", "good", "bad"),
     [
+        (Bags, (2, 8, 8), [(1, 8, 8), (3, 8, 8)], []),
+        (InferenceBags, (2, 8, 8), [(1, 8, 8), (3, 8, 8)], []),
+        (GradBags, (2, 8, 8), [(1, 8, 8), (3, 8, 8)], []),
         (AboveSixteen, (2, 8, 8), [(1, 8, 16), (9, 3, 5)], [(2, 8, 17), (1, 8, 64)]),
         (AboveSixteen, (2, 8, 32), [(2, 8, 17)], [(2, 8, 16)]),
         (FromSixRows, (2, 8, 8), [(1, 8, 8), (5, 8, 8)], [(6, 8, 8), (12, 8, 8)]),

@@ -34,6 +34,7 @@ from dmq_ao.serialization.checkpoint import Checkpoint
 
 WARMUP_STEPS = 10
 SAVE_EVERY = 10
+_ADAM = ("exp_avg", "exp_avg_sq", "step")
 CHECK_BATCH = 4
 # A tensor of zeros would never move by steps in proportion to its size.
 SMALLEST_SIZE = 1e-3
@@ -322,7 +323,8 @@ class _Run:
         for name, parameter in self.student.parameters.items():
             state = self.optimizer.state[parameter]
             tensors |= {f"now/{name}": parameter.detach(), f"kept/{name}": self.best_parameters[name]}
-            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq", "step")}
+            # Without a gradient (a layer whose output only chooses rows) Adam has no state.
+            tensors |= {f"{key}/{name}": state[key] for key in _ADAM if key in state}
         return {"step": self.step, "before": self.before, "best": self.best}, tensors
 
     def restore(self, meta: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -333,7 +335,8 @@ class _Run:
             self.best_parameters[name] = tensors[f"kept/{name}"].to(parameter.device)
             self.optimizer.state[parameter] = {
                 key: tensors[f"{key}/{name}"].to(parameter.device if key != "step" else "cpu")
-                for key in ("exp_avg", "exp_avg_sq", "step")
+                for key in _ADAM
+                if f"{key}/{name}" in tensors
             }
         self.schedule.load_state_dict({**self.schedule.state_dict(), "last_epoch": meta["step"]})
         for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs, strict=True):

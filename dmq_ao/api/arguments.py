@@ -15,7 +15,8 @@ from dmq_ao import graph
 from dmq_ao.config import MissingStatistics, Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.graph import private
-from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs, unflatten_inputs
+from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
+from dmq_ao.graph.containers import with_tuples
 from dmq_ao.graph.roles import whole_name
 from dmq_ao.quantizer.patterns import no_match, patterns
 from dmq_ao.quantizer.prepared import Prepared, is_prepared
@@ -221,8 +222,8 @@ def check_example(denoiser: nn.Module, arguments: Mapping[str, Any], timestep_ar
     if error is None:
         return
     flat, kind = flatten_inputs(arguments), type(denoiser).__name__
-    with_tuples = unflatten_inputs(flat, tuple)  # samples hold lists where a call had tuples
-    if not private.same_nesting(arguments, with_tuples) and _error_of_call(denoiser, with_tuples) is None:
+    tuples = with_tuples(dict(arguments))  # samples hold lists where a call had tuples
+    if not private.same_nesting(arguments, tuples) and _error_of_call(denoiser, tuples) is None:
         return
     timestep = arguments.get(find_timestep(list(arguments), timestep_arg) or "")
     if isinstance(timestep, Tensor) and timestep.dim() == 1:

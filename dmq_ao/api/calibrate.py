@@ -72,6 +72,8 @@ def calibrate(
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     graph_samples, *others = [GraphSamples.of(prepared, bucket) for bucket in samples.buckets]
+    for one in (graph_samples, *others):
+        one.check_batches(batch_size)
     _check_one_size(state.recipe, samples)
     started = time.monotonic()
     folder = None if state_dir is None else Path(state_dir)

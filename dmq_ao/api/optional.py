@@ -29,11 +29,11 @@ def optional_names(captured: GraphModule, optional: Sequence[str]) -> tuple[str,
     """
     signature = graph.signature_of(captured)
     names: list[str] = []
-    for asked in optional:
-        own = [name for name in signature.names if name == asked or name.startswith(f"{asked}.")]
+    for argument in optional:
+        own = [name for name in signature.names if name == argument or name.startswith(f"{argument}.")]
         if not own or {signature.batch, signature.timestep} & set(own):
             raise ValueError(
-                f"optional: {asked!r} is none of the inputs that can be left out; the example inputs hold"
+                f"optional: {argument!r} is none of the inputs that can be left out; the example inputs hold"
                 f" {[name for name in signature.names if name not in (signature.batch, signature.timestep)]}"
             )
         names += own

@@ -22,7 +22,7 @@ from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import InvalidFile, as_json
 from dmq_ao.denoiser import DenoiserParts, QuantizedDenoiser
 from dmq_ao.graph import Signature, private
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.arguments import nested
 from dmq_ao.passes import out_of_place, place_on
 from dmq_ao.quantizer.prepared import float_weight, observers, state_of, weight_observers
 from dmq_ao.records import LayerPlan, outline
@@ -68,6 +68,7 @@ def contents(quantized: QuantizedDenoiser) -> Stored:
         merged=quantized.merged,
         graph=None if quantized.stored_graph is None else _graph_text(quantized, quantized.stored_graph.text),
         graph_constants={} if quantized.stored_graph is None else quantized.stored_graph.constants,
+        nesting=call.nesting,
     )
 
 
@@ -304,7 +305,7 @@ def _exported_again(
     _tie(denoiser, stored.merged)
     denoiser.to(device)
     example = {name: torch.zeros(shape, dtype=dtype, device=device) for name, (shape, dtype) in stored.example.items()}
-    inputs = unflatten_inputs({**stored.constants, **example})
+    inputs = nested(stored.nesting, {**stored.constants, **example})
     try:
         arguments.check_example(denoiser.eval(), inputs, stored.timestep_arg)
     except ValueError as error:
@@ -343,7 +344,7 @@ def _tie(denoiser: nn.Module, merged: Mapping[str, str]) -> None:
 
 def _set_float_tensors(denoiser: nn.Module, stored: Stored) -> None:
     """Give a float model the stored tensors, each in its own dtype: some models keep a part of them in float32."""
-    denoiser.to(next(d for _, d in stored.example.values() if d.is_floating_point))
+    denoiser.to(stored.dtype)
     own = denoiser.state_dict(keep_vars=True)
     for name, tensor in stored.float_tensors.items():
         own[name].data = tensor.to(own[name].device)

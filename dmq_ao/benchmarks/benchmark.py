@@ -26,7 +26,7 @@ from dmq_ao.config import Recipe
 from dmq_ao.denoiser import QuantizedDenoiser
 from dmq_ao.evaluation import latency, machine, speedup
 from dmq_ao.graph import Signature
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.arguments import nested
 from dmq_ao.graph.noise import noise_tensors
 from dmq_ao.pipelines.adapter import load_pipeline, record_denoisers
 from dmq_ao.pipelines.denoisers import Part, denoiser_folders, is_quantized
@@ -212,7 +212,7 @@ def _stored_denoiser(folder: str | Path, batch_size: int, backend: str) -> Bench
 
 def noise(signature: Signature, batch_size: int) -> Mapping[str, Any]:
     """Keyword arguments of a call of ``batch_size`` rows, noise where they are tensors."""
-    return unflatten_inputs({**signature.constants, **noise_tensors(signature, batch_size, SEED)})
+    return nested(signature.nesting, {**signature.constants, **noise_tensors(signature, batch_size, SEED)})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.samples.calibration_set import Shared
+from dmq_ao.samples.values import Shared
 
 STEPS, SEED = 4, 0
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dmq_ao.graph.containers import filled, rebuilt
+
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
@@ -38,25 +40,37 @@ def unflatten_inputs(flat: Mapping[str, Any], sequence: type = list) -> dict[str
     return {key: _lists(value, sequence) for key, value in nested.items()}
 
 
+def nested(nesting: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted path as keyword arguments, nested as ``nesting`` says; as the paths do where it is None.
+
+    Raises:
+        KeyError: for a path without a value.
+    """
+    arguments: dict[str, Any] = unflatten_inputs(flat) if nesting is None else filled(nesting, flat)
+    return arguments
+
+
 def moved_inputs(
     inputs: Mapping[str, Any], device: torch.device | None = None, floats: torch.dtype | None = None
 ) -> dict[str, Any]:
     """The inputs with tensors on ``device``, and those of float32 in the type ``floats``; None changes nothing."""
 
-    def convert(value: Any) -> Any:
+    def convert(path: str, value: Any) -> Any:
+        del path
         if not isinstance(value, Tensor):
             return value
         return value.to(device, floats if value.dtype == torch.float32 else None)
 
-    return unflatten_inputs({name: convert(value) for name, value in flatten_inputs(inputs).items()})
+    result: dict[str, Any] = rebuilt(inputs, convert)
+    return result
 
 
 def _lists(value: Any, sequence: type) -> Any:
     if not isinstance(value, dict):
         return value
     items = {key: _lists(item, sequence) for key, item in value.items()}
-    if items and all(key.isdigit() for key in items):
-        return sequence(items[str(i)] for i in range(len(items)))
+    if items and items.keys() == {str(place) for place in range(len(items))}:
+        return sequence(items[str(place)] for place in range(len(items)))
     return items
 
 

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao.graph import size_rules
 from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
+from dmq_ao.graph.containers import is_told_by_paths, paths_of
 from dmq_ao.graph.export import CaptureError, Positional, as_exported, export, first_line
 from dmq_ao.graph.layers import name_layers
 from dmq_ao.graph.module_state import tensors_of
@@ -52,6 +53,7 @@ class Signature:
         answer: how the graph's tensors stand in what the denoiser answers; None for a tensor, a tuple of tensors, or
             a dataclass of them.
         optional: of ``names``, those that a call may leave out, all together: the graph then gets zeros.
+        nesting: the arguments with dotted paths for values; None where the paths alone tell how arguments nest.
     """
 
     parameters: tuple[str, ...]
@@ -66,6 +68,7 @@ class Signature:
     rules: tuple[str, ...] = field(default=(), repr=False)
     answer: Structure | None = field(default=None, repr=False)
     optional: tuple[str, ...] = ()
+    nesting: Mapping[str, Any] | None = field(default=None, repr=False)
 
 
 def capture(
@@ -98,7 +101,7 @@ def capture(
     constants = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     batch = _batch_argument(tensors, timestep)
     tensors = _two_rows(tensors, batch)
-    module = Positional(denoiser, tuple(tensors), constants)
+    module = Positional(denoiser, tuple(tensors), constants, paths_of(arguments))
     program, tensors, per_row = _export_rows(module, tensors, batch, timestep)
     gm = program.module(check_guards=False)
     assert isinstance(gm, GraphModule)
@@ -120,6 +123,7 @@ def capture(
         example={name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
         rules=rules,
         answer=None if is_plain(module.answer) else module.answer,
+        nesting=None if is_told_by_paths(module.nesting) else module.nesting,
     )
     name_layers(gm)
     return gm

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.containers import filled, with_tuples
 from dmq_ao.graph.module_state import left_as_it_was
 from dmq_ao.graph.patch_embed import any_size
 from dmq_ao.graph.structure import Structure, taken_apart
+from dmq_ao.graph.symbolic_len import symbolic_len
 
 
 class CaptureError(ValueError):
@@ -33,15 +34,17 @@ class Positional(nn.Module):
     """The denoiser called with its tensors by position and everything else constant; answers with tensors only.
 
     Attributes:
-        sequence: what lists and tuples among the arguments become; their dotted paths are the same.
+        nesting: how the arguments nest, with dotted paths for values.
     """
 
-    def __init__(self, denoiser: nn.Module, names: tuple[str, ...], constants: Mapping[str, Any]) -> None:
+    def __init__(
+        self, denoiser: nn.Module, names: tuple[str, ...], constants: Mapping[str, Any], nesting: Mapping[str, Any]
+    ) -> None:
         """A call of ``denoiser`` with tensors called ``names``."""
         super().__init__()
         self.denoiser = denoiser
         self.names, self.constants = names, dict(constants)
-        self.sequence: type = list
+        self.nesting = dict(nesting)
         self._answers = Answers()
 
     @property
@@ -56,7 +59,7 @@ class Positional(nn.Module):
             TypeError: when the denoiser answers without a tensor.
         """
         flat = {**self.constants, **dict(zip(self.names, tensors, strict=True))}
-        results, self._answers.last = taken_apart(self.denoiser(**unflatten_inputs(flat, self.sequence)))
+        results, self._answers.last = taken_apart(self.denoiser(**filled(self.nesting, flat)))
         if not results:
             raise TypeError("the denoiser answers without a tensor")
         return results[0] if len(results) == 1 else tuple(results)
@@ -73,13 +76,13 @@ def export(module: Positional, tensors: Mapping[str, Tensor]) -> torch.export.Ex
     try:
         return _export(module, tensors)
     except CaptureError:
-        if not any(part.isdigit() for name in (*tensors, *module.constants) for part in name.split(".")):
+        nesting, module.nesting = module.nesting, with_tuples(module.nesting)
+        if module.nesting == nesting:
             raise
-        module.sequence = tuple
         try:
             return _export(module, tensors)
         except CaptureError:
-            module.sequence = list
+            module.nesting = nesting
         raise
 
 
@@ -97,7 +100,7 @@ def _export(module: Positional, tensors: Mapping[str, Tensor]) -> torch.export.E
 @contextmanager
 def as_exported(module: Positional) -> Iterator[None]:
     """The state in which a denoiser is traced; it is left as it was."""
-    with any_size(module), left_as_it_was(module.denoiser), torch.no_grad(), _whole_layers():
+    with any_size(module), left_as_it_was(module.denoiser), torch.no_grad(), _whole_layers(), symbolic_len():
         yield
 
 

@@ -131,6 +131,8 @@ def find_layers(gm: GraphModule) -> list[Layer]:
         elif quantizable and rows_depend_on_values(node.args[0].meta.get("val")):
             kind, quantizable = f"{kind} on rows that are chosen by their values", False
         ndim = node.args[0].meta["val"].dim() if "val" in node.args[0].meta else 0
+        if quantizable and kind != TABLE and 0 < ndim < _batched_axes(attribute(gm, weight), kind):
+            kind, quantizable = f"{kind} on an input without a batch axis", False
         layers.append(
             Layer(
                 name=name if count == 1 else f"{name}#{count}",
@@ -142,6 +144,11 @@ def find_layers(gm: GraphModule) -> list[Layer]:
             )
         )
     return layers
+
+
+def _batched_axes(weight: Tensor, kind: str) -> int:
+    """The fewest axes of an input that has rows: batch and channels, and sizes for convolutions."""
+    return weight.dim() if kind != "linear" else 2
 
 
 def _computed(gm: GraphModule) -> set[Node]:

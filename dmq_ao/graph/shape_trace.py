@@ -28,7 +28,8 @@ def operators_run(
 
     Layout is left out, and so is what the result does not depend on.
     """
-    with torch.no_grad(), fake_tensor_mode():
+    # In inference mode operators that are made of others stay whole on both sides: code of the denoiser may be in it.
+    with torch.inference_mode(), fake_tensor_mode():
         inputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()]
         trace = _Trace()
         with trace:

@@ -12,20 +12,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from dmq_ao.config import InvalidFile
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.arguments import flatten_inputs, nested, unflatten_inputs
 from dmq_ao.graph.capture import SAMPLE_NAMES
+from dmq_ao.graph.containers import nesting_from_json, nesting_to_json
 from dmq_ao.samples import set_file
+from dmq_ao.samples.values import SHARED_TYPES, Shared, describe, is_mask, layout, take
 from dmq_ao.samples.windows import too_few_steps
 
-Shared: TypeAlias = Tensor | int | float | bool | str | None
-SHARED_TYPES = (Tensor, int, float, bool, str, type(None))
 # What tensors and names that are no calibration set may end in.
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError)
 
@@ -45,6 +45,8 @@ class CalibrationSet:
             None where that was not recorded.
         others: sets of other sizes (resolution, frames, tokens) that belong to it. All above, and every method but
             ``digest`` and ``save``, is of this set's own rows; ``calibrate`` goes through all ``buckets``.
+        nesting: the arguments with dotted paths for values, where these alone do not tell how arguments nest: tuples,
+            named tuples, keys that are numbers or have dots. None for lists, and dicts by plain names.
 
     Raises:
         TypeError: for inputs that are no tensors or plain values, or a timestep, step or trajectory of another dtype.
@@ -59,6 +61,7 @@ class CalibrationSet:
     visited: Tensor | None = None
     trajectory: Tensor | None = None
     others: tuple[CalibrationSet, ...] = ()
+    nesting: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -121,7 +124,8 @@ class CalibrationSet:
         inputs = {name: take(value, rows) for name, value in self.inputs.items()}
         timestep, step = take(self.timestep, rows), take(self.step, rows)
         trajectory = None if self.trajectory is None else take(self.trajectory, rows)
-        return CalibrationSet(inputs, self.shared, timestep, step, self.timestep_arg, self.timesteps, trajectory)
+        columns = (inputs, self.shared, timestep, step, self.timestep_arg, self.timesteps, trajectory)
+        return CalibrationSet(*columns, nesting=self.nesting)
 
     def split(self, num_held_out: int, seed: int = 0) -> tuple[CalibrationSet, CalibrationSet]:
         """Two sets: the rest, and ``num_held_out`` rows drawn at random. Both keep the order of rows.
@@ -170,7 +174,8 @@ class CalibrationSet:
     def digest(self) -> str:
         """Sha256, in hex, of every name, shape, dtype and byte; the same before ``save`` and after ``load``."""
         plain = [(name, value) for one in self.buckets for name, value in sorted(one._plain().items())]
-        sha = hashlib.sha256(json.dumps([self.timestep_arg, plain]).encode())
+        nesting = [] if self.nesting is None else [nesting_to_json(self.nesting)]
+        sha = hashlib.sha256(json.dumps([self.timestep_arg, plain, *nesting]).encode())
         for name, tensor in sorted(self._tensors_of_all().items()):
             sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             sha.update(tensor.flatten().view(torch.uint8).numpy().data)
@@ -186,9 +191,9 @@ class CalibrationSet:
             "timestep_arg": self.timestep_arg,
             "digest": self.digest(),
         }
-        set_file.write_set(
-            Path(path), header | ({"buckets": len(self.buckets)} if self.others else {}), self._tensors_of_all()
-        )
+        header |= {"buckets": len(self.buckets)} if self.others else {}
+        header |= {} if self.nesting is None else {"nesting": nesting_to_json(self.nesting)}
+        set_file.write_set(Path(path), header, self._tensors_of_all())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationSet:
@@ -226,6 +231,7 @@ class CalibrationSet:
             timestep_arg=header.timestep_arg,
             visited=tensors["visited"],
             trajectory=tensors.pop(f"{prefix}trajectory", None),
+            nesting=None if header.nesting is None else nesting_from_json(header.nesting),
         )
 
     def _tensors_of_all(self) -> dict[str, Tensor]:
@@ -249,7 +255,7 @@ class CalibrationSet:
 
     def _arguments(self, rows: Tensor) -> dict[str, Any]:
         inputs = {name: take(value, rows) for name, value in self.inputs.items()}
-        return unflatten_inputs({**inputs, **self.shared, self.timestep_arg: take(self.timestep, rows)})
+        return nested(self.nesting, {**inputs, **self.shared, self.timestep_arg: take(self.timestep, rows)})
 
 
 def _check_types(samples: CalibrationSet) -> None:
@@ -277,6 +283,8 @@ def _check_rows(samples: CalibrationSet) -> None:
     names = [*samples.inputs, *samples.shared, samples.timestep_arg]
     if len(set(names)) < len(names):
         raise ValueError(f"each argument is either an input, shared or the timestep, got a name twice in {names}")
+    if samples.nesting is not None and sorted(flatten_inputs(samples.nesting).values()) != sorted(names):
+        raise ValueError(f"nesting holds the arguments {samples.nesting}, and the set has {names}")
     try:
         unflatten_inputs(dict.fromkeys(names))
     except (KeyError, TypeError, AttributeError) as error:
@@ -292,15 +300,9 @@ def _check_rows(samples: CalibrationSet) -> None:
             )
 
 
-def _is_mask(value: Tensor) -> bool:
-    """Whether a tensor [...] may be what is added to attention's scores: nothing, or less, or minus infinity."""
-    finite = value[value.isfinite()]
-    return value.dim() > 1 and len(finite) > 0 and bool((finite <= 0).all())
-
-
 def _check_finite(samples: CalibrationSet) -> None:
     for name, value in {**samples.inputs, "timestep": samples.timestep}.items():
-        wrong = value.isnan() | value.isposinf() if name not in SAMPLE_NAMES and _is_mask(value) else ~value.isfinite()
+        wrong = value.isnan() | value.isposinf() if name not in SAMPLE_NAMES and is_mask(value) else ~value.isfinite()
         bad = wrong.unsqueeze(-1).flatten(1).any(dim=1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -309,7 +311,7 @@ def _check_finite(samples: CalibrationSet) -> None:
             )
     for name, shared in samples.shared.items():
         values = torch.as_tensor(shared) if isinstance(shared, (Tensor, float)) else torch.zeros(())
-        allowed = values.isfinite() | values.isneginf() if _is_mask(values) else values.isfinite()
+        allowed = values.isfinite() | values.isneginf() if is_mask(values) else values.isfinite()
         if not allowed.all():
             raise ValueError(f"shared {name} is NaN or infinite ({describe(shared)}); give finite values")
 
@@ -336,20 +338,3 @@ def _check_others(samples: CalibrationSet) -> None:
             raise ValueError(f"others must be sets of the same arguments, got {one!r} beside {list(samples.inputs)}")
         if not torch.equal(samples.timesteps, one.timesteps):
             raise ValueError("others must be of the same sampler: give all of its timesteps to each set as visited")
-
-
-def take(value: Tensor, rows: Tensor) -> Tensor:
-    """The rows of ``value`` [N, ...] at ``rows`` [M]."""
-    return value.index_select(0, rows.to(value.device))
-
-
-def describe(value: object) -> str:
-    """Shape and dtype of a tensor, anything else as it prints; for messages."""
-    return f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
-
-
-def layout(value: object, per_row: bool) -> str:
-    """What must stay the same from call to call: dtype, shape without the batch, or the type of a plain value."""
-    if per_row and isinstance(value, Tensor):
-        return f"[{', '.join(['batch', *map(str, value.shape[1:])])}] {value.dtype}"
-    return f"{describe(value) if isinstance(value, Tensor) else type(value).__name__} without batch axis"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dmq_ao.graph.arguments import TIMESTEP_NAMES, find_timestep, flatten_inputs
-from dmq_ao.samples.calibration_set import SHARED_TYPES, Shared, describe
+from dmq_ao.samples.values import SHARED_TYPES, Shared, describe
 
 # What diffusers' denoisers add where a ControlNet or adapter gives it.
 RESIDUALS = frozenset(
@@ -57,7 +57,8 @@ def timestep_name(names: Iterable[str], timestep_arg: str | None) -> str:
     if name is None:
         raise ValueError(
             f"none of the denoiser's arguments {list(names)} is a timestep ({', '.join(TIMESTEP_NAMES)}); say which"
-            " it is with timestep_arg="
+            " it is with timestep_arg=, or give a denoiser without one to a module whose forward also takes timestep,"
+            " and record and prepare that module"
         )
     return name
 
@@ -107,7 +108,8 @@ def timestep_of_rows(name: str, timestep: Any, batch: int) -> list[int | float]:
     if list(value.shape) not in ([], [1], [batch]):
         raise ValueError(
             f"{name} must be a number or a tensor [], [1] or [{batch}], one value for each of the {batch} rows; got"
-            f" {describe(value)}"
+            f" {describe(value)}. Record and prepare a module that takes one value a row, and gives the denoiser what"
+            f" it makes of it, as {name}.reshape(-1, 1, 1, 1)"
         )
     value = value.to(torch.float32 if value.is_floating_point() else torch.int64)
     values: list[int | float] = value.expand(batch).tolist()

@@ -11,7 +11,8 @@ from torch.fx import GraphModule
 
 from dmq_ao import graph
 from dmq_ao.graph import size_rules
-from dmq_ao.samples.calibration_set import CalibrationSet, take
+from dmq_ao.samples.calibration_set import CalibrationSet
+from dmq_ao.samples.values import take
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,20 @@ class GraphSamples:
         """The first of the rules that a batch of ``count`` samples breaks; None where all hold."""
         return size_rules.broken(self.rules, self.shapes(count))
 
+    def check_batches(self, batch_size: int) -> None:
+        """Refuse batches of at most ``batch_size`` samples that the graph does not take.
+
+        Raises:
+            ValueError: with the rule that one of them breaks.
+        """
+        for count in dict.fromkeys([min(batch_size, len(self)), len(self) % batch_size or batch_size]):
+            rule = self.broken_rule(min(count, len(self)))
+            if rule is not None:
+                raise ValueError(
+                    f"{fixed_rows_text(rule)}. {len(self)} samples in batches of {batch_size} make one of"
+                    f" {min(count, len(self))}; batch_size and a number of samples that fit would do too"
+                )
+
     def batch(self, rows: Tensor) -> Batch:
         """The samples with the numbers ``rows`` [b], in that order; a number may come twice."""
         arguments = [
@@ -168,7 +183,8 @@ def fixed_rows_text(rule: str) -> str:
     """What to say where a graph takes some numbers of samples alone, by a rule that others break."""
     return (
         f"the denoiser was captured for some numbers of samples alone: {rule}. Prepare it with another number,"
-        " example_inputs=samples.example(4); where its code takes len(x) of a batch, let it take x.shape[0]"
+        " example_inputs=samples.example(4); where its code makes a Python number of a batch's size, as"
+        " int(x.shape[0]) or range(len(x)) do, let it do without"
     )
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dmq_ao.config import MissingStatistics, Selection, SelectMethod
-from dmq_ao.samples.calibration_set import CalibrationSet, take
+from dmq_ao.graph.containers import is_told_by_paths, paths_of
+from dmq_ao.samples.calibration_set import CalibrationSet
 from dmq_ao.samples.call_arguments import (
     arguments_of_call,
     by_batch,
@@ -26,6 +27,7 @@ from dmq_ao.samples.call_arguments import (
 from dmq_ao.samples.quota import Plan
 from dmq_ao.samples.select import counts_of
 from dmq_ao.samples.shapes import Bucket, CallShapes
+from dmq_ao.samples.values import take
 from dmq_ao.samples.windows import Row, Windows, too_few_steps
 
 
@@ -71,6 +73,7 @@ class Recorder:
         self._steps: dict[int | float, int] = {}
         self._rows: list[Row] = []
         self._shapes, self._bucket = CallShapes(), 0  # that of the call under way
+        self._nesting: dict[str, Any] | None = None
         selection = _selection(select)
         uneven = selection.method is not SelectMethod.UNIFORM
         self._plan = Plan(denoiser, selection, num_samples, self._generator) if uneven else None
@@ -120,9 +123,9 @@ class Recorder:
         trajectory = None
         if self._windows is not None:
             trajectory = torch.tensor([row.trajectory for row in rows], device="cpu")
-        return CalibrationSet(
-            inputs, dict(bucket.shared), visited[step], step, self._timestep_arg, visited, trajectory
-        )
+        nesting = None if is_told_by_paths(self._nesting) else self._nesting
+        columns = (inputs, dict(bucket.shared), visited[step], step, self._timestep_arg, visited, trajectory)
+        return CalibrationSet(*columns, nesting=nesting)
 
     @contextmanager
     def trajectory(self, part: float | None = None) -> Iterator[None]:
@@ -165,6 +168,8 @@ class Recorder:
     def _observe(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         arguments = arguments_of_call(self._signature, args, kwargs)
         self._timestep_arg = timestep_name(arguments, self._timestep_arg)
+        if self._nesting is None:
+            self._nesting = paths_of(arguments)
         timestep = arguments.pop(self._timestep_arg)
         inputs, shared = by_batch(flat_arguments(arguments), earlier_shared=self._shapes.shared_names)
         timesteps = timestep_of_rows(self._timestep_arg, timestep, batch=len(next(iter(inputs.values()))))

@@ -31,6 +31,7 @@ class SetHeader:
         timestep_arg: name of the timestep.
         digest: of the whole set.
         buckets: how many shapes the set has.
+        nesting: how arguments nest, where their names do not tell.
     """
 
     format_version: int
@@ -39,6 +40,7 @@ class SetHeader:
     timestep_arg: str
     digest: str
     buckets: int = 1
+    nesting: Any = None
 
 
 def write_set(path: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dmq_ao.samples.calibration_set import Shared, describe, layout
 from dmq_ao.samples.call_arguments import is_same, own_copy
+from dmq_ao.samples.values import Shared, describe, layout
 
 SizesKey = tuple[tuple[str, tuple[int, ...]], ...]
 

@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dmq_ao.config import InvalidFile, Recipe, as_json
-from dmq_ao.graph.arguments import unflatten_inputs
+from dmq_ao.graph.arguments import nested
+from dmq_ao.graph.capture import SAMPLE_NAMES
+from dmq_ao.graph.containers import nesting_from_json, nesting_to_json
 from dmq_ao.records import LayerRecord
 from dmq_ao.serialization import manifest, meaning
 from dmq_ao.serialization.graph import read_dtype
@@ -58,6 +60,7 @@ class Stored:
         merged: layers that were copies, each with that which stands for it.
         graph: JSON text of the converted graph, see ``serialization.graph``; None when it cannot be stored.
         graph_constants: tensors [...] of that graph that are of no layer and not of the original model.
+        nesting: the arguments with dotted paths for values; None where the paths alone tell how arguments nest.
     """
 
     recipe: Recipe
@@ -72,6 +75,14 @@ class Stored:
     merged: Mapping[str, str]
     graph: str | None = None
     graph_constants: Mapping[str, Tensor] = field(default_factory=dict)
+    nesting: Mapping[str, Any] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model: of its sample; the timestep may well be float32 where all else is narrower."""
+        names = sorted(self.example, key=lambda name: name not in SAMPLE_NAMES)
+        floats = [name for name in names if name != self.timestep_arg and self.example[name][1].is_floating_point]
+        return self.example[max(floats, key=lambda name: len(self.example[name][0]) >= 2)][1]
 
 
 @dataclass(frozen=True)
@@ -99,6 +110,7 @@ class _Config:
     sqnr_db: dict[str, Any]
     merged: dict[str, str] = field(default_factory=dict)
     float_names: dict[str, str] = field(default_factory=dict)
+    nesting: Any = None
 
 
 def write(stored: Stored, folder: str | Path) -> None:
@@ -236,6 +248,7 @@ def _config(stored: Stored, layers: Mapping[str, Any], checksums: Mapping[str, s
         # A layer without noise has infinitely many dB, which JSON does not know.
         "sqnr_db": {name: db if math.isfinite(db) else str(db) for name, db in stored.sqnr_db.items()},
         "merged": dict(stored.merged),
+        **({} if stored.nesting is None else {"nesting": nesting_to_json(stored.nesting)}),
     }
     renamed = _float_names(stored)
     if renamed:
@@ -290,7 +303,8 @@ def _from_parts(whole: dict[str, Any], config: _Config, records: StoredRecords, 
         raise ValueError(f"timestep_arg {config.timestep_arg!r} is not one of the arguments {sorted(config.example)}")
     if any(not isinstance(value, (bool, int, float, str, type(None))) for value in config.constants.values()):
         raise TypeError("constants must be numbers, strings, true, false or null")
-    unflatten_inputs(config.example | config.constants)
+    nesting = None if config.nesting is None else nesting_from_json(config.nesting)
+    nested(nesting, config.example | config.constants)
     return Stored(
         recipe=config.recipe,
         records=records,
@@ -304,6 +318,7 @@ def _from_parts(whole: dict[str, Any], config: _Config, records: StoredRecords, 
         merged=config.merged,
         graph=graph,
         graph_constants=constants,
+        nesting=nesting,
     )
 
 

@@ -136,6 +136,7 @@ def signature_from_json(data: Any, stored: Stored, model: nn.Module | None) -> S
         rules=parts.rules,
         answer=None if parts.answer is None else _structure_from_json(parts.answer, model),
         optional=parts.optional,
+        nesting=stored.nesting,
     )
 
 

@@ -227,7 +227,7 @@ def test_sizes_that_the_graph_does_not_take_are_named() -> None:
     samples = recorder.calibration_set()
     net = Square().eval()
     prepared = dmq_ao.prepare(net, recipes.minmax("w8a8"), samples.example(), backend="reference")
-    with pytest.raises(ValueError, match="samples are of another model: shapes .*12"):
+    with pytest.raises(ValueError, match="the samples' shapes .*12.* do not fit"):
         dmq_ao.calibrate(prepared, samples, progress=False)
 
 

@@ -760,3 +760,21 @@ def test_a_graph_that_draws_is_not_stored_and_says_so(tmp_path: Path) -> None:
     x, t = torch.randn(2, 8), torch.tensor([5, 999])
     with pytest.warns(UserWarning, match="cannot be stored"):
         assert torch.equal(dmq_ao.load(tmp_path, model=model, backend="reference")(x, t), saved(x, t))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_narrow_model_of_fractional_timesteps_is_exported_again_in_its_dtype(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = seeded(Plain).to(dtype)
+
+    def call(step: int) -> None:
+        model(torch.randn(4, 3, 8, 8, dtype=dtype), torch.full((4,), step / 1000 + 0.01))
+
+    quantized, _ = flow(model, minmax("w8a8"), record(model, call))
+    dmq_ao.save(quantized, tmp_path)
+    without_graph(tmp_path)
+    loaded = dmq_ao.load(tmp_path, model=model, backend="reference")
+    x, t = torch.randn(2, 3, 8, 8, dtype=dtype), torch.full((2,), 0.31)
+    assert loaded.dtype == dtype
+    assert torch.equal(loaded(x, t), quantized(x, t))
