@@ -78,7 +78,7 @@ def with_tuples(nesting: Any) -> Any:
     """The same with tuples for lists."""
     if isinstance(nesting, dict):
         return {key: with_tuples(item) for key, item in nesting.items()}
-    return tuple(map(with_tuples, nesting)) if type(nesting) is list else nesting
+    return tuple(map(with_tuples, nesting)) if type(nesting) in (list, tuple) else nesting
 
 
 def is_told_by_paths(nesting: Any) -> bool:
