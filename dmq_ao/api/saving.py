@@ -92,7 +92,8 @@ def _check_rebuilt(stored: Stored, quantized: QuantizedDenoiser, folder: str | P
 
 
 def _graph_text(quantized: QuantizedDenoiser, text: str) -> str:
-    plan = [as_json.plain(item) for item in quantized.plan.values()]
+    rows = [as_json.plain(item) for item in quantized.plan.values()]
+    plan = [{key: x for key, x in row.items() if key != "roles" or x} for row in rows if isinstance(row, dict)]
     call = signature.signature_to_json(quantized.signature)
     return json.dumps({"signature": call, "plan": plan, "graph": json.loads(text)}, allow_nan=False)
 
