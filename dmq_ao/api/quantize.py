@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from dmq_ao import graph
 from dmq_ao.api import arguments
 from dmq_ao.api.calibrate import CalibrationReport, calibrate
 from dmq_ao.api.optional import check_neutral, optional_names
+from dmq_ao.api.roles import said_roles_of, say_layer_roles
 from dmq_ao.backends.backend import Backend
 from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import Ranges, Recipe
@@ -25,6 +25,7 @@ from dmq_ao.denoiser import DenoiserParts, QuantizedDenoiser
 from dmq_ao.graph import values
 from dmq_ao.graph.arguments import TIMESTEP_NAMES
 from dmq_ao.graph.noise import noise_tensors
+from dmq_ao.graph.roles import roles_by_plan
 from dmq_ao.observers import ActivationObserver
 from dmq_ao.passes import out_of_place, own_tensors
 from dmq_ao.quantizer.plan import make_plan
@@ -32,9 +33,7 @@ from dmq_ao.quantizer.prepared import float_weight, observers, require_prepared,
 from dmq_ao.quantizer.quantizer import DiffusionQuantizer
 from dmq_ao.records import LayerRecord, PackedRecords, on_device, packed_record
 from dmq_ao.samples import CalibrationSet
-from dmq_ao.serialization import graph as stored_graph
-from dmq_ao.serialization import trial
-from dmq_ao.serialization.graph import StoredGraph
+from dmq_ao.serialization.storable import storable
 
 
 def prepare(
@@ -45,6 +44,7 @@ def prepare(
     timestep_arg: str | None = None,
     backend: str = "auto",
     optional: Sequence[str] = (),
+    roles: Mapping[str, str | Sequence[str]] | None = None,
 ) -> GraphModule:
     """Export a denoiser and put an observer on every tensor that the recipe quantizes. The denoiser is not changed.
 
@@ -57,6 +57,8 @@ def prepare(
         optional: arguments among the example inputs that a call may leave out, all together, as a ControlNet's
             ``["down_block_additional_residuals", "mid_block_additional_residual"]``. The denoiser is called to see
             that zeros in their place are as if they were left out.
+        roles: of layers, by name, where dataflow shows others: ``{"stem": "@input", "adapter": "@none"}``; of
+            ``@input``, ``@output``, ``@embedding`` and ``@none``.
 
     Returns:
         A graph that computes what the denoiser computes and observes.
@@ -70,7 +72,10 @@ def prepare(
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     arguments.check_prepare(denoiser, recipe, example_inputs, timestep_arg)
+    callers_roles = said_roles_of(denoiser, roles)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
+    if callers_roles:
+        say_layer_roles(captured, callers_roles)
     plan = make_plan(captured, recipe.config)
     arguments.check_not_all_float(type(denoiser).__name__, captured, plan, recipe)
     arguments.check_group_sizes(captured, plan)
@@ -157,7 +162,7 @@ def convert(
     if packed:
         records = {name: packed_record(record) for name, record in records.items()}
     parts = DenoiserParts(
-        stored_graph=_stored_graph(quantized, float_tensors),
+        stored_graph=storable(quantized, float_tensors, state.plan),
         signature=graph.signature_of(prepared),
         skeleton=state.skeleton,
         recipe=state.recipe,
@@ -170,29 +175,14 @@ def convert(
     return lower(quantized, device_backend, parts, packed=packed, latency_aware=latency_aware)
 
 
-def _stored_graph(gm: GraphModule, float_tensors: Mapping[str, Tensor]) -> StoredGraph | None:
-    """The q/dq graph as a file holds it; None where ``load`` would not take it, and exports the model again."""
-    call = graph.signature_of(gm)
-    if not set(call.names) <= set(call.example):  # a graph that was not captured here
-        return None
-    try:
-        stored = stored_graph.stored(gm, float_tensors)
-        trial.Program(gm, trial.example_inputs(call.example[name] for name in call.names))
-    except ValueError as error:
-        warnings.warn(
-            f"the graph of this denoiser cannot be stored ({error}): a saved folder is loaded by exporting the model"
-            " again, one of your own with load(folder, model=...)",
-            stacklevel=3,
-        )
-        return None
-    return stored
-
-
 def lower(
     gm: GraphModule, backend: Backend, parts: DenoiserParts, *, packed: bool, latency_aware: bool
 ) -> QuantizedDenoiser:
     """A quantize/dequantize graph on a backend; ``parts`` is what is known before that."""
     records = parts.records
+    graph.set_signature(gm, parts.signature)
+    shown = roles_by_plan(gm, {name: item.kind for name, item in parts.plan.items()})
+    parts = replace(parts, roles={name: item.roles or shown.get(name, ()) for name, item in parts.plan.items()})
     if latency_aware:
         assert backend.measured is not None  # choose_backend asked
         lowered, kernels = backend.measured(gm, records, list(noise_tensors(parts.signature).values()))

@@ -93,7 +93,8 @@ def _check_rebuilt(stored: Stored, quantized: QuantizedDenoiser, folder: str | P
 
 
 def _graph_text(quantized: QuantizedDenoiser, text: str) -> str:
-    plan = [as_json.plain(item) for item in quantized.plan.values()]
+    rows = [as_json.plain(item) for item in quantized.plan.values()]
+    plan = [{key: x for key, x in row.items() if key != "roles" or x} for row in rows if isinstance(row, dict)]
     call = signature.signature_to_json(quantized.signature)
     return json.dumps({"signature": call, "plan": plan, "graph": json.loads(text)}, allow_nan=False)
 
@@ -320,9 +321,8 @@ def _exported_again(
     for name, weight in weights.items():
         record, shape = stored.records[name], float_weight(prepared, nodes[name]).shape
         if record.weight.shape != shape:
-            raise InvalidFile(
-                f"{folder}: {name} is {tuple(record.weight.shape)} in the file, {tuple(shape)} in the model"
-            )
+            stored_shape = tuple(record.weight.shape)
+            raise InvalidFile(f"{folder}: {name} is {stored_shape} in the file, {tuple(shape)} in the model")
         weight.restore(record.weight, record.bias)
     for name, (_, activation) in observers(prepared).items():
         restored = outline(stored.records, name).activation

@@ -28,14 +28,15 @@ def _is_number(cell: str) -> bool:
 
 def layers_text(layers: Sequence[Mapping[str, Any]]) -> str:
     """One line a layer."""
-    heading = ["layer", "kind", "weight", "input", "SQNR dB", "kernel", "why"]
+    heading = ["layer", "kind", "role", "weight", "input", "SQNR dB", "kernel", "why"]
     return aligned([heading, *(_layer_row(layer) for layer in layers)])
 
 
 def _layer_row(layer: Mapping[str, Any]) -> list[str]:
     widths = [str(layer["weight_bits"]), str(layer["activation_bits"])]
     kernel = "float, kept" if layer["status"] == "float" else str(layer.get("kernel", ""))
-    return [layer["name"], layer["kind"], *widths, number(layer.get("sqnr_db"), ".1f"), kernel, layer["why"]]
+    roles = " ".join(layer.get("roles", ()))
+    return [layer["name"], layer["kind"], roles, *widths, number(layer.get("sqnr_db"), ".1f"), kernel, layer["why"]]
 
 
 def totals_text(report: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ class DenoiserParts:
         stored_graph: the q/dq graph as ``save`` writes it; None where it cannot be stored.
         kernels: what multiplies each quantized layer; lowering tells.
         backend: name of what lowered it; likewise.
+        roles: what each layer is for, ``@input`` and the like, by name.
     """
 
     signature: Signature
@@ -42,3 +43,4 @@ class DenoiserParts:
     stored_graph: StoredGraph | None
     kernels: Mapping[str, Kernel] = field(default_factory=dict)
     backend: str = ""
+    roles: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

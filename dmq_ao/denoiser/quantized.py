@@ -46,6 +46,7 @@ class QuantizedDenoiser(nn.Module):
         self.float_tensors = dict(parts.float_tensors)
         self._guard: tuple[Program, str] | None = None
         self._casts: set[torch.dtype] = set()
+        self.roles = dict(parts.roles)
         self._formulas = call.formulas_of(parts.signature)
         super().requires_grad_(False)
         # Not a submodule: it has no bytes, only names, shapes and config to answer for the original model.
@@ -80,10 +81,11 @@ class QuantizedDenoiser(nn.Module):
         self._guard = program, str(folder)
 
     def layer_reports(self) -> list[dict[str, Any]]:
-        """One row a layer: kept or quantized, bits, kernel, output SQNR in dB on calibration samples, and why."""
+        """One row a layer: kept or quantized, roles, bits, kernel, output SQNR in dB on the samples, and why."""
         floats = Kernel("float")
         return [
             layer_row(item, self.records, self.kernels.get(name, floats), self.sqnr_db.get(name), self.float_bits)
+            | {"roles": list(self.roles.get(name, ()))}
             for name, item in self.plan.items()
         ]
 

@@ -51,6 +51,9 @@ OTHER_WEIGHTED = {
 }
 
 
+_NO_TENSOR = (torch.SymInt, torch.SymBool, torch.SymFloat, type(None))
+
+
 @dataclass(frozen=True)
 class Layer:
     """One weighted operator of the graph.
@@ -175,11 +178,11 @@ def layer_nodes(gm: GraphModule) -> dict[str, Node]:
 def reach(gm: GraphModule, start: set[Node], stop: Collection[Node] = ()) -> set[Node]:
     """``start`` and every tensor downstream of it; nodes in ``stop`` are neither entered nor passed.
 
-    Sizes carry no data: a path through a symbolic integer does not count.
+    Sizes carry no data: a path through a symbolic integer, or a value described as no tensor, does not count.
     """
     reached = set(start)
     for node in gm.graph.nodes:
-        if node in stop or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymBool, torch.SymFloat)):
+        if node in stop or isinstance(node.meta.get("val", node), _NO_TENSOR):
             continue
         if any(source in reached for source in node.all_input_nodes):
             reached.add(node)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dmq_ao.graph import TABLE, Layer, aten, placeholders, reach, signature_of
+from dmq_ao.graph import LINEAR, TABLE, Layer, aten, layer_nodes, placeholders, reach, signature_of
 
 ROLES = ("@input", "@output", "@embedding", "@table", "@concat")
 ROLES_KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
+_CALLERS_KEY = "dmq_ao.callers_roles"  # likewise: those that a caller gives, in the place of the dataflow's
+# What a caller may say of a layer; the other roles are facts of the graph.
+SAYABLE = ("@input", "@output", "@embedding", "@none")
 _IDENTITY = (
     aten.dropout.default,
     aten.contiguous.default,
@@ -73,8 +78,39 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
             roles_here.add("@table")
         if layer.quantizable and node in from_sample and concat_source(node, layer.ch_axis) is not None:
             roles_here.add("@concat")
+        callers = callers_roles(node)
+        if callers:
+            roles_here = (roles_here & {"@table", "@concat"}) | (set(callers) - {"@none"})
         roles_by_layer[layer.name] = roles_here
     return roles_by_layer
+
+
+def callers_roles(node: Node) -> tuple[str, ...]:
+    """What ``say_roles`` said of a layer's operator."""
+    roles: tuple[str, ...] = node.meta.get(_CALLERS_KEY, ())
+    return roles
+
+
+def say_roles(layers: list[Layer], roles: Mapping[str, tuple[str, ...]]) -> None:
+    """Give layers roles in the place of those that dataflow shows; all of ``roles`` are layers."""
+    for layer in layers:
+        if layer.name in roles:
+            layer.node.meta[_CALLERS_KEY] = roles[layer.name]
+
+
+def roles_by_plan(gm: GraphModule, kinds: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Roles of the layers of a quantize/dequantize graph, sorted, those of concatenations aside, which it hides.
+
+    Args:
+        gm: the graph.
+        kinds: of its layers, by name.
+    """
+    layers = []
+    for name, node in layer_nodes(gm).items():
+        if name in kinds:
+            ch_axis = node.meta["val"].dim() - 1 if node.target == LINEAR else 1
+            layers.append(Layer(name, node, kinds[name], ch_axis, quantizable=False, numel=0))
+    return {name: tuple(sorted(roles)) for name, roles in roles_of(gm, layers).items()}
 
 
 def _reads_vectors(layer: Layer) -> bool:

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao import graph
 from dmq_ao.config import FLOAT_BITS, Granularity, QuantConfig, Ranges, Recipe, TensorConfig
-from dmq_ao.graph.roles import ROLES, roles_of, whole_name
+from dmq_ao.graph.roles import ROLES, callers_roles, roles_of, whole_name
 from dmq_ao.graph.values import VAL
 from dmq_ao.observers import ALL_OBSERVERS, RangeEstimator
 from dmq_ao.quantizer.patterns import no_match, patterns
@@ -36,7 +36,10 @@ def make_plan(gm: GraphModule, config: QuantConfig) -> dict[str, LayerPlan]:
     layers = graph.find_layers(gm)
     roles = roles_of(gm, layers)
     _check_patterns(config, roles)
-    plan = {layer.name: _plan_layer(layer, roles[layer.name], config) for layer in layers}
+    plan = {
+        layer.name: replace(_plan_layer(layer, roles[layer.name], config), roles=callers_roles(layer.node))
+        for layer in layers
+    }
     inputs, signature = graph.placeholders(gm), graph.signature_of(gm)
     moving = graph.reach(gm, {inputs[name] for name in (signature.batch, signature.timestep) if name in inputs})
     rows = {"1", _rows(inputs[signature.batch])}

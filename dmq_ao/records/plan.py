@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dmq_ao.config import MAX_BITS, PowerOfTwo, Ranges, Recipe, TensorConfig
 from dmq_ao.records.record import zero_point_dtype
@@ -22,6 +22,7 @@ class LayerPlan:
         activation: how the input is quantized; None when it stays in float.
         power_of_two: whether and how the input's channels vote.
         why: reason for what stays in float, empty otherwise.
+        roles: that the caller said the layer has (``prepare(..., roles=)``); empty for those that dataflow shows.
     """
 
     name: str
@@ -31,6 +32,7 @@ class LayerPlan:
     activation: TensorConfig | None
     power_of_two: PowerOfTwo | None
     why: str
+    roles: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
