@@ -181,8 +181,8 @@ def lower(
     """A quantize/dequantize graph on a backend; ``parts`` is what is known before that."""
     records = parts.records
     graph.set_signature(gm, parts.signature)
-    shown = roles_by_plan(gm, {name: item.kind for name, item in parts.plan.items()})
-    parts = replace(parts, roles={name: item.roles or shown.get(name, ()) for name, item in parts.plan.items()})
+    roles = roles_by_plan(gm, {name: item.kind for name, item in parts.plan.items()})
+    parts = replace(parts, roles={name: item.roles or roles.get(name, ()) for name, item in parts.plan.items()})
     if latency_aware:
         assert backend.measured is not None  # choose_backend asked
         lowered, kernels = backend.measured(gm, records, list(noise_tensors(parts.signature).values()))
