@@ -396,7 +396,7 @@ class Rows(Block):
         if self.kind == "columns" and self.axes > 1:
             columns = h.movedim(2, 1)
             return self.line(columns.flatten(0, 1).flatten(2)).reshape(columns.shape).movedim(1, 2)
-        stacked = torch.stack([h, -h], 1)
+        stacked = torch.stack([h, h * -0.5], 1)
         return self.layer(stacked.flatten(0, 1)).unflatten(0, (-1, 2)).mean(1)
 
 

@@ -56,6 +56,12 @@ def mutates_arguments(target: object) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
+def decomposed(target: object, args: Any, kwargs: Any) -> Any:
+    """An operator that PyTorch makes of others, called as those; NotImplemented for one that it does not."""
+    known = isinstance(target, OpOverload) and target.namespace == "aten"
+    return target.decompose(*args, **kwargs) if known else NotImplemented  # type: ignore[attr-defined]
+
+
 def fake_tensor_mode() -> AbstractContextManager[Any]:
     """The block in which tensors have shapes and no values; tensors that have values may take part."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmq_ao.graph.private import OpOverload, TorchDispatchMode, fake_tensor_mode, leaves, mutates_arguments
+from dmq_ao.graph.private import OpOverload, TorchDispatchMode, decomposed, fake_tensor_mode, leaves, mutates_arguments
 
 # Other places, axes or memory for the same numbers: sizes of what follows tell them apart where it matters.
 _LAYOUT = """
@@ -28,8 +28,7 @@ def operators_run(
 
     Layout is left out, and so is what the result does not depend on.
     """
-    # In inference mode operators that are made of others stay whole on both sides: code of the denoiser may be in it.
-    with torch.inference_mode(), fake_tensor_mode():
+    with torch.no_grad(), fake_tensor_mode():
         inputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes.values()]
         trace = _Trace()
         with trace:
@@ -45,6 +44,10 @@ class _Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # in inference mode, operators that are made of others arrive whole
+            parts = decomposed(func, args, kwargs)
+        if parts is not NotImplemented:
+            return parts
         result = func(*args, **kwargs)
         if isinstance(func, OpOverload):
             inputs = [id(x) for x in leaves((args, kwargs)) if isinstance(x, Tensor)]
