@@ -703,5 +703,5 @@ def test_quantize_in_place(tiny_unet2d: tuple[nn.Module, Inputs]) -> None:
 
 def test_quantize_wants_a_denoiser() -> None:
     model = seeded(Plain)
-    with pytest.raises(TypeError, match="Plain has no denoiser under unet or transformer; give a pipeline, or use"):
+    with pytest.raises(TypeError, match="Plain has no denoiser under unet or transformer or transformer_2; give a"):
         dmq_ao.quantize(model, RECIPE, plain_samples(model))
