@@ -440,8 +440,8 @@ class Recurrent(Net):
 
     def body(self, x: Tensor) -> Tensor:
         h = self.first(x)
-        tokens, _ = self.gru(h.flatten(2).transpose(1, 2))
-        return self.last(tokens.transpose(1, 2).reshape(h.shape))
+        tokens, _ = self.gru(h.mean(3).transpose(1, 2))  # few: an export writes each of them out
+        return self.last(h + tokens.transpose(1, 2)[..., None])
 
 
 class Bag(Net):

@@ -48,6 +48,7 @@ def test_text_has_one_range_for_all_timesteps() -> None:
     assert ranges["transformer_blocks.0.attn.to_q"] is Ranges.PER_STEP
 
 
+@pytest.mark.slow
 def test_frames_and_pixels_have_no_timestep_of_their_own() -> None:
     """Rows that are frames or pixels were an error of calibration."""
     case = built("unet3d")

@@ -79,7 +79,7 @@ def _calibrate(model: nn.Module, recipe: dmq_ao.Recipe, samples: CalibrationSet)
     assert relative(ours, wanted) < 0.5
 
 
-@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_windows_longer_than_the_sampler_are_as_long_as_it(
     steps: int, tiny_unet2d: tuple[nn.Module, dict[str, Tensor]]
 ) -> None:

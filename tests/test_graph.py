@@ -164,7 +164,9 @@ def test_a_batch_of_one_is_doubled_and_ids_without_a_batch_are_not(
     }
 
 
-@pytest.mark.parametrize("name", ["tiny_dit", "sdxl", "unet3d"])
+@pytest.mark.parametrize(
+    "name", ["tiny_dit", pytest.param("sdxl", marks=pytest.mark.slow), pytest.param("unet3d", marks=pytest.mark.slow)]
+)
 def test_every_form_of_timestep_becomes_one_a_row(
     name: str, case_of: Callable[[str], Case], capture_once: Callable[..., GraphModule]
 ) -> None:

@@ -172,3 +172,40 @@ def test_a_nesting_goes_through_json() -> None:
     )
     values = {"a.0": 1, "a.1.0": 2, "a.1.1.0": 3, "a.1.1.1.4": 5, "a.1.1.1.b.c": 6}
     assert containers.filled(again, values) == {"a": (1, [2, (3, {4: 5, "b.c": 6})]), "d": {}}
+
+
+class InOrder(Net):
+    """Calls one layer for each of its keyword arguments, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = torch.nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, t: Tensor, **more: Tensor) -> Tensor:  # type: ignore[override]
+        for value in more.values():
+            shift = self.shift(value)
+            x = x + (shift if shift.dim() == 2 else shift.mean(1))[:, :, None, None]
+        return super().forward(x, t)
+
+
+@pytest.mark.parametrize("names", [("late", "early"), ("early", "late"), ("b", "a")])
+def test_a_denoiser_exported_again_gets_its_keywords_in_their_order(names: tuple[str, str], tmp_path: Path) -> None:
+    """A layer called twice has a record for each call: they are told apart by the order of the calls."""
+    net = seeded(InOrder)
+    first, second = names
+
+    def more(rows: int) -> dict[str, Tensor]:
+        return {first: torch.randn(rows, 4, 5), second: torch.randn(rows, 5)}
+
+    samples = record(net, lambda step: net(inputs(4, seed=step)[0], torch.full((4,), float(step)), **more(4)))
+    prepared = dmq_ao.prepare(
+        net, all_layers(dmq_ao.recipes.minmax("w4a8", ranges=dmq_ao.Ranges.DYNAMIC)), samples.example(4)
+    )
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    quantized = dmq_ao.convert(prepared)
+    dmq_ao.save(quantized, tmp_path / "out")
+    without_graph(tmp_path / "out")
+    loaded = dmq_ao.load(tmp_path / "out", model=net)
+    call = (inputs(4, seed=9)[0], torch.full((4,), 1.0))
+    values = more(4)
+    assert torch.equal(loaded(*call, **values), quantized(*call, **values))

@@ -15,10 +15,10 @@ from zoo_checks import Fault, examine
 import dmq_ao
 
 
-@settings(max_examples=4, derandomize=True, deadline=None)
+@settings(max_examples=3, derandomize=True, deadline=None)
 @given(specs())
 def test_drawn_denoisers_agree_or_are_refused_in_our_words(spec: Spec) -> None:
-    outcome = examine(spec)
+    outcome = examine(spec, compiled=False)
     assert outcome.result in ("agrees", "refused"), outcome
 
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from dmq_ao import graph
 from dmq_ao.graph import size_rules
-from dmq_ao.graph.arguments import bind, flatten_inputs, moved_inputs
+from dmq_ao.graph.arguments import bind, flatten_inputs, moved_inputs, unflatten_inputs
 from dmq_ao.graph.private import leaves
 
 _ROUNDING = 1e-5  # of the largest element: kernels may sum in another order
@@ -64,9 +64,9 @@ def check_neutral(
     zeros = {name: torch.zeros_like(x) if name in optional else x for name, x in flat.items()}
     without = {name: x for name, x in flat.items() if name not in optional}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        expected = leaves(denoiser(**moved_inputs(zeros)))
+        expected = leaves(denoiser(**unflatten_inputs(zeros)))
         try:
-            answer = leaves(denoiser(**moved_inputs(without)))
+            answer = leaves(denoiser(**unflatten_inputs(without)))
         except Exception as error:  # of any type: it is the model's own code
             raise ValueError(
                 f"optional: {type(denoiser).__name__} fails without {', '.join(optional)} ({type(error).__name__}:"

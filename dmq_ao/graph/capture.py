@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from dmq_ao.graph import size_rules
 from dmq_ao.graph.arguments import bind, find_timestep, flatten_inputs
-from dmq_ao.graph.containers import is_told_by_paths, paths_of
+from dmq_ao.graph.containers import is_sorted, is_told_by_paths, paths_of
 from dmq_ao.graph.export import CaptureError, Positional, as_exported, export, first_line
 from dmq_ao.graph.layers import name_layers
 from dmq_ao.graph.module_state import tensors_of
@@ -111,8 +111,10 @@ def capture(
     rules = _rules(program, module, gm, tensors, batch)
     number_paddings(gm)
     compute_weights(gm)
+    parameters = tuple(inspect.signature(denoiser.forward).parameters)
+    by_paths = is_told_by_paths(module.nesting) and is_sorted(module.nesting, parameters)
     gm.meta[META] = Signature(
-        parameters=tuple(inspect.signature(denoiser.forward).parameters),
+        parameters=parameters,
         names=tuple(tensors),
         constants=constants,
         timestep=timestep,
@@ -123,7 +125,7 @@ def capture(
         example={name: (tuple(value.shape), value.dtype) for name, value in tensors.items()},
         rules=rules,
         answer=None if is_plain(module.answer) else module.answer,
-        nesting=None if is_told_by_paths(module.nesting) else module.nesting,
+        nesting=None if by_paths else module.nesting,
     )
     name_layers(gm)
     return gm

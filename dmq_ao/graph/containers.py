@@ -91,6 +91,17 @@ def is_told_by_paths(nesting: Any) -> bool:
     return True
 
 
+def is_sorted(nesting: Any, parameters: Sequence[str] = ()) -> bool:
+    """Whether dicts have their keys in the order that files sort them into; ``parameters`` are bound by name anyway.
+
+    Code that goes through ``**kwargs``, or through a dict, calls its layers in that order.
+    """
+    if isinstance(nesting, dict):
+        keys = [str(key) for key in nesting if key not in parameters]
+        return keys == sorted(keys) and all(map(is_sorted, nesting.values()))
+    return not isinstance(nesting, (list, tuple)) or all(map(is_sorted, nesting))
+
+
 def nesting_to_json(nesting: Any) -> Any:
     """A nesting as a file holds it; classes of named tuples by name and fields."""
     if isinstance(nesting, dict):

@@ -58,8 +58,8 @@ def mutates_arguments(target: object) -> bool:
 
 def decomposed(target: object, args: Any, kwargs: Any) -> Any:
     """An operator that PyTorch makes of others, called as those; NotImplemented for one that it does not."""
-    known = isinstance(target, OpOverload) and target.namespace == "aten"
-    return target.decompose(*args, **kwargs) if known else NotImplemented  # type: ignore[attr-defined]
+    is_aten = isinstance(target, OpOverload) and target.namespace == "aten"
+    return target.decompose(*args, **kwargs) if is_aten else NotImplemented  # type: ignore[attr-defined]
 
 
 def fake_tensor_mode() -> AbstractContextManager[Any]:

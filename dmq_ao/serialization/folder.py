@@ -81,8 +81,8 @@ class Stored:
     def dtype(self) -> torch.dtype:
         """Of the model: of its sample; the timestep may well be float32 where all else is narrower."""
         names = sorted(self.example, key=lambda name: name not in SAMPLE_NAMES)
-        floats = [name for name in names if name != self.timestep_arg and self.example[name][1].is_floating_point]
-        return self.example[max(floats, key=lambda name: len(self.example[name][0]) >= 2)][1]
+        floats = [self.example[n] for n in names if n != self.timestep_arg and self.example[n][1].is_floating_point]
+        return max(floats, key=lambda one: len(one[0]) >= 2, default=((), torch.float32))[1]
 
 
 @dataclass(frozen=True)
