@@ -15,6 +15,7 @@ import dmq_ao
 from dmq_ao import graph
 from dmq_ao.config import Recipe
 from dmq_ao.graph.export import CaptureError
+from dmq_ao.graph.symbolic_len import symbolic_len
 
 
 class Expanded(Net):
@@ -200,3 +201,16 @@ def test_a_timestep_of_many_axes_is_made_of_one_a_row() -> None:
     quantized, _ = flow(net, all_layers(), plain_samples(net))
     x, t = inputs(4)
     assert 0 < relative(quantized(x, t), net(x, t)) < 0.05
+
+
+def test_len_is_pythons_own_after_exports_that_overlap() -> None:
+    own = builtins.len
+    first, second = symbolic_len(), symbolic_len()
+    first.__enter__()
+    second.__enter__()
+    assert builtins.len is not own
+    assert len([1, 2]) == 2
+    first.__exit__(None, None, None)
+    assert builtins.len is not own  # the second is under way
+    second.__exit__(None, None, None)
+    assert builtins.len is own

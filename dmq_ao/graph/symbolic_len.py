@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 _len = builtins.len
+_lock = threading.Lock()
+_exports = 0  # under way, in all threads
 
 
 def _length(x: Any, /) -> Any:
@@ -23,8 +26,14 @@ def symbolic_len() -> Iterator[None]:
 
     Of tensors that have values, which is all that other threads hold, the result is the same.
     """
-    before, builtins.len = builtins.len, _length
+    global _exports
+    with _lock:
+        _exports += 1
+        builtins.len = _length
     try:
         yield
     finally:
-        builtins.len = before
+        with _lock:
+            _exports -= 1
+            if not _exports:
+                builtins.len = _len
