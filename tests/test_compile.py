@@ -8,14 +8,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import dmq_ao
 from dmq_ao.recipes import minmax
 from tests import families
 from tests.integer_sums import EXACT
-from tests.plain import Plain, flow, plain_samples, relative, seeded
+from tests.plain import Plain, flow, plain_samples, record, relative, seeded
 
 compile_module = importlib.import_module("dmq_ao.api.compile")  # the public name is the function
 
@@ -93,6 +93,26 @@ def test_a_square_is_taken_for_a_coincidence() -> None:
             x = torch.randn(shape)
             assert relative(compiled(x, 500), quantized(x, 500)) < 1e-4
     assert torch.fx.experimental._config.use_duck_shape  # as it was, for everybody else
+
+
+def test_a_call_that_is_refused_is_refused_in_the_same_words() -> None:
+    class Scaled(Plain):
+        def forward(self, x: Tensor, t: Tensor, scale: float = 1.0, frames: int = 2) -> Tensor:
+            return super().forward(x, t) * scale * frames
+
+    net = seeded(Scaled)
+    samples = record(net, lambda step: net(torch.randn(4, 3, 8, 8), torch.full((4,), step), scale=2.0, frames=3))
+    prepared = dmq_ao.prepare(net, minmax("w8a8"), samples.example())
+    dmq_ao.calibrate(prepared, samples, progress=False)
+    compiled = dmq_ao.compile(dmq_ao.convert(prepared), backend=as_traced)
+    x = torch.randn(2, 3, 8, 8)
+    assert compiled(x, 500, scale=2.0, frames=3).shape == x.shape
+    with pytest.raises(TypeError, match="argument 'frames' is 3 in the exported graph, got 5"):
+        compiled(x, 500, scale=2.0, frames=5)
+    with pytest.raises(TypeError, match="argument 'scale' is 2.0 in the exported graph, got 1.5"):
+        compiled(x, 500, scale=1.5)
+    with pytest.raises(TypeError, match="missing argument 't'"):
+        compiled(x)
 
 
 @pytest.mark.parametrize(

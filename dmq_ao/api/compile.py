@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from dmq_ao.backends.backend import MaxPlan
 from dmq_ao.backends.registry import ALL_BACKENDS
 from dmq_ao.denoiser import QuantizedDenoiser
-from dmq_ao.graph.private import replace_child, sizes_apart
+from dmq_ao.graph.private import compiler_error, replace_child, sizes_apart
 
 Mode = Literal["default", "max"]
 
@@ -59,17 +59,24 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **arguments: A
     options |= arguments.pop("options", {})
     compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **arguments}, options=options)
     assert isinstance(compiled, nn.Module)
-    compiled.forward = _with_sizes_apart(compiled.forward)
+    compiled.forward = _guarded(compiled.forward, quantized)
     return compiled
 
 
-def _with_sizes_apart(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled module's ``forward``, which compiles when called: axes of one size are not taken for one axis."""
+def _guarded(forward: Callable[..., Any], quantized: QuantizedDenoiser) -> Callable[..., Any]:
+    """A compiled module's ``forward``, which compiles when called: axes of one size are not taken for one axis.
+
+    Of arguments that ``quantized`` refuses, its own words are raised, not those of the compiler that traced them.
+    """
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> Any:
-        with sizes_apart():
-            return forward(*args, **kwargs)
+        try:
+            with sizes_apart():
+                return forward(*args, **kwargs)
+        except compiler_error():
+            quantized.check_call(*args, **kwargs)
+            raise
 
     return call
 

@@ -266,6 +266,17 @@ class QuantizedDenoiser(nn.Module):
             return signature.return_type(*values)
         return values if signature.returns_tuple else result
 
+    def check_call(self, *args: Any, **kwargs: Any) -> None:
+        """Raise what ``forward`` raises of these arguments, without computing anything.
+
+        Raises:
+            TypeError: as ``forward``.
+            ValueError: as ``forward``.
+        """
+        arguments = call.named_arguments(self.signature, self.skeleton, args, kwargs)
+        tensors = call.graph_inputs(self.signature, arguments, self.device, self._fractions, self._formulas)
+        call.check_sizes(self.signature, border.stand_ins(tensors))
+
     def _tell_cast(self, dtype: torch.dtype) -> None:
         if torch.compiler.is_compiling() or dtype in self._casts:
             return

@@ -62,6 +62,13 @@ def decomposed(target: object, args: Any, kwargs: Any) -> Any:
     return target.decompose(*args, **kwargs) if is_aten else NotImplemented  # type: ignore[attr-defined]
 
 
+def compiler_error() -> type[Exception]:
+    """What the compiler raises of code that it cannot trace, an error that the code raises included."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
 def fake_tensor_mode() -> AbstractContextManager[Any]:
     """The block in which tensors have shapes and no values; tensors that have values may take part."""
     from torch._subclasses.fake_tensor import FakeTensorMode
