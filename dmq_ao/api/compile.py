@@ -23,8 +23,9 @@ Mode = Literal["default", "max"]
 def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **arguments: Any) -> nn.Module:
     """Compile a converted denoiser for any batch size, resolution and timestep at once.
 
-    A batch of one is compiled on its own, as is one of 16 and more where a convolution stays in float: PyTorch tells
-    these apart. Axes that are equal in the first call may differ in others.
+    A batch of one is compiled on its own, as is one of 16 and more where a convolution stays in float, and the side
+    that a table of positions ends at (SD3): PyTorch tells these apart. Axes that are equal in the first call may
+    differ in others.
 
     Args:
         quantized: from ``convert`` or ``load``. It is not changed, and shares its tensors with the result.
