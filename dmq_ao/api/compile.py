@@ -60,11 +60,11 @@ def compile(quantized: QuantizedDenoiser, mode: Mode = "default", **arguments: A
     options |= arguments.pop("options", {})
     compiled = torch.compile(planned, **{"dynamic": True, "fullgraph": True, **arguments}, options=options)
     assert isinstance(compiled, nn.Module)
-    compiled.forward = _guarded(compiled.forward, quantized)
+    compiled.forward = _with_own_errors(compiled.forward, quantized)
     return compiled
 
 
-def _guarded(forward: Callable[..., Any], quantized: QuantizedDenoiser) -> Callable[..., Any]:
+def _with_own_errors(forward: Callable[..., Any], quantized: QuantizedDenoiser) -> Callable[..., Any]:
     """A compiled module's ``forward``, which compiles when called: axes of one size are not taken for one axis.
 
     Of arguments that ``quantized`` refuses, its own words are raised, not those of the compiler that traced them.
