@@ -116,6 +116,15 @@ def test_a_plain_module_called_by_position(plain: tuple[Plain, GraphModule], bat
         assert torch.equal(gm(*inputs), model(*inputs))
 
 
+def test_what_is_upstream_of_layers_has_one_downstream(captured: tuple[Case, GraphModule]) -> None:
+    _, gm = captured
+    targets = {layer.node for layer in graph.find_layers(gm)}
+    upstream = graph.reach_back(gm, targets)
+    nodes = list(gm.graph.nodes)
+    assert upstream == {node for node in nodes if graph.reach(gm, {node}) & (targets - {node})}
+    assert 0 < len(upstream) < len(nodes)
+
+
 def test_every_input_reaches_the_output(captured: tuple[Case, GraphModule]) -> None:
     case, gm = captured
     inputs = flatten_inputs(case.inputs(2, 2))

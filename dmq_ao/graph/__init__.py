@@ -38,6 +38,7 @@ from dmq_ao.graph.layers import literal as literal
 from dmq_ao.graph.layers import name_layers as name_layers
 from dmq_ao.graph.layers import parameter_name as parameter_name
 from dmq_ao.graph.layers import reach as reach
+from dmq_ao.graph.layers import reach_back as reach_back
 from dmq_ao.graph.layers import weight_of as weight_of
 from dmq_ao.graph.other_weights import OtherWeight as OtherWeight
 from dmq_ao.graph.other_weights import operators_of as operators_of

@@ -182,8 +182,19 @@ def reach(gm: GraphModule, start: set[Node], stop: Collection[Node] = ()) -> set
     """
     reached = set(start)
     for node in gm.graph.nodes:
-        if node in stop or isinstance(node.meta.get("val", node), _NO_TENSOR):
-            continue
-        if any(source in reached for source in node.all_input_nodes):
+        if node not in stop and _carries_data(node) and any(source in reached for source in node.all_input_nodes):
             reached.add(node)
     return reached
+
+
+def reach_back(gm: GraphModule, targets: Collection[Node]) -> set[Node]:
+    """All that has one of ``targets`` downstream, as ``reach`` has it; a target only where another one is."""
+    upstream: set[Node] = set()
+    for node in reversed(gm.graph.nodes):
+        if _carries_data(node) and (node in targets or node in upstream):
+            upstream.update(node.all_input_nodes)
+    return upstream
+
+
+def _carries_data(node: Node) -> bool:
+    return not isinstance(node.meta.get("val", node), _NO_TENSOR)

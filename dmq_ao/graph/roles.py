@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 from torch.fx import GraphModule, Node
 
-from dmq_ao.graph import LINEAR, TABLE, Layer, aten, layer_nodes, placeholders, reach, signature_of
+from dmq_ao.graph import LINEAR, TABLE, Layer, aten, layer_nodes, placeholders, reach, reach_back, signature_of
 
 ROLES = ("@input", "@output", "@embedding", "@table", "@concat")
 ROLES_KEY = "dmq_ao.roles"  # in a node's meta: roles that dataflow no longer shows
@@ -62,6 +62,7 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
     from_time = reach(gm, {timestep} if timestep else set())
     tokens = {node for node in inputs.values() if node not in (sample, timestep) and node.meta["val"].dim() > 2}
     from_tokens = reach(gm, tokens)
+    before_targets = reach_back(gm, targets)
     roles_by_layer: dict[str, set[str]] = {}
     for layer in layers:
         node = layer.node
@@ -70,7 +71,7 @@ def roles_of(gm: GraphModule, layers: list[Layer]) -> dict[str, set[str]]:
         if node in from_sample:
             if source in before_layers:
                 roles_here.add("@input")
-            if not reach(gm, {node}) & (targets - {node}):
+            if node not in before_targets:
                 roles_here.add("@output")
         elif layer.kind == TABLE or (node in from_time and node not in from_tokens) or _reads_vectors(layer):
             roles_here.add("@embedding")
