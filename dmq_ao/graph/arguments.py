@@ -28,8 +28,8 @@ def flatten_inputs(inputs: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return flat
 
 
-def unflatten_inputs(flat: Mapping[str, Any], sequence: type = list) -> dict[str, Any]:
-    """Dotted paths as nested dictionaries; a level whose keys are 0, 1, 2 ... becomes a ``sequence``."""
+def unflatten_inputs(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted paths as nested dictionaries; a level whose keys are 0, 1, 2 ... becomes a list."""
     nested: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split(".")
@@ -37,7 +37,7 @@ def unflatten_inputs(flat: Mapping[str, Any], sequence: type = list) -> dict[str
         for parent in parents:
             level = level.setdefault(parent, {})
         level[last] = value
-    return {key: _lists(value, sequence) for key, value in nested.items()}
+    return {key: _lists(value) for key, value in nested.items()}
 
 
 def nested(nesting: Any, flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,12 +65,12 @@ def moved_inputs(
     return result
 
 
-def _lists(value: Any, sequence: type) -> Any:
+def _lists(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
-    items = {key: _lists(item, sequence) for key, item in value.items()}
+    items = {key: _lists(item) for key, item in value.items()}
     if items and items.keys() == {str(place) for place in range(len(items))}:
-        return sequence(items[str(place)] for place in range(len(items)))
+        return [items[str(place)] for place in range(len(items))]
     return items
 
 

@@ -113,11 +113,11 @@ class GraphSamples:
             ValueError: with the rule that one of them breaks.
         """
         for count in dict.fromkeys([min(batch_size, len(self)), len(self) % batch_size or batch_size]):
-            rule = self.broken_rule(min(count, len(self)))
+            rule = self.broken_rule(count)
             if rule is not None:
                 raise ValueError(
-                    f"{fixed_rows_text(rule)}. {len(self)} samples in batches of {batch_size} make one of"
-                    f" {min(count, len(self))}; batch_size and a number of samples that fit would do too"
+                    f"{fixed_rows_text(rule)}. {len(self)} samples in batches of {batch_size} make one of {count};"
+                    " batch_size and a number of samples that fit would do too"
                 )
 
     def batch(self, rows: Tensor) -> Batch:

@@ -92,7 +92,7 @@ class Recorder:
             MissingStatistics: when the denoiser was not called.
 
         Warns:
-            UserWarning: where the trajectories have fewer steps than a window.
+            UserWarning: where trajectories have fewer steps than a window; for residuals that other calls may lack.
         """
         if self._windows is not None and 0 < self._windows.longest < self._windows.length:
             warnings.warn(too_few_steps(self._windows.length, self._windows.longest), stacklevel=2)
