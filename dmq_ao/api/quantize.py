@@ -17,7 +17,7 @@ from dmq_ao import graph
 from dmq_ao.api import arguments
 from dmq_ao.api.calibrate import CalibrationReport, calibrate
 from dmq_ao.api.optional import check_neutral, optional_names
-from dmq_ao.api.roles import said_roles_of, say_layer_roles
+from dmq_ao.api.roles import check_roles, say_layer_roles
 from dmq_ao.backends.backend import Backend
 from dmq_ao.backends.registry import choose_backend
 from dmq_ao.config import Ranges, Recipe
@@ -72,7 +72,7 @@ def prepare(
         UnsupportedByBackend: when the backend cannot run the recipe, with the reasons.
     """
     arguments.check_prepare(denoiser, recipe, example_inputs, timestep_arg)
-    callers_roles = said_roles_of(denoiser, roles)
+    callers_roles = check_roles(denoiser, roles)
     captured = graph.capture(denoiser, example_inputs, timestep_arg)
     if callers_roles:
         say_layer_roles(captured, callers_roles)

@@ -12,7 +12,7 @@ from dmq_ao.graph.roles import SAYABLE, say_roles
 from dmq_ao.quantizer.patterns import no_match
 
 
-def said_roles_of(denoiser: nn.Module, roles: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
+def check_roles(denoiser: nn.Module, roles: Mapping[str, str | Sequence[str]] | None) -> dict[str, tuple[str, ...]]:
     """The roles that a caller says, by layer, checked before anything is exported.
 
     Raises:
@@ -20,18 +20,18 @@ def said_roles_of(denoiser: nn.Module, roles: Mapping[str, str | Sequence[str]] 
     """
     tensors = [*denoiser.named_parameters(remove_duplicate=False), *denoiser.named_buffers(remove_duplicate=False)]
     layers = {name.removesuffix(".weight") for name, tensor in tensors if tensor.dim() > 1}
-    said = {}
+    by_layer = {}
     for name, role in (roles or {}).items():
-        said[name] = (role,) if isinstance(role, str) else tuple(role)
-        wrong = [one for one in said[name] if one not in SAYABLE]
-        if wrong or not said[name]:
+        by_layer[name] = (role,) if isinstance(role, str) else tuple(role)
+        wrong = [one for one in by_layer[name] if one not in SAYABLE]
+        if wrong or not by_layer[name]:
             raise ValueError(f"roles: {name!r} must have some of the roles {list(SAYABLE)}, got {role!r}")
         if name.partition("#")[0] not in layers:
             raise no_match("roles", name, layers)
-    return said
+    return by_layer
 
 
-def say_layer_roles(captured: GraphModule, said: Mapping[str, tuple[str, ...]]) -> None:
+def say_layer_roles(captured: GraphModule, roles: Mapping[str, tuple[str, ...]]) -> None:
     """Write the roles on the layers of a captured graph.
 
     Raises:
@@ -39,6 +39,6 @@ def say_layer_roles(captured: GraphModule, said: Mapping[str, tuple[str, ...]]) 
     """
     layers = graph.find_layers(captured)
     names = {layer.name for layer in layers}
-    for name in said.keys() - names:  # a module that the graph does not call, or calls less often
+    for name in roles.keys() - names:  # a module that the graph does not call, or calls less often
         raise no_match("roles", name, names)
-    say_roles(layers, said)
+    say_roles(layers, roles)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
@@ -250,7 +250,7 @@ class QuantizedDenoiser(nn.Module):
         signature = self.signature
         arguments = call.named_arguments(signature, self.skeleton, args, kwargs)
         as_class = signature.return_type is not None and arguments.pop(call.RETURN_DICT, True)
-        tensors = call.graph_inputs(signature, arguments, self.device, self._fractions, self._formulas)
+        tensors = self._graph_inputs(arguments)
         dtype = call.dtype_of(arguments, signature.batch)
         if dtype != self.dtype:
             self._tell_cast(dtype)
@@ -273,9 +273,11 @@ class QuantizedDenoiser(nn.Module):
             TypeError: as ``forward``.
             ValueError: as ``forward``.
         """
-        arguments = call.named_arguments(self.signature, self.skeleton, args, kwargs)
-        tensors = call.graph_inputs(self.signature, arguments, self.device, self._fractions, self._formulas)
+        tensors = self._graph_inputs(call.named_arguments(self.signature, self.skeleton, args, kwargs))
         call.check_sizes(self.signature, border.stand_ins(tensors))
+
+    def _graph_inputs(self, arguments: Mapping[str, Any]) -> list[Tensor]:
+        return call.graph_inputs(self.signature, arguments, self.device, self._fractions, self._formulas)
 
     def _tell_cast(self, dtype: torch.dtype) -> None:
         if torch.compiler.is_compiling() or dtype in self._casts:
