@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import families
 import interpreted  # noqa: F401  before anything imports Triton
 import pytest
 import torch
@@ -87,20 +88,9 @@ def tiny_unet2d() -> TinyModel:
 @pytest.fixture(scope="session")
 def tiny_unet2d_condition() -> TinyModel:
     """A UNet as in Stable Diffusion on 16x16 latents: skip concatenations, cross-attention to seven tokens."""
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     return _build(
-        lambda: diffusers.UNet2DConditionModel(
-            sample_size=16,
-            in_channels=4,
-            out_channels=4,
-            layers_per_block=1,
-            block_out_channels=(16, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            attention_head_dim=2,
-            cross_attention_dim=24,
-            norm_num_groups=8,
-        ),
+        families.stable_diffusion_unet,
         lambda: {
             "sample": torch.randn(2, 4, 16, 16),
             "timestep": torch.tensor([10, 500]),

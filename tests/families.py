@@ -31,6 +31,60 @@ def _times(batch: int) -> Tensor:
     return torch.arange(batch) * 100 + 10
 
 
+def stable_diffusion_unet() -> Any:
+    """A UNet as in Stable Diffusion: skip concatenations, cross-attention."""
+    import diffusers
+
+    return diffusers.UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=2,
+        cross_attention_dim=24,
+        norm_num_groups=8,
+    )
+
+
+def flux_transformer(in_channels: int) -> Any:
+    """Guidance is embedded."""
+    import diffusers
+
+    return diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=in_channels,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 4, 8),
+    )
+
+
+def wan_transformer() -> Any:
+    """Of video latents."""
+    import diffusers
+
+    return diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=8,
+        freq_dim=16,
+        ffn_dim=16,
+        rope_max_seq_len=32,
+    )
+
+
 def _unet2d(model: nn.Module) -> Case:
     def inputs(batch: int, size: int) -> Inputs:
         return {"sample": latents(batch, 3, 2 * size), "timestep": _times(batch)}
@@ -181,20 +235,7 @@ def _sd3() -> Case:
 
 def _flux() -> Case:
     """Captured with a batch of one; ids of image and text without a batch axis; timestep and guidance in 0..1."""
-    import diffusers
-
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
+    model = flux_transformer(in_channels=4)
 
     def inputs(batch: int, size: int) -> Inputs:
         return {
@@ -238,20 +279,7 @@ def _sana() -> Case:
 
 
 def _wan() -> Case:
-    import diffusers
-
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=16,
-        rope_max_seq_len=32,
-    )
+    model = wan_transformer()
 
     def inputs(batch: int, size: int) -> Inputs:
         frames = latents(batch * (size + 1), 4, size)

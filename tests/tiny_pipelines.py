@@ -65,16 +65,7 @@ def _sd15(dtype: torch.dtype) -> TinyPipeline:
     import diffusers
 
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        norm_num_groups=8,
-    )
+    unet = families.stable_diffusion_unet()
     pipe = diffusers.StableDiffusionPipeline(
         vae=None,
         text_encoder=None,
@@ -121,18 +112,7 @@ def _flux(dtype: torch.dtype) -> TinyPipeline:
     import diffusers
 
     torch.manual_seed(0)
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 4, 8),
-    )
+    transformer = families.flux_transformer(in_channels=16)
     pipe = diffusers.FluxPipeline(
         transformer=transformer.eval(),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import diffusers
+import families
 import torch
 from torch import nn
 
@@ -63,18 +64,7 @@ def tiny_wan(boundary_ratio: float | None = 0.5, scheduler: Any = None) -> TinyW
 
 
 def _transformer() -> nn.Module:
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=12,
-        text_dim=8,
-        freq_dim=16,
-        ffn_dim=16,
-        rope_max_seq_len=32,
-    )
+    model = families.wan_transformer()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model.eval()
